@@ -1,0 +1,80 @@
+"""Content-addressed outputs of the stages: a folder a key, complete once its manifest.json is there."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from farm.store import ObjectStore
+
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    stage: str
+    key: str
+    manifest: dict[str, Any]  # what the stage wrote, plus "files": {name: {"bytes", "sha256"}}
+
+
+def key_of(stage: str, config: Mapping[str, Any] | BaseModel, inputs: Sequence[str]) -> str:
+    """16 hex digits that name the output of `stage` run with `config` on artifacts or digests `inputs`, in order."""
+    tree = config.model_dump(mode="json") if isinstance(config, BaseModel) else dict(config)
+    canonical = json.dumps(
+        [stage, tree, list(inputs)], sort_keys=True, separators=(",", ":"), allow_nan=False
+    )
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+class Artifacts:
+    """The artifacts of a store, under `artifacts/<stage>/<key>/`."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self.store = store
+
+    def find(self, stage: str, key: str) -> Artifact | None:
+        """The finished artifact, or None: unfinished ones do not exist."""
+        name = _name(stage, key, _MANIFEST)
+        if not self.store.exists(name):
+            return None
+        return Artifact(stage, key, json.loads(self.store.get(name)))
+
+    def put_file(self, stage: str, key: str, name: str, data: bytes) -> None:
+        """Write one file of an artifact, atomically; a repeated write must have the same content."""
+        self.store.put(_name(stage, key, name), data)
+
+    def path(self, artifact: Artifact, name: str) -> Path:
+        """A local, read-only copy of one of the artifact's files."""
+        return self.store.local_path(_name(artifact.stage, artifact.key, name))
+
+    def files(self, stage: str, key: str) -> list[str]:
+        """Names of the files that are complete so far, sorted; the manifest is not one of them."""
+        prefix = _name(stage, key, "")
+        names = (name.removeprefix(prefix) for name in self.store.list(prefix))
+        return [name for name in names if name != _MANIFEST]
+
+    def finish(self, stage: str, key: str, manifest: Mapping[str, Any]) -> Artifact:
+        """Make the artifact exist, with a list of its files; who finishes second gets the first one's."""
+        files = {}
+        for name in self.files(stage, key):
+            path = self.store.local_path(_name(stage, key, name))
+            files[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        whole = {**manifest, "files": files}
+        data = json.dumps(whole, indent=1, sort_keys=True).encode()
+        self.store.put_if_absent(_name(stage, key, _MANIFEST), data)
+        finished = self.find(stage, key)
+        assert finished is not None
+        return finished
+
+
+def _name(stage: str, key: str, name: str) -> str:
+    return f"artifacts/{stage}/{key}/{name}"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,96 @@
+"""Messages to token ids by the target's chat template, with the length of the prompt as the loss mask."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from farm.config import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Messages = Sequence[Mapping[str, str]]
+
+
+def read_template(value: str | None) -> str | None:
+    """The template's text from a manifest's `chat_template`: a jinja file's path, or the text itself."""
+    if value is None or "{" in value:
+        return value
+    try:
+        return Path(value).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{value}: chat_template cannot be read ({error}); give a jinja file or its text"
+        ) from error
+
+
+def encode_chat(
+    tokenizer: "PreTrainedTokenizerBase", messages: Messages, template: str | None = None
+) -> list[int]:
+    """Token ids of the conversation up to where the assistant's answer begins; never empty.
+
+    `template` is the template's text; None: the tokenizer's own. UserError if there is none, or if it fails.
+    """
+    return _apply(tokenizer, messages, template, add_generation_prompt=True)
+
+
+def encode_pair(
+    tokenizer: "PreTrainedTokenizerBase", messages: Messages, answer: str, template: str | None = None
+) -> tuple[list[int], int]:
+    """Token ids of prompt and answer, and how many of them are the prompt.
+
+    The ids begin with exactly `encode_chat(messages)`, so that an answer is trained on in the position it is
+    decoded in; what the template writes after an answer (its end token) belongs to the answer.
+    """
+    prompt_ids = encode_chat(tokenizer, messages, template)
+    prompt = _render(tokenizer, messages, template, add_generation_prompt=True)
+    whole = _render(
+        tokenizer,
+        [*messages, {"role": "assistant", "content": answer}],
+        template,
+        add_generation_prompt=False,
+    )
+    rest = whole[len(prompt) :] if whole.startswith(prompt) else answer + (tokenizer.eos_token or "")
+    rest_ids = tokenizer(rest, add_special_tokens=False)["input_ids"]
+    return prompt_ids + [int(token) for token in rest_ids], len(prompt_ids)
+
+
+def _apply(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Messages,
+    template: str | None,
+    *,
+    add_generation_prompt: bool,
+) -> list[int]:
+    text = _render(tokenizer, messages, template, add_generation_prompt=add_generation_prompt)
+    # the template writes the special tokens itself: adding them here would double the first one
+    ids = [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    if not ids:
+        raise UserError("chat_template: renders to no token; correct the template or the prompt")
+    return ids
+
+
+def _render(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Messages,
+    template: str | None,
+    *,
+    add_generation_prompt: bool,
+) -> str:
+    from jinja2 import TemplateError
+
+    if template is None and not tokenizer.chat_template:
+        raise UserError(
+            "chat_template: the tokenizer has none; set the target's chat_template in the manifest"
+        )
+    conversation: list[dict[str, Any]] = [dict(message) for message in messages]
+    try:
+        text = tokenizer.apply_chat_template(
+            conversation, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except TemplateError as error:
+        raise UserError(
+            f"chat_template: fails on a prompt ({error}); correct the template or the row"
+        ) from error
+    assert isinstance(text, str)
+    return text

@@ -1,0 +1,171 @@
+"""Prompts of a target: JSONL, Parquet, a folder or a hub id. A broken row is counted, not fatal."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from farm.config import Rows, UserError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    row: int  # index in the source, broken rows counted
+    id: str
+    messages: tuple[dict[str, str], ...]  # {"role", "content"}
+    answer: str | None
+
+
+@dataclass(frozen=True)
+class RowError:
+    row: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    source: str
+    digest: str  # sha256 of what was read, whatever the file is called
+    prompts: tuple[Prompt, ...]
+    errors: tuple[RowError, ...]  # among the rows asked for
+    num_rows: int  # of the whole source
+
+
+def load_prompts(source: str, rows: Rows | None = None) -> PromptSet:
+    """Read the rows `rows` (a python slice; None: all) of a source.
+
+    A row is {"prompt": str} or {"messages": [{"role", "content"}, ...]}, with optional "id" and "answer". A row that
+    cannot be read becomes a RowError. UserError if the source cannot be opened or no row of the range is usable.
+    """
+    path = Path(source)
+    if path.is_file() and path.suffix in {".jsonl", ".json"}:
+        records = _read_lines(path)
+    else:
+        records = [(row, "") for row in _read_dataset(source, path)]
+    kept = range(len(records))[slice(*rows)] if rows else range(len(records))
+    prompts, errors, digest = [], [], hashlib.sha256()
+    for index in kept:
+        parsed = _parse(index, *records[index])
+        if isinstance(parsed, Prompt):
+            prompts.append(parsed)
+            fields = [index, parsed.id, parsed.messages, parsed.answer]
+        else:
+            errors.append(parsed)
+            fields = [index, parsed.reason]
+        digest.update(json.dumps(fields, sort_keys=True).encode() + b"\n")
+    if not prompts:
+        raise UserError(_nothing_usable(source, rows, len(records), errors))
+    return PromptSet(source, digest.hexdigest(), tuple(prompts), tuple(errors), len(records))
+
+
+def split_rows(
+    num_rows: int, regenerate: Rows | None, evaluate: Rows | None, evaluate_prompts: int
+) -> tuple[range, range]:
+    """The rows to adapt on and the rows to evaluate on: disjoint, neither empty.
+
+    By default the last `evaluate_prompts` rows are held out and everything before them is adapted on.
+    """
+    everything = range(num_rows)
+    held_out = everything[slice(*evaluate)] if evaluate else everything[max(0, num_rows - evaluate_prompts) :]
+    if not evaluate and regenerate is None and num_rows <= evaluate_prompts:
+        raise UserError(
+            f"prompts: {num_rows} rows cannot give {evaluate_prompts} held-out rows and any to adapt on; "
+            "add rows or lower evaluate.prompts"
+        )
+    used = everything[slice(*regenerate)] if regenerate else _largest_rest(everything, held_out)
+    for field, chosen in (("regenerate.rows", used), ("evaluate.rows", held_out)):
+        if not chosen:
+            raise UserError(f"{field}: selects none of the {num_rows} rows; correct the range or add prompts")
+    if max(used.start, held_out.start) < min(used.stop, held_out.stop):
+        raise UserError(
+            f"regenerate.rows {used.start}..{used.stop} and evaluate.rows {held_out.start}..{held_out.stop} overlap; "
+            "choose disjoint ranges, held-out rows may not be trained on"
+        )
+    return used, held_out
+
+
+def _largest_rest(everything: range, held_out: range) -> range:
+    """What the held-out range leaves; where it cuts the file in two, the longer side."""
+    before, after = everything[: held_out.start], everything[held_out.stop :]
+    return before if len(before) >= len(after) else after
+
+
+def _read_lines(path: Path) -> list[tuple[Any, str]]:
+    """(record, "") or (None, reason) for every line that is not blank."""
+    return [_decode(line) for line in path.read_bytes().splitlines() if line.strip()]
+
+
+def _decode(line: bytes) -> tuple[Any, str]:
+    try:
+        return json.loads(line), ""
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        return None, f"is not JSON ({error})"
+
+
+def _read_dataset(source: str, path: Path) -> Iterator[Mapping[str, Any]]:
+    import datasets
+
+    try:
+        if path.is_file() and path.suffix == ".parquet":
+            loaded = datasets.load_dataset("parquet", data_files=str(path), split="train")
+        elif (path / "dataset_info.json").exists():
+            loaded = datasets.load_from_disk(str(path))
+        elif path.is_file():
+            raise UserError(
+                f"{source}: prompts must be .jsonl or .parquet, a folder or a hub id; convert the file"
+            )
+        else:
+            loaded = datasets.load_dataset(source, split="train")
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the readers behind `datasets` share no base class
+        raise UserError(
+            f"{source}: prompts cannot be read ({type(error).__name__}: {str(error)[:200]}); "
+            "give a .jsonl or .parquet file, a folder of them, or a hub id with a train split"
+        ) from error
+    yield from loaded
+
+
+def _parse(row: int, record: Any, reason: str) -> Prompt | RowError:
+    if reason:
+        return RowError(row, reason)
+    if not isinstance(record, Mapping):
+        return RowError(row, "is not an object with prompt or messages")
+    prompt, messages, answer = record.get("prompt"), record.get("messages"), record.get("answer")
+    if isinstance(prompt, str) and prompt.strip():
+        messages = [{"role": "user", "content": prompt}]
+    elif not _is_conversation(messages):
+        return RowError(row, "has no usable prompt or messages")
+    name = record.get("id")
+    return Prompt(
+        row=row,
+        id=str(row if name is None else name),
+        messages=tuple({"role": message["role"], "content": message["content"]} for message in messages),
+        answer=answer if isinstance(answer, str) else None,
+    )
+
+
+def _is_conversation(messages: Any) -> bool:
+    if not isinstance(messages, Iterable) or isinstance(messages, str | bytes | Mapping):
+        return False
+    turns = list(messages)
+    return bool(turns) and all(
+        isinstance(turn, Mapping)
+        and isinstance(turn.get("role"), str)
+        and isinstance(turn.get("content"), str)
+        and turn["content"].strip()
+        for turn in turns
+    )
+
+
+def _nothing_usable(source: str, rows: Rows | None, num_rows: int, errors: list[RowError]) -> str:
+    if not num_rows:
+        return f'{source}: has no prompts; add rows such as {{"prompt": "..."}}'
+    if not errors:
+        return f"{source}: rows {rows} select none of its {num_rows} prompts; correct the range"
+    return (
+        f"{source}: none of {len(errors)} rows is usable; row {errors[0].row} {errors[0].reason}; "
+        'write rows such as {"prompt": "..."}'
+    )

@@ -1,0 +1,218 @@
+"""One object store: atomic put, put-if-absent, compare-and-swap, get, list. `file://` is the default."""
+
+import fcntl
+import hashlib
+import os
+import secrets
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+from urllib.parse import unquote, urlparse
+
+from farm.errors import UserError
+
+_CHUNK_BYTES = 2**20
+_TEMPORARY = ".tmp-"
+_LOCK = ".lock"
+
+
+class NotFound(KeyError):
+    """No object has this key."""
+
+
+class ObjectStore(ABC):
+    """Keys are relative posix paths without `..`; a reader sees a whole object or none."""
+
+    uri: str
+
+    @abstractmethod
+    def put(self, key: str, data: bytes) -> str:
+        """Write or replace an object atomically; its etag."""
+
+    @abstractmethod
+    def put_file(self, key: str, path: Path) -> str:
+        """`put` with the content of a file, read in chunks; its etag."""
+
+    @abstractmethod
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        """Write an object only if the key is free; whether this call wrote it."""
+
+    @abstractmethod
+    def compare_and_swap(self, key: str, data: bytes, expected_etag: str | None) -> bool:
+        """Replace an object only if its etag is still `expected_etag` (None: only if absent).
+
+        Holds among callers of this method: a key that is swapped may not also be `put`.
+        """
+
+    @abstractmethod
+    def get_with_etag(self, key: str) -> tuple[bytes, str]:
+        """The content and its etag; NotFound if absent."""
+
+    @abstractmethod
+    def exists(self, key: str) -> bool: ...
+
+    @abstractmethod
+    def list(self, prefix: str) -> list[str]:
+        """The keys that start with `prefix`, sorted; empty for every key."""
+
+    @abstractmethod
+    def delete(self, key: str) -> None:
+        """Remove an object; nothing happens if it is absent."""
+
+    @abstractmethod
+    def local_path(self, key: str) -> Path:
+        """A local file with the object's content, to be read only; NotFound if absent."""
+
+    def get(self, key: str) -> bytes:
+        """The content; NotFound if absent."""
+        return self.get_with_etag(key)[0]
+
+
+class FileStore(ObjectStore):
+    """A folder. Objects appear by rename or link of a complete, synced temporary file beside them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.expanduser().resolve()
+        self.uri = self.root.as_uri()
+
+    def put(self, key: str, data: bytes) -> str:
+        path = self._path(key)
+        with self._complete(path, lambda file: _write(file, data)) as temporary:
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+        return _etag(data)
+
+    def put_file(self, key: str, path: Path) -> str:
+        digest = hashlib.sha256()
+
+        def copy(file: BinaryIO) -> None:
+            with path.open("rb") as source:
+                while chunk := source.read(_CHUNK_BYTES):
+                    digest.update(chunk)
+                    file.write(chunk)
+
+        goal = self._path(key)
+        with self._complete(goal, copy) as temporary:
+            os.replace(temporary, goal)
+            _sync_folder(goal.parent)
+        return digest.hexdigest()
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        path = self._path(key)
+        if path.exists():
+            return False
+        with self._complete(path, lambda file: _write(file, data)) as temporary:
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return False
+            _sync_folder(path.parent)
+        return True
+
+    def compare_and_swap(self, key: str, data: bytes, expected_etag: str | None) -> bool:
+        if expected_etag is None:
+            return self.put_if_absent(key, data)
+        with self._locked(key):
+            try:
+                _, etag = self.get_with_etag(key)
+            except NotFound:
+                return False
+            if etag != expected_etag:
+                return False
+            self.put(key, data)
+        return True
+
+    def get_with_etag(self, key: str) -> tuple[bytes, str]:
+        try:
+            data = self._path(key).read_bytes()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise NotFound(f"{self.uri}/{key}") from None
+        return data, _etag(data)
+
+    def exists(self, key: str) -> bool:
+        return self._path(key).is_file()
+
+    def list(self, prefix: str) -> list[str]:
+        if prefix:
+            self._path(prefix)
+        folder = self.root.joinpath(*PurePosixPath(prefix).parts[: None if prefix.endswith("/") else -1])
+        keys = (self._key(path) for path in folder.rglob("*") if _is_object(path))
+        return sorted(key for key in keys if key.startswith(prefix))
+
+    def delete(self, key: str) -> None:
+        self._path(key).unlink(missing_ok=True)
+
+    def local_path(self, key: str) -> Path:
+        path = self._path(key)
+        if not path.is_file():
+            raise NotFound(f"{self.uri}/{key}")
+        return path
+
+    def _key(self, path: Path) -> str:
+        return path.relative_to(self.root).as_posix()
+
+    def _path(self, key: str) -> Path:
+        parts = PurePosixPath(key).parts
+        if not parts or key.startswith("/") or ".." in parts or "\0" in key or _reserved(parts[-1]):
+            raise ValueError(f"store key {key!r} must be a relative path without '..'")
+        return self.root.joinpath(*parts)
+
+    @contextmanager
+    def _complete(self, path: Path, write: Callable[[BinaryIO], None]) -> Iterator[Path]:
+        """A temporary file beside `path` with all its bytes on disk; it is gone when the block ends."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(_TEMPORARY + secrets.token_hex(8))
+        try:
+            with temporary.open("xb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @contextmanager
+    def _locked(self, key: str) -> Iterator[None]:
+        """The exclusive right to swap `key`, released by the kernel if the holder dies."""
+        path = self._path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.with_name(path.name + _LOCK).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+
+def open_store(uri: str) -> ObjectStore:
+    """The store behind a `file://` URI or a path; UserError for a scheme that is not supported."""
+    parsed = urlparse(uri)
+    if parsed.scheme == "file":
+        return FileStore(Path(unquote(parsed.path)))
+    if "://" not in uri:
+        return FileStore(Path(uri))
+    raise UserError(f"store: {parsed.scheme}:// is not supported; use a folder or a file:// URI")
+
+
+def _write(file: BinaryIO, data: bytes) -> None:
+    file.write(data)
+
+
+def _etag(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _reserved(name: str) -> bool:
+    return name.startswith(_TEMPORARY) or name.endswith(_LOCK)
+
+
+def _is_object(path: Path) -> bool:
+    return path.is_file() and not _reserved(path.name)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
