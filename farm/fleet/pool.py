@@ -1,0 +1,65 @@
+"""A bounded first-in first-out queue of driver tasks.
+
+Ray starts everything it is given at once and in no order, and a training run without room waits for ever; so
+the queue is here: at most `width` tasks are in flight and the next one starts when one ends.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one task ended: `value` is what it returned, unless `error` says why it did not."""
+
+    name: str
+    value: Any = None
+    error: str | None = None
+
+
+def run_bounded(
+    specs: Mapping[str, tuple[Any, ...]], task: Any, width: int, **options: Any
+) -> Iterator[Outcome]:
+    """Run `task.remote(*args)` for each (name, args) of `specs`, `width` at a time; outcomes as they end.
+
+    A task that raises, or whose process is killed or runs out of memory, is an outcome with an error and
+    stops no other. `options` go to `task.options`. Tasks in flight when the consumer stops are cancelled.
+    """
+    if width < 1:
+        raise ValueError(f"width must be at least 1, not {width}")
+    waiting = iter(specs.items())
+    live: dict[Any, str] = {}
+    try:
+        while True:
+            while len(live) < width and (spec := next(waiting, None)):
+                name, args = spec
+                live[
+                    task.options(name=f"{task._function_name.rsplit('.', 1)[-1]}:{name}", **options).remote(
+                        *args
+                    )
+                ] = name
+            if not live:
+                return
+            (done,), _ = ray.wait(list(live), num_returns=1)
+            yield _outcome(live.pop(done), done)
+    finally:
+        for ref in live:
+            ray.cancel(ref, force=True)
+
+
+def _outcome(name: str, ref: Any) -> Outcome:
+    try:
+        return Outcome(name, value=ray.get(ref))
+    except RayError as error:
+        return Outcome(name, error=describe(error))
+
+
+def describe(error: BaseException) -> str:
+    """One line for a report: the kind of the error and the first line of its cause."""
+    cause = getattr(error, "cause", None) or error
+    lines = str(cause).strip().splitlines()
+    return f"{type(cause).__name__}: {lines[0] if lines else 'no message'}"

@@ -1,0 +1,73 @@
+"""Joining a Ray cluster, or starting a small one for the length of a run."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from farm.config import Manifest, check_placeable
+
+NAMESPACE = "farm"
+AUTH_VARIABLE = "RAY_AUTH_MODE"
+# Ray starts a process for a service that a farm of short runs has no use for; it costs memory in every run.
+WORKER_VARIABLES = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+MIN_LOGICAL_CPUS = (
+    4  # a run is a driver task, a controller and workers: fewer logical CPUs would wait for ever
+)
+
+
+def in_cluster() -> bool:
+    """Whether this process belongs to a cluster already: a job's entrypoint, or RAY_ADDRESS is set."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+@contextmanager
+def connect() -> Iterator[None]:
+    """Be connected to Ray inside the block.
+
+    A cluster that is already connected is used and left connected. Inside a job, or with RAY_ADDRESS set, that
+    cluster is joined; else a local one with at least four logical CPUs lives as long as the block.
+    """
+    # Left unset, Ray turns token authentication on in some commands and not in others.
+    os.environ.setdefault(AUTH_VARIABLE, "token" if _has_token() and in_cluster() else "disabled")
+    os.environ.update({name: os.environ.get(name, value) for name, value in WORKER_VARIABLES.items()})
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    if in_cluster():
+        ray.init(namespace=NAMESPACE, log_to_driver=False, logging_level="warning")
+    else:
+        cpus = max(MIN_LOGICAL_CPUS, os.cpu_count() or 1)
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            namespace=NAMESPACE,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="warning",
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def check_cluster(manifest: Manifest) -> None:
+    """Raise UserError when the connected cluster can never place what the manifest asks for."""
+    import ray
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    check_placeable(manifest, ray.cluster_resources(), len(nodes))
+
+
+def cpus_of_largest_node() -> float:
+    """CPUs of the largest node that are free now, at least 1: what a task asks for to have a node to itself."""
+    import ray
+
+    largest = max((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]), default=1.0)
+    return max(1.0, min(largest, float(int(ray.available_resources().get("CPU", 1.0)))))
+
+
+def _has_token() -> bool:
+    return bool(os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"))
