@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from farm.errors import UserError
 from farm.store import ObjectStore
 
 _MANIFEST = "manifest.json"
@@ -22,7 +23,7 @@ class Artifact:
 
 
 def key_of(stage: str, config: Mapping[str, Any] | BaseModel, inputs: Sequence[str]) -> str:
-    """16 hex digits that name the output of `stage` run with `config` on artifacts or digests `inputs`, in order."""
+    """16 hex digits that name the output of `stage`, run with `config` on artifacts or digests `inputs`."""
     tree = config.model_dump(mode="json") if isinstance(config, BaseModel) else dict(config)
     canonical = json.dumps(
         [stage, tree, list(inputs)], sort_keys=True, separators=(",", ":"), allow_nan=False
@@ -48,8 +49,15 @@ class Artifacts:
         self.store.put(_name(stage, key, name), data)
 
     def path(self, artifact: Artifact, name: str) -> Path:
-        """A local, read-only copy of one of the artifact's files."""
-        return self.store.local_path(_name(artifact.stage, artifact.key, name))
+        """A local, read-only copy of one of the artifact's files; UserError if it was cut."""
+        path = self.store.local_path(_name(artifact.stage, artifact.key, name))
+        expected, found = artifact.manifest["files"][name]["bytes"], path.stat().st_size
+        if found != expected:
+            raise UserError(
+                f"{path}: has {found} bytes, was written with {expected}; "
+                f"delete {path.parent}, then run again"
+            )
+        return path
 
     def files(self, stage: str, key: str) -> list[str]:
         """Names of the files that are complete so far, sorted; the manifest is not one of them."""

@@ -174,8 +174,8 @@ class Manifest(Strict):
             and rows_overlap(self.regenerate.rows, self.evaluate.rows)
         ):
             raise ValueError(
-                f"regenerate.rows {list(self.regenerate.rows)} and evaluate.rows {list(self.evaluate.rows)} overlap; "
-                "choose disjoint ranges, held-out rows may not be trained on"
+                f"regenerate.rows {list(self.regenerate.rows)} and evaluate.rows {list(self.evaluate.rows)} "
+                "overlap; choose disjoint ranges, held-out rows may not be trained on"
             )
         return self
 
@@ -196,8 +196,8 @@ def load_manifest(path: str | Path, overrides: Sequence[str] = (), *, in_job: bo
     """Read, fill, check and resolve a manifest.
 
     `overrides` are `name=value` (fills `${name}`), `field=value` or `a.b=value` (sets a field; YAML-typed).
-    `in_job` says that the working directory is a job's temporary copy, where relative paths are refused; None asks
-    the environment. Raises UserError for any mistake, with the file, the field and the remedy.
+    `in_job` says that the working directory is a job's temporary copy, where relative paths are refused;
+    None asks the environment. Raises UserError for any mistake, with the file, the field and the remedy.
     """
     file = Path(path).expanduser().resolve()
     in_job = RAY_JOB_VARIABLE in os.environ if in_job is None else in_job
@@ -209,6 +209,8 @@ def load_manifest(path: str | Path, overrides: Sequence[str] = (), *, in_job: bo
         return Manifest.model_validate(PathResolver(file.parent, in_job).resolve(dump(manifest)))
     except ValidationError as error:
         raise UserError(f"{file}: {_first_mistake(error)}") from None
+    except RecursionError:
+        raise UserError(f"{file}: an alias refers to itself; remove it") from None
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
 
@@ -233,8 +235,8 @@ def check_placeable(manifest: Manifest, cluster_resources: Mapping[str, float], 
         have = cluster_resources.get(resource, 0.0)
         if amount > have:
             raise UserError(
-                f"manifest: resources.{section} needs {amount:g} {resource}, the cluster has {have:g}: it could never "
-                f"be placed; lower resources.{section}.{fields.replace(' or ', f' or resources.{section}.')}"
+                f"manifest: resources.{section} needs {amount:g} {resource}, the cluster has {have:g}: "
+                f"it could never be placed; lower resources.{section}.{fields.replace(' or ', f' or resources.{section}.')}"
             )
     if num_nodes > 1 and manifest.store.startswith("file:") and not manifest.shared_filesystem:
         raise UserError(

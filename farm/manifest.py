@@ -78,7 +78,7 @@ def _typed(value: str, name: str) -> Any:
 
 
 def fill_placeholders(tree: dict[str, Any], values: Mapping[str, str]) -> dict[str, Any]:
-    """Put `values` in place of every `${name}`; UserError for one without a value, and for a value without one."""
+    """Put `values` in place of every `${name}`; UserError where one or the other is missing."""
     used: set[str] = set()
     filled = {key: _fill_node(node, values, used, str(key)) for key, node in tree.items()}
     if unused := sorted(values.keys() - used):

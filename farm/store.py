@@ -80,7 +80,7 @@ class FileStore(ObjectStore):
     def put(self, key: str, data: bytes) -> str:
         path = self._path(key)
         with self._complete(path, lambda file: _write(file, data)) as temporary:
-            os.replace(temporary, path)
+            temporary.replace(path)
             _sync_folder(path.parent)
         return _etag(data)
 
@@ -95,7 +95,7 @@ class FileStore(ObjectStore):
 
         goal = self._path(key)
         with self._complete(goal, copy) as temporary:
-            os.replace(temporary, goal)
+            temporary.replace(goal)
             _sync_folder(goal.parent)
         return digest.hexdigest()
 
@@ -105,7 +105,7 @@ class FileStore(ObjectStore):
             return False
         with self._complete(path, lambda file: _write(file, data)) as temporary:
             try:
-                os.link(temporary, path)
+                path.hardlink_to(temporary)
             except FileExistsError:
                 return False
             _sync_folder(path.parent)

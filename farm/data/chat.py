@@ -40,7 +40,7 @@ def encode_pair(
     """Token ids of prompt and answer, and how many of them are the prompt.
 
     The ids begin with exactly `encode_chat(messages)`, so that an answer is trained on in the position it is
-    decoded in; what the template writes after an answer (its end token) belongs to the answer.
+    decoded in; the end token that the template writes after an answer belongs to it.
     """
     prompt_ids = encode_chat(tokenizer, messages, template)
     prompt = _render(tokenizer, messages, template, add_generation_prompt=True)
@@ -50,7 +50,10 @@ def encode_pair(
         template,
         add_generation_prompt=False,
     )
-    rest = whole[len(prompt) :] if whole.startswith(prompt) else answer + (tokenizer.eos_token or "")
+    end = tokenizer.eos_token or ""
+    rest = whole[len(prompt) :] if whole.startswith(prompt) else answer + end
+    if end and end in rest:
+        rest = rest[: rest.rindex(end) + len(end)]  # decoding stops there: no template newline after it
     rest_ids = tokenizer(rest, add_special_tokens=False)["input_ids"]
     return prompt_ids + [int(token) for token in rest_ids], len(prompt_ids)
 

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from farm.config import Rows, UserError
 
@@ -36,12 +36,14 @@ class PromptSet:
 def load_prompts(source: str, rows: Rows | None = None) -> PromptSet:
     """Read the rows `rows` (a python slice; None: all) of a source.
 
-    A row is {"prompt": str} or {"messages": [{"role", "content"}, ...]}, with optional "id" and "answer". A row that
-    cannot be read becomes a RowError. UserError if the source cannot be opened or no row of the range is usable.
+    A row is {"prompt": str} or {"messages": [{"role", "content"}, ...]}, with optional "id" and "answer".
+    A row that cannot be read becomes a RowError. UserError if the source cannot be opened or no row of the
+    range is usable. Blank lines of a .jsonl file are no rows.
     """
     path = Path(source)
-    if path.is_file() and path.suffix in {".jsonl", ".json"}:
-        records = _read_lines(path)
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path] if path.suffix == ".jsonl" else []
+    if files and files[0].is_file():
+        records = [record for file in files for record in _read_lines(file)]
     else:
         records = [(row, "") for row in _read_dataset(source, path)]
     kept = range(len(records))[slice(*rows)] if rows else range(len(records))
@@ -80,8 +82,8 @@ def split_rows(
             raise UserError(f"{field}: selects none of the {num_rows} rows; correct the range or add prompts")
     if max(used.start, held_out.start) < min(used.stop, held_out.stop):
         raise UserError(
-            f"regenerate.rows {used.start}..{used.stop} and evaluate.rows {held_out.start}..{held_out.stop} overlap; "
-            "choose disjoint ranges, held-out rows may not be trained on"
+            f"regenerate.rows {used.start}..{used.stop} and evaluate.rows {held_out.start}..{held_out.stop} "
+            "overlap; choose disjoint ranges, held-out rows may not be trained on"
         )
     return used, held_out
 
@@ -112,6 +114,8 @@ def _read_dataset(source: str, path: Path) -> Iterator[Mapping[str, Any]]:
             loaded = datasets.load_dataset("parquet", data_files=str(path), split="train")
         elif (path / "dataset_info.json").exists():
             loaded = datasets.load_from_disk(str(path))
+        elif (path / "dataset_dict.json").exists():
+            loaded = datasets.load_from_disk(str(path / "train"))
         elif path.is_file():
             raise UserError(
                 f"{source}: prompts must be .jsonl or .parquet, a folder or a hub id; convert the file"
@@ -120,12 +124,13 @@ def _read_dataset(source: str, path: Path) -> Iterator[Mapping[str, Any]]:
             loaded = datasets.load_dataset(source, split="train")
     except UserError:
         raise
-    except Exception as error:  # noqa: BLE001 - the readers behind `datasets` share no base class
+    except Exception as error:  # the readers behind `datasets` share no base class
         raise UserError(
             f"{source}: prompts cannot be read ({type(error).__name__}: {str(error)[:200]}); "
             "give a .jsonl or .parquet file, a folder of them, or a hub id with a train split"
         ) from error
-    yield from loaded
+    rows: Iterator[Mapping[str, Any]] = iter(loaded)
+    return rows
 
 
 def _parse(row: int, record: Any, reason: str) -> Prompt | RowError:
@@ -147,7 +152,7 @@ def _parse(row: int, record: Any, reason: str) -> Prompt | RowError:
     )
 
 
-def _is_conversation(messages: Any) -> bool:
+def _is_conversation(messages: Any) -> TypeGuard[Iterable[Mapping[str, str]]]:
     if not isinstance(messages, Iterable) or isinstance(messages, str | bytes | Mapping):
         return False
     turns = list(messages)

@@ -1,0 +1,34 @@
+# make demo   build .venv, then train a small family and onboard it
+# make test   build .venv, check and run the tests
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.ready
+# Options for finding torch. The project runs on a CPU: with an index that has only CUDA builds under the plain
+# version, name PyTorch's CPU index here, for instance TORCH_OPTIONS='--index-url URL'.
+TORCH_OPTIONS ?=
+
+.PHONY: setup demo test check
+
+setup: $(STAMP)
+
+# torch goes first, so that nothing after it can choose another build of it
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(TORCH_OPTIONS) torch==2.13.0
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+demo: setup
+	$(BIN)/farm demo
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check
+	RAY_AUTH_MODE=disabled OMP_NUM_THREADS=1 $(BIN)/python -m pytest

@@ -1,0 +1,72 @@
+import hashlib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from farm.artifacts import Artifacts, key_of
+from farm.config import AdaptSettings, UserError
+from farm.store import FileStore
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda x: st.lists(x) | st.dictionaries(st.text(), x),
+)
+
+
+@pytest.fixture
+def artifacts(tmp_path: Path) -> Artifacts:
+    return Artifacts(FileStore(tmp_path))
+
+
+@given(st.dictionaries(st.text(), JSON))
+def test_a_key_does_not_depend_on_the_order_of_fields(config):
+    assert key_of("adapt", config, []) == key_of("adapt", dict(reversed(config.items())), [])
+
+
+def test_a_key_changes_with_stage_setting_and_every_input():
+    settings = AdaptSettings()
+    keys = [
+        key_of("adapt", settings, ["a", "b"]),
+        key_of("regenerate", settings, ["a", "b"]),
+        key_of("adapt", settings.model_copy(update={"lr": 0.5}), ["a", "b"]),
+        key_of("adapt", settings, ["b", "a"]),
+        key_of("adapt", settings, ["ab"]),
+        key_of("adapt", settings, ["a"]),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert key_of("adapt", settings.model_dump(mode="json"), ["a", "b"]) == keys[0]
+
+
+def test_an_artifact_exists_only_when_it_is_finished(artifacts):
+    artifacts.put_file("regenerate", "k", "tokens-0", b"abc")
+    assert artifacts.find("regenerate", "k") is None
+    assert artifacts.files("regenerate", "k") == ["tokens-0"]
+    finished = artifacts.finish("regenerate", "k", {"rows": 3})
+    assert artifacts.find("regenerate", "k") == finished
+    assert finished.manifest == {
+        "rows": 3,
+        "files": {"tokens-0": {"bytes": 3, "sha256": hashlib.sha256(b"abc").hexdigest()}},
+    }
+    assert artifacts.files("regenerate", "k") == ["tokens-0"]
+    assert artifacts.path(finished, "tokens-0").read_bytes() == b"abc"
+
+
+def test_who_finishes_second_gets_what_the_first_one_finished(artifacts):
+    first = artifacts.finish("probe", "k", {"tau": 2.0})
+    assert artifacts.finish("probe", "k", {"tau": 3.0}) == first
+
+
+def test_artifacts_whose_keys_share_a_beginning_do_not_mix_their_files(artifacts):
+    artifacts.put_file("probe", "a", "x", b"")
+    artifacts.put_file("probe", "ab", "y", b"")
+    assert artifacts.files("probe", "a") == ["x"]
+
+
+def test_a_file_that_was_cut_after_it_was_finished_is_told_apart_from_a_good_one(artifacts):
+    artifacts.put_file("regenerate", "k", "shard", b"abc")
+    finished = artifacts.finish("regenerate", "k", {})
+    artifacts.path(finished, "shard").write_bytes(b"ab")
+    with pytest.raises(UserError, match="has 2 bytes, was written with 3"):
+        artifacts.path(finished, "shard")
