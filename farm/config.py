@@ -225,18 +225,19 @@ def check_placeable(manifest: Manifest, cluster_resources: Mapping[str, float], 
     asked = manifest.resources
     regenerate, adapt, serve = asked.regenerate, asked.adapt, asked.serve
     requests = (
-        ("regenerate", "GPU", regenerate.min_actors * regenerate.num_gpus, "num_gpus or min_actors"),
-        ("regenerate", "CPU", regenerate.min_actors * regenerate.num_cpus, "num_cpus or min_actors"),
-        ("adapt", "GPU", adapt.workers * adapt.gpus_per_worker, "gpus_per_worker or workers"),
-        ("adapt", "CPU", float(adapt.workers), "workers"),
-        ("serve", "GPU", serve.replicas * serve.num_gpus, "num_gpus or replicas"),
+        ("regenerate", "GPU", regenerate.min_actors * regenerate.num_gpus, ("num_gpus", "min_actors")),
+        ("regenerate", "CPU", regenerate.min_actors * regenerate.num_cpus, ("num_cpus", "min_actors")),
+        ("adapt", "GPU", adapt.workers * adapt.gpus_per_worker, ("gpus_per_worker", "workers")),
+        ("adapt", "CPU", float(adapt.workers), ("workers",)),
+        ("serve", "GPU", serve.replicas * serve.num_gpus, ("num_gpus", "replicas")),
     )
     for section, resource, amount, fields in requests:
         have = cluster_resources.get(resource, 0.0)
+        remedy = " or ".join(f"resources.{section}.{field}" for field in fields)
         if amount > have:
             raise UserError(
                 f"manifest: resources.{section} needs {amount:g} {resource}, the cluster has {have:g}: "
-                f"it could never be placed; lower resources.{section}.{fields.replace(' or ', f' or resources.{section}.')}"
+                f"it could never be placed; lower {remedy}"
             )
     if num_nodes > 1 and manifest.store.startswith("file:") and not manifest.shared_filesystem:
         raise UserError(

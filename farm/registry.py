@@ -63,7 +63,7 @@ class Registry:
         return self._move(target, [*history, version], etag)
 
     def rollback(self, target: str) -> Version:
-        """Make the version live that was live before; UserError if there is none or the pointer just moved."""
+        """Make the version live that was live before; UserError if there is none."""
         history, etag = self._pointer(target)
         previous = self._find(target, history[-2]) if len(history) > 1 else None
         if previous is None:
