@@ -195,7 +195,8 @@ def rows_overlap(left: Rows, right: Rows) -> bool:
 def load_manifest(path: str | Path, overrides: Sequence[str] = (), *, in_job: bool | None = None) -> Manifest:
     """Read, fill, check and resolve a manifest.
 
-    `overrides` are `name=value` (fills `${name}`), `field=value` or `a.b=value` (sets a field; YAML-typed).
+    `overrides` are `name=value` (fills `${name}`; an existing path counts from the working directory),
+    `field=value` or `a.b=value` (set a field, YAML-typed; a path counts from the manifest's folder).
     `in_job` says that the working directory is a job's temporary copy, where relative paths are refused;
     None asks the environment. Raises UserError for any mistake, with the file, the field and the remedy.
     """

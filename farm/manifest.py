@@ -36,8 +36,18 @@ def split_overrides(texts: Sequence[str], fields: Collection[str]) -> tuple[dict
         name, equals, value = text.partition("=")
         if not equals or not name:
             raise UserError(f"override {text!r} is not name=value; write for instance evaluate.k=3")
-        (settings if "." in name or name in fields else values)[name] = value
+        if "." in name or name in fields:
+            settings[name] = value
+        else:
+            values[name] = _from_here(value)
     return settings, values
+
+
+def _from_here(value: str) -> str:
+    """A path typed on a command line counts from the working directory, unlike one in the manifest."""
+    looks_like_path = "/" in value or value.startswith((".", "~"))
+    path = Path(value).expanduser()
+    return str(path.resolve()) if looks_like_path and path.exists() else value
 
 
 def set_fields(tree: dict[str, Any], settings: Mapping[str, str]) -> None:

@@ -201,6 +201,17 @@ def test_placeholders_take_values_whole_and_inside_text(folder):
     assert manifest.probe.prompts == 5
 
 
+def test_a_path_typed_for_a_placeholder_counts_from_the_working_directory(
+    folder, tmp_path_factory, monkeypatch
+):
+    here = tmp_path_factory.mktemp("here")
+    (here / "data").mkdir()
+    (here / "data" / "p.jsonl").write_text('{"prompt": "x"}\n')
+    monkeypatch.chdir(here)
+    manifest = load_manifest(write(folder, with_target(prompts="${data}/p.jsonl")), ["data=./data"])
+    assert manifest.targets[0].prompts == str(here / "data" / "p.jsonl")
+
+
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
