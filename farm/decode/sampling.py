@@ -1,0 +1,123 @@
+# B requests, V tokens of the vocabulary
+"""Sampling settings, the distribution they define, and counter-based randomness.
+
+Target and draft logits pass the same `distribution`; what it returns is what is sampled and what is verified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# What a random number is for; a number is never used twice.
+DRAFT, ACCEPT, NEXT = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one request is decoded. temperature 0 is greedy; top_k 0 and top_p 1 switch those filters off."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    max_new_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or self.max_new_tokens < 1:
+            raise ValueError(f"{self}: needs temperature >= 0, 0 < top_p <= 1, top_k >= 0, max_new_tokens >= 1")
+
+
+@dataclass(frozen=True)
+class SamplingBatch:
+    """The settings of B requests as columns."""
+
+    temperature_B: Tensor
+    top_p_B: Tensor
+    top_k_B: Tensor
+    seed_B: Tensor
+    round_B: Tensor  # verification rounds the request has had; with it every draw has a counter of its own
+    greedy: bool  # every request is greedy: no probabilities are needed
+    filtered: bool  # some request has top_k or top_p
+
+    @classmethod
+    def of(cls, params: Sequence[SamplingParams], rounds: Sequence[int]) -> SamplingBatch:
+        return cls(
+            temperature_B=torch.tensor([p.temperature for p in params], dtype=torch.float32),
+            top_p_B=torch.tensor([p.top_p for p in params], dtype=torch.float32),
+            top_k_B=torch.tensor([p.top_k for p in params], dtype=torch.int64),
+            seed_B=torch.tensor([p.seed for p in params], dtype=torch.int64),
+            round_B=torch.tensor(rounds, dtype=torch.int64),
+            greedy=all(p.temperature == 0 for p in params),
+            filtered=any(p.top_k > 0 or p.top_p < 1 for p in params),
+        )
+
+    def uniform(self, index: int, use: int) -> Tensor:
+        """u in [0, 1) as float64 [B], a function of (seed, round, index in the round, use) alone."""
+        return uniform(self.seed_B, self.round_B, index, use)
+
+
+def uniform(seed: Tensor, round_: Tensor, index: int, use: int) -> Tensor:
+    """Counter-based uniform numbers in [0, 1), float64, by splitmix64 over the mixed counters."""
+    state = _mix(seed + _wrap(0x9E3779B97F4A7C15))
+    for counter in (round_, index, use):
+        state = _mix(state ^ _mix(torch.as_tensor(counter, dtype=torch.int64) + _wrap(0x9E3779B97F4A7C15)))
+    return _shift(state, 11).to(torch.float64) / float(1 << 53)
+
+
+def distribution(logits_BV: Tensor, batch: SamplingBatch) -> Tensor:
+    """Probabilities [B, V] float32 of temperature, then top-k, then top-p, renormalised; one-hot where greedy."""
+    hot_B1 = batch.temperature_B.to(logits_BV.device)[:, None]
+    logits_BV = logits_BV.float() / torch.where(hot_B1 > 0, hot_B1, 1.0)
+    if batch.filtered:
+        logits_BV = _filter(logits_BV, batch)
+    p_BV = logits_BV.softmax(dim=-1)
+    if bool((batch.temperature_B == 0).any()):
+        peak_BV = torch.zeros_like(p_BV).scatter_(-1, logits_BV.argmax(dim=-1, keepdim=True), 1.0)
+        p_BV = torch.where(hot_B1 > 0, p_BV, peak_BV)
+    return p_BV
+
+
+def draw(p_BV: Tensor, u_B: Tensor) -> Tensor:
+    """One token [B] a row by inversion: the first whose cumulative probability exceeds u. p need not sum to 1.
+
+    Tokens of probability 0 are never drawn: the search is to the right of ties and its threshold below the total.
+    """
+    cdf_BV = p_BV.to(torch.float64).cumsum(dim=-1)
+    total_B1 = cdf_BV[:, -1:]
+    below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))
+    threshold_B1 = torch.minimum(u_B.to(cdf_BV.device)[:, None] * total_B1, below_B1)
+    return torch.searchsorted(cdf_BV, threshold_B1, right=True).squeeze(-1)
+
+
+def _filter(logits_BV: Tensor, batch: SamplingBatch) -> Tensor:
+    vocab = logits_BV.shape[-1]
+    ranked_BV, order_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
+    top_k_B1 = torch.where(batch.top_k_B > 0, batch.top_k_B, vocab)[:, None]
+    ranked_BV = ranked_BV.masked_fill(torch.arange(vocab) >= top_k_B1, -torch.inf)
+    p_BV = ranked_BV.softmax(dim=-1)
+    before_BV = p_BV.cumsum(dim=-1) - p_BV
+    # top_p = 1 keeps everything, whatever the rounding of the cumulative sum.
+    dropped_BV = (before_BV >= batch.top_p_B[:, None]) & (batch.top_p_B < 1)[:, None]
+    dropped_BV[:, 0] = False
+    ranked_BV = ranked_BV.masked_fill(dropped_BV, -torch.inf)
+    return torch.empty_like(logits_BV).scatter_(-1, order_BV, ranked_BV)
+
+
+def _mix(z: Tensor) -> Tensor:
+    z = (z ^ _shift(z, 30)) * _wrap(0xBF58476D1CE4E5B9)
+    z = (z ^ _shift(z, 27)) * _wrap(0x94D049BB133111EB)
+    return z ^ _shift(z, 31)
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _wrap(constant: int) -> int:
+    """The int64 that has the bits of an unsigned constant."""
+    return constant - (1 << 64) if constant >= 1 << 63 else constant

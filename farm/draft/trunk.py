@@ -1,0 +1,78 @@
+# B rows, T tokens, S positions read, H hidden, N query heads, G key/value heads, D head size
+"""The part of a draft that all targets of a base share: fc, attention, norm and shared expert.
+
+    u_t = W_f [e(x_{t+1}) ; h_t]            embedding first, no bias
+    a_t = u_t + O Attention(u)_t            no input norm, RoPE at position t
+    n_t = RMSNorm(a_t)
+    trunk output: a_t + E_shared(n_t), n_t  the private expert adds E_private(n_t) to the first
+
+EDA, arXiv 2603.09527, with one shared and one private expert, so that there is no router.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from farm.draft.config import DraftConfig
+from farm.draft.expert import Expert
+from farm.layers.attention import attend, plain_frequencies, rotary_tables, rotate
+
+MAX_POSITIONS = 32_768
+
+KeysValues = tuple[Tensor, Tensor]
+
+
+class Trunk(nn.Module):
+    """Everything of a draft but the private expert; frozen while adapting."""
+
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        self.config = config
+        h, d = config.hidden_size, config.head_dim
+        self.fc = nn.Linear(2 * h, h, bias=False)
+        self.q_proj = nn.Linear(h, config.num_heads * d, bias=False)
+        self.k_proj = nn.Linear(h, config.num_kv_heads * d, bias=False)
+        self.v_proj = nn.Linear(h, config.num_kv_heads * d, bias=False)
+        self.o_proj = nn.Linear(config.num_heads * d, h, bias=False)
+        self.post_attention_layernorm = nn.RMSNorm(h, eps=config.rms_eps)
+        self.shared_expert = Expert(h, config.shared_width)
+        self._tables: tuple[Tensor, Tensor] | None = None
+
+    def forward(
+        self,
+        embedded_BTH: Tensor,
+        hidden_BTH: Tensor,
+        positions_BT: Tensor,
+        remember: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]],
+    ) -> tuple[Tensor, Tensor]:
+        """Residual with the shared expert added, and its normed input, both [B, T, H].
+
+        `remember(k_BTGD, v_BTGD)` stores this step's keys and values and returns what may be read: keys and values
+        [B, S, G, D] and a boolean mask [B, 1, T, S] or None. Serving passes the slot cache, training the unrolled
+        form of it, so that one forward serves both.
+        """
+        b, t, _ = embedded_BTH.shape
+        n, g, d = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
+        u_BTH = self.fc(torch.cat((embedded_BTH, hidden_BTH), dim=-1))
+        cos_BTD, sin_BTD = self._rotary(positions_BT, u_BTH.dtype)
+        q_BTND = rotate(self.q_proj(u_BTH).view(b, t, n, d), cos_BTD, sin_BTD)
+        k_BTGD = rotate(self.k_proj(u_BTH).view(b, t, g, d), cos_BTD, sin_BTD)
+        k_BSGD, v_BSGD, mask_B1TS = remember(k_BTGD, self.v_proj(u_BTH).view(b, t, g, d))
+        a_BTH = u_BTH + self.o_proj(attend(q_BTND, k_BSGD, v_BSGD, mask_B1TS))
+        n_BTH = functional.rms_norm(
+            a_BTH, a_BTH.shape[-1:], self.post_attention_layernorm, self.config.rms_eps
+        )
+        return a_BTH + self.shared_expert(n_BTH), n_BTH
+
+    def _rotary(self, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        # Kept outside the state dict: the tables follow from the config, and a trunk built on meta has none yet.
+        if self._tables is None or self._tables[0].device != positions_BT.device:
+            frequencies = plain_frequencies(self.config.head_dim, self.config.rope_theta).to(
+                positions_BT.device
+            )
+            self._tables = rotary_tables(frequencies, MAX_POSITIONS)
+        cos, sin = self._tables
+        return cos[positions_BT].to(dtype), sin[positions_BT].to(dtype)

@@ -1,0 +1,139 @@
+"""Opens a target: a Hugging Face checkpoint, a checkpoint with a LoRA merged into it, or a GGUF file."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from farm.config import Refused, TargetSpec
+from farm.data.chat import read_template
+from farm.target.forward import TargetForward
+
+WEIGHT_SUFFIXES = (".safetensors", ".gguf")
+DIGESTED_SUFFIXES = (*WEIGHT_SUFFIXES, ".json", ".jinja", ".model", ".txt")
+
+
+@dataclass(frozen=True)
+class LoadedTarget:
+    """A target ready to run, with what is needed to talk to it."""
+
+    name: str
+    forward: TargetForward
+    tokenizer: Any  # a transformers PreTrainedTokenizerBase
+    stop_ids: frozenset[int]
+    num_bytes: int  # of weights in memory
+    chat_template: str | None  # text of the manifest's template; None: the tokenizer's own
+    max_positions: int
+    config: Any  # the transformers config
+
+
+def load_target(spec: TargetSpec, *, dtype: str = "float32", device: str = "cpu") -> LoadedTarget:
+    """Loads weights and tokenizer; a LoRA is merged. Raises Refused, naming the reason, for this target alone."""
+    try:
+        model = load_model(spec, dtype).to(device)
+        tokenizer = load_tokenizer(spec.model)
+        forward = TargetForward(model)
+    except Refused:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise Refused(f"{spec.name}: {spec.model} cannot be loaded ({type(error).__name__}: {error})") from error
+    num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    return LoadedTarget(
+        name=spec.name,
+        forward=forward,
+        tokenizer=tokenizer,
+        stop_ids=stop_ids(model, tokenizer),
+        num_bytes=num_bytes,
+        chat_template=read_template(spec.chat_template),
+        max_positions=forward.max_positions,
+        config=model.config,
+    )
+
+
+def load_model(spec: TargetSpec, dtype: str = "float32") -> Any:
+    """The `transformers` causal LM of a spec: the reference implementation, LoRA merged, in eval mode."""
+    from transformers import AutoModelForCausalLM
+
+    path = Path(spec.model)
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": False}
+    if path.suffix == ".gguf":
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options)
+    else:
+        check_folder(spec.name, path)
+        model = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, revision=spec.revision or "main", **options)
+    if spec.lora is not None:
+        from peft import PeftModel
+
+        check_folder(spec.name, Path(spec.lora), "adapter_config.json")
+        model = PeftModel.from_pretrained(model, spec.lora).merge_and_unload()
+    return model.eval().requires_grad_(False)
+
+
+def load_tokenizer(model: str) -> Any:
+    from transformers import AutoTokenizer
+
+    path = Path(model)
+    if path.suffix == ".gguf":
+        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+
+
+def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """End tokens by generation config, model config and tokenizer together."""
+    found: set[int] = set()
+    generation = getattr(model, "generation_config", None)
+    for value in (getattr(generation, "eos_token_id", None), model.config.eos_token_id, tokenizer.eos_token_id):
+        if value is not None:
+            found.update([value] if isinstance(value, int) else value)
+    return frozenset(found)
+
+
+def check_folder(name: str, path: Path, config: str = "config.json") -> None:
+    """Raises Refused when a checkpoint's folder is not there or holds no config or weights."""
+    if not path.is_dir():
+        raise Refused(f"{name}: {path} is no folder; give a checkpoint's folder")
+    if not (path / config).is_file():
+        raise Refused(f"{name}: {path} has no {config}; give the folder that `save_pretrained` wrote")
+    if not any(path.glob("*.safetensors")):
+        raise Refused(f"{name}: {path} has no .safetensors weights; save the model as safetensors")
+
+
+def target_digest(spec: TargetSpec) -> str:
+    """sha256 over the files that make the target, its LoRA and its chat template; Refused if they are missing."""
+    digest = hashlib.sha256()
+    for source in (spec.model, spec.lora):
+        if source is None:
+            continue
+        path = Path(source)
+        files = [path] if path.is_file() else sorted(p for p in path.glob("*") if p.suffix in DIGESTED_SUFFIXES)
+        if not files:
+            raise Refused(f"{spec.name}: {path} does not exist or holds no checkpoint; correct the path")
+        for file in files:
+            stat = file.stat()
+            digest.update(f"{file.name} {_file_digest(str(file), stat.st_size, stat.st_mtime_ns)}\n".encode())
+    digest.update((read_template(spec.chat_template) or "").encode())
+    return digest.hexdigest()
+
+
+def check_family(base: LoadedTarget, target: LoadedTarget) -> None:
+    """A draft of the base can only serve a target with its sizes and its tokenizer. Raises Refused otherwise."""
+    for what, ours, theirs in (
+        ("hidden_size", base.forward.hidden_size, target.forward.hidden_size),
+        ("vocab_size", base.forward.vocab_size, target.forward.vocab_size),
+    ):
+        if ours != theirs:
+            raise Refused(f"{target.name}: {what} is {theirs}, the base's is {ours}; it is no fine-tune of this base")
+    if base.tokenizer.get_vocab() != target.tokenizer.get_vocab():
+        raise Refused(f"{target.name}: its tokenizer differs from the base's; a draft cannot be shared between them")
+
+
+@functools.lru_cache(maxsize=4096)
+def _file_digest(path: str, _size: int, _mtime_ns: int) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

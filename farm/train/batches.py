@@ -1,0 +1,66 @@
+# B rows, T draft positions, L tokens, H hidden
+"""Batches of samples: which rows a step sees follows from seed and step alone, whatever the number of workers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from farm.data.features import Sample
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded rows. Index t holds token x_{t+1} beside h_t; T = longest row's L - 1."""
+
+    next_tokens_BT: Tensor  # x_{t+1}, int64, 0 where padded
+    hidden_BTH: Tensor  # h_t
+    first_B: Tensor  # first index that is trained on: the last prompt token's
+    last_B: Tensor  # L - 3, the last index whose prediction has a true hidden state
+
+    def mask(self, step: int) -> Tensor:
+        """Indices [B, T] trained on at unrolled step `step`: h_{t+1+step} exists and the round begins in the answer."""
+        index_T = torch.arange(self.next_tokens_BT.shape[1], device=self.first_B.device)
+        return (index_T >= self.first_B[:, None]) & (index_T + step <= self.last_B[:, None])
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Batch:
+        move = (self.next_tokens_BT.to(device), self.hidden_BTH.to(device, dtype))
+        return Batch(*move, self.first_B.to(device), self.last_B.to(device))
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """One batch of samples, padded to the longest."""
+    length = max(len(sample.tokens_T) for sample in samples) - 1
+    hidden_size = samples[0].features_TH.shape[1]
+    tokens_BT = torch.zeros(len(samples), length, dtype=torch.int64)
+    hidden_BTH = torch.zeros(len(samples), length, hidden_size, dtype=samples[0].features_TH.dtype)
+    for row, sample in enumerate(samples):
+        tokens_BT[row, : len(sample.tokens_T) - 1] = sample.tokens_T[1:]
+        hidden_BTH[row, : len(sample.features_TH)] = sample.features_TH
+    first_B = torch.tensor([sample.num_prompt_tokens - 1 for sample in samples])
+    last_B = torch.tensor([len(sample.tokens_T) - 3 for sample in samples])
+    return Batch(tokens_BT, hidden_BTH, first_B, last_B)
+
+
+class Schedule:
+    """The rows of every step of a run: `epochs` shuffles of the samples cut into full batches of `batch_rows`.
+
+    The rows that a shuffle leaves over are dropped for that epoch, so that every rank has rows at every step.
+    """
+
+    def __init__(self, num_samples: int, batch_rows: int, epochs: int, seed: int) -> None:
+        self.batch_rows = min(batch_rows, num_samples)
+        self.steps_per_epoch = num_samples // self.batch_rows
+        self.num_steps = epochs * self.steps_per_epoch
+        self._num_samples, self._seed = num_samples, seed
+
+    def rows(self, step: int, rank: int = 0, world: int = 1) -> list[int]:
+        """Sample numbers of one rank at a step; together the ranks have the step's batch."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+        order = torch.randperm(self._num_samples, generator=generator).tolist()
+        batch = order[index * self.batch_rows : (index + 1) * self.batch_rows]
+        return list(batch[rank::world])

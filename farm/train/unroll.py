@@ -1,0 +1,54 @@
+# B rows, T draft positions, H hidden, G key/value heads, D head size, S = (s + 1) T keys read at step s
+"""A draft unrolled over its own predictions, in exactly the form that serving has (HASS 2408.15766; EAGLE-3 2503.01840).
+
+Tokens x_0 .. x_{L-1}, true hidden states h_0 .. h_{L-2}. Step s at index t continues a round that began at t:
+
+    input       e(x_{t+1+s}), and h_t at s = 0 or the step before's own prediction at t after that
+    position    t + s
+    attends     keys of step 0 at i <= t (made from true h), and its own steps 1..s at t: never keys of other indices
+                that were made from predictions, because a round overwrites those with true ones
+    predicts    h_{t+1+s}, whose head gives the distribution of x_{t+2+s}
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from farm.draft.model import Draft
+
+
+def unroll(draft: Draft, embedded_BTH: Tensor, hidden_BTH: Tensor, num_steps: int) -> list[Tensor]:
+    """Predicted hidden states of every step, `num_steps` tensors [B, T, H].
+
+    Args:
+        embedded_BTH: e(x_{t+1}) at index t; step s reads it shifted by s, zeros at the end.
+        hidden_BTH: h_t at index t.
+    """
+    num_rows, length, _ = embedded_BTH.shape
+    index_T = torch.arange(length, device=embedded_BTH.device)
+    causal_TT = index_T <= index_T[:, None]
+    own_TT = index_T == index_T[:, None]
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+
+    def remember(k_BTGD: Tensor, v_BTGD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        keys.append(k_BTGD)
+        values.append(v_BTGD)
+        mask_TS = torch.cat((causal_TT, *[own_TT] * (len(keys) - 1)), dim=1)
+        mask_B1TS = mask_TS.expand(num_rows, 1, length, mask_TS.shape[1])
+        return torch.cat(keys, dim=1), torch.cat(values, dim=1), mask_B1TS
+
+    predicted: list[Tensor] = []
+    for step in range(num_steps):
+        inputs_BTH = predicted[-1] if predicted else hidden_BTH
+        positions_BT = (index_T + step).expand(num_rows, length)
+        predicted.append(draft(shift(embedded_BTH, step), inputs_BTH, positions_BT, remember))
+    return predicted
+
+
+def shift(values_BTX: Tensor, steps: int) -> Tensor:
+    """values at index t + steps, zeros where there is none; [B, T, ...]."""
+    if steps == 0:
+        return values_BTX
+    return torch.cat((values_BTX[:, steps:], torch.zeros_like(values_BTX[:, :steps])), dim=1)
