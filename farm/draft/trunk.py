@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from farm.draft.config import DraftConfig
 from farm.draft.expert import Expert
