@@ -15,7 +15,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from farm.draft.config import DraftConfig
 from farm.draft.expert import Expert
@@ -63,9 +62,7 @@ class Trunk(nn.Module):
         k_BTGD = rotate(self.k_proj(u_BTH).view(b, t, g, d), cos_BTD, sin_BTD)
         k_BSGD, v_BSGD, mask_B1TS = remember(k_BTGD, self.v_proj(u_BTH).view(b, t, g, d))
         a_BTH = u_BTH + self.o_proj(attend(q_BTND, k_BSGD, v_BSGD, mask_B1TS))
-        n_BTH = functional.rms_norm(
-            a_BTH, a_BTH.shape[-1:], self.post_attention_layernorm, self.config.rms_eps
-        )
+        n_BTH = self.post_attention_layernorm(a_BTH)
         return a_BTH + self.shared_expert(n_BTH), n_BTH
 
     def _rotary(self, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,134 @@
+"""One target's row of the report: the base draft, the live draft and the adapted draft on the same held-out prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from farm.config import EvaluateSettings, TargetSpec
+from farm.data.chat import encode_chat
+from farm.data.prompts import Prompt
+from farm.decode.sampling import SamplingParams
+from farm.draft.checkpoint import (
+    EXPERT_FILE,
+    TRUNK_FILE,
+    build_trunk,
+    load_expert,
+    read_config,
+    read_tensors,
+    split_vocabulary,
+)
+from farm.draft.model import Draft
+from farm.draft.trunk import Trunk
+from farm.evaluate.bench import PromptIds, TauResult, measure_speed, measure_tau
+from farm.evaluate.gate import gain_interval, tau_of
+from farm.target.load import LoadedTarget, load_model, load_target
+
+
+@dataclass(frozen=True)
+class EvaluateTask:
+    """What to compare on which prompts; paths are local."""
+
+    target: TargetSpec
+    settings: EvaluateSettings
+    trunk_folder: str  # draft.json, trunk.safetensors, expert.safetensors (the base's)
+    adapted: str | None  # the adapted expert; None measures the base draft alone
+    live: str | None  # the live version's expert; None: the base draft is live
+    prompts: tuple[Prompt, ...]
+
+
+@dataclass(frozen=True)
+class OpenTrunk:
+    """A trunk's folder, opened once for every draft that is compared."""
+
+    trunk: Trunk
+    base_expert_path: Path
+    vocabulary: Tensor | None
+
+    @classmethod
+    def of(cls, folder: Path) -> OpenTrunk:
+        state, vocabulary = split_vocabulary(read_tensors(folder / TRUNK_FILE))
+        return cls(build_trunk(read_config(folder), state), folder / EXPERT_FILE, vocabulary)
+
+    def draft(self, expert: str | None) -> Draft:
+        """The draft with an expert's file, or with the base's."""
+        path = self.base_expert_path if expert is None else Path(expert)
+        return Draft(self.trunk, load_expert(self.trunk.config, path)).requires_grad_(False)
+
+
+def evaluate_target(task: EvaluateTask) -> dict[str, Any]:
+    """The measured fields of a report row (see records.TargetRow), lists over draft positions 1..k.
+
+    tau at the first of `settings.temperatures` decides and stands at the top; temperature 1 is reported beside it.
+    """
+    torch.set_num_threads(task.settings.threads or torch.get_num_threads())
+    target = load_target(task.target)
+    opened = OpenTrunk.of(Path(task.trunk_folder))
+    prompts = encode_prompts(target, task.prompts, task.settings)
+    row: dict[str, Any] = {"name": task.target.name, "kind": "full" if task.target.lora is None else "lora"}
+    drafts = {"base_draft": opened.draft(None)}
+    if task.adapted is not None:
+        drafts["adapted"] = opened.draft(task.adapted)
+    for temperature in task.settings.temperatures:
+        measured = {name: _tau(target, draft, prompts, task, temperature, opened) for name, draft in drafts.items()}
+        fields = _tau_fields(measured)
+        if temperature == task.settings.temperatures[0]:
+            row |= fields
+            if task.adapted is not None:
+                row |= _gain(target, opened, prompts, task, measured)
+        elif temperature == 1.0:
+            row["temperature_1"] = fields
+    row |= _speed_fields(target, drafts, prompts, task, opened)
+    return row
+
+
+def encode_prompts(target: LoadedTarget, prompts: Sequence[Prompt], settings: EvaluateSettings) -> list[PromptIds]:
+    """Token ids of the prompts that leave room for an answer."""
+    ids = [tuple(encode_chat(target.tokenizer, prompt.messages, target.chat_template)) for prompt in prompts]
+    return [one for one in ids if len(one) + settings.max_new_tokens <= target.max_positions]
+
+
+def _tau(
+    target: LoadedTarget, draft: Draft, prompts: Sequence[PromptIds], task: EvaluateTask, temperature: float, opened: OpenTrunk
+) -> TauResult:
+    params = SamplingParams(temperature, seed=task.settings.seed, max_new_tokens=task.settings.max_new_tokens)
+    return measure_tau(target, draft, prompts, params, k=task.settings.k, vocabulary=opened.vocabulary)
+
+
+def _tau_fields(measured: dict[str, TauResult]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, result in measured.items():
+        fields[f"tau_{name}"] = result.stats.tau
+        fields[f"survival_{name}"] = result.stats.survival
+        fields[f"alpha_{name}"] = result.stats.alpha
+    return fields
+
+
+def _gain(
+    target: LoadedTarget, opened: OpenTrunk, prompts: Sequence[PromptIds], task: EvaluateTask, measured: dict[str, TauResult]
+) -> dict[str, Any]:
+    """The adapted draft against the live one, which is the base draft until something was promoted."""
+    live = measured["base_draft"]
+    if task.live is not None:
+        live = _tau(target, opened.draft(task.live), prompts, task, task.settings.temperatures[0], opened)
+    interval = gain_interval(measured["adapted"].counts, live.counts, seed=task.settings.seed)
+    return {"gain_interval": interval, "tau_live": tau_of(live.counts)}
+
+
+def _speed_fields(
+    target: LoadedTarget, drafts: dict[str, Draft], prompts: Sequence[PromptIds], task: EvaluateTask, opened: OpenTrunk
+) -> dict[str, Any]:
+    settings = task.settings
+    speed = measure_speed(
+        target, load_model(task.target), drafts, prompts[: settings.speed_prompts],
+        k=settings.k, max_new_tokens=settings.max_new_tokens, rounds=settings.speed_rounds, vocabulary=opened.vocabulary,
+    )  # fmt: skip
+    fields: dict[str, Any] = {f"tokens_per_s_{arm}": value for arm, value in speed.tokens_per_s.items()}
+    if "adapted" in drafts:
+        fields |= {"speedup_adapted": speed.ratio("adapted"), "speedup_interval": speed.interval("adapted")}
+    return fields
