@@ -1,0 +1,77 @@
+"""Text out of token ids as they arrive: whole characters only, cut at the first stop string."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what decoders give for bytes that are no character (yet)
+MAX_HELD_TOKENS = 16  # a longer run of such bytes is taken for what it is
+
+
+class TextStream:
+    """Turns one answer's tokens into text, a token at a time, so that rounds of any size give the same text.
+
+    A window of the last tokens is decoded with and without the new ones: the difference is the new text,
+    right also where a decoder joins tokens (bytes of one character, a space before a word). Text that may be
+    the beginning of a stop string is held back until it is clear that it is not.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], stops: Iterable[str] = ()) -> None:
+        self._decode = decode
+        self._stops = tuple(stops)
+        self._tokens: list[int] = []
+        self._start = 0  # first token of the window
+        self._read = 0  # tokens before this one have given their text
+        self._held = ""  # text that may begin a stop string
+        self.stopped = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens taken so far, those of a stop string among them, none after it."""
+        return len(self._tokens)
+
+    def push(self, tokens: Iterable[int]) -> str:
+        """Take tokens and return the text that they make certain; nothing once `stopped`."""
+        text = ""
+        for token in tokens:
+            if self.stopped:
+                break
+            self._tokens.append(token)
+            text += self._until_stop(self._settled())
+        return text
+
+    def finish(self) -> str:
+        """The text that was held back; call once, after the last token."""
+        if self.stopped:
+            return ""
+        text = self._until_stop(self._fresh())
+        if not self.stopped:
+            text, self._held = text + self._held, ""
+        return text
+
+    def _fresh(self) -> str:
+        """Text of the tokens that were not read yet."""
+        before = self._decode(self._tokens[self._start : self._read])
+        return self._decode(self._tokens[self._start :])[len(before) :]
+
+    def _settled(self) -> str:
+        fresh = self._fresh()
+        waits = fresh.endswith(REPLACEMENT) and len(self._tokens) - self._read < MAX_HELD_TOKENS
+        if not fresh or waits:
+            return ""
+        self._start, self._read = self._read, len(self._tokens)
+        return fresh
+
+    def _until_stop(self, fresh: str) -> str:
+        text = self._held + fresh
+        found = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop` without being all of it."""
+    longest = min(len(text), len(stop) - 1)
+    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)

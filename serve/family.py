@@ -1,0 +1,117 @@
+"""What a store says is to be served: its targets, the trunk once, and each target's draft."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from farm.artifacts import Artifacts
+from farm.config import TargetSpec, UserError
+from farm.draft.checkpoint import (
+    CONFIG_FILE,
+    EXPERT_FILE,
+    TRUNK_FILE,
+    build_trunk,
+    load_expert,
+    read_config,
+    read_tensors,
+    split_vocabulary,
+)
+from farm.draft.expert import Expert
+from farm.draft.model import Draft
+from farm.draft.trunk import Trunk
+from farm.registry import Registry, Version
+from farm.store import open_store
+from farm.target.load import LoadedTarget, load_target
+
+Module = TypeVar("Module", Trunk, Expert)
+log = logging.getLogger("ray.serve")
+LOAD_ERRORS = (ValueError, KeyError, OSError, RuntimeError)  # with UserError and NotFound
+TRUNK_STAGE = "trunk"
+BASE_DRAFT, PLAIN = "base", "plain"
+
+
+@dataclass(frozen=True)
+class SharedTrunk:
+    key: str
+    trunk: Trunk
+    base_expert: Expert
+    vocabulary: Tensor | None  # draft vocabulary [C] int64
+
+
+@dataclass(frozen=True)
+class ServedDraft:
+    """What proposes for a target. `version`: the adapter's ("v3"), BASE_DRAFT, or PLAIN for none at all."""
+
+    version: str
+    draft: Draft | None
+
+
+class Family:
+    """The family of one store, on one device. Raises UserError when the store holds none."""
+
+    def __init__(self, store: str, dtype: str = "float32", device: str = "cpu") -> None:
+        opened = open_store(store)
+        self._registry, self._artifacts = Registry(opened), Artifacts(opened)
+        self._dtype, self._device = dtype, device
+        self._record = self._registry.family()
+        self.trunk = self._load_trunk()
+
+    def targets(self) -> Iterator[LoadedTarget]:
+        """Load the targets one by one; one that cannot be loaded is left out, with its reason in the log."""
+        for name, fields in sorted(self._record["targets"].items()):
+            try:
+                yield load_target(self._spec(name, fields), dtype=self._dtype, device=self._device)
+            except LOAD_ERRORS as error:
+                log.error("%s is not served: %s", name, error)
+
+    def live(self, target: str) -> Version | None:
+        """The adapter version that is to serve now; None: the base's draft."""
+        return self._registry.live(target)
+
+    def draft(self, target: LoadedTarget, live: Version | None) -> ServedDraft:
+        """The draft of a version, over the shared trunk. Raises UserError when it cannot be loaded."""
+        if self.trunk is None:
+            return ServedDraft(PLAIN, None)
+        config, forward = self.trunk.trunk.config, target.forward
+        if (config.hidden_size, config.vocab_size) != (forward.hidden_size, forward.vocab_size):
+            raise UserError(
+                f"{target.name}: hidden size {forward.hidden_size} and vocabulary {forward.vocab_size} "
+                f"do not fit the trunk's {config.hidden_size} and {config.vocab_size}"
+            )
+        if live is None:
+            return ServedDraft(BASE_DRAFT, Draft(self.trunk.trunk, self.trunk.base_expert))
+        key = live.card.get("trunk_key", self.trunk.key)
+        if key != self.trunk.key:
+            raise UserError(
+                f"{target.name}@{live.version} was adapted on trunk {key}, this store serves "
+                f"{self.trunk.key}; onboard the target again"
+            )
+        expert = load_expert(config, self._registry.path(live, EXPERT_FILE))
+        return ServedDraft(live.version, Draft(self.trunk.trunk, self._placed(expert)))
+
+    def _load_trunk(self) -> SharedTrunk | None:
+        try:
+            return self._read_trunk(str(self._record["trunk_key"]))
+        except LOAD_ERRORS as error:
+            log.error("every target is decoded plainly: the trunk cannot be loaded: %s", error)
+            return None
+
+    def _read_trunk(self, key: str) -> SharedTrunk:
+        artifact = self._artifacts.find(TRUNK_STAGE, key)
+        if artifact is None:
+            raise UserError(f"trunk {key} is not in this store; run `farm onboard` again")
+        config = read_config(self._artifacts.path(artifact, CONFIG_FILE).parent)
+        tensors = read_tensors(self._artifacts.path(artifact, TRUNK_FILE))
+        expert = load_expert(config, self._artifacts.path(artifact, EXPERT_FILE))
+        trunk, (_, vocabulary) = build_trunk(config, tensors), split_vocabulary(tensors)
+        return SharedTrunk(key, self._placed(trunk), self._placed(expert), vocabulary)
+
+    def _placed(self, module: Module) -> Module:
+        return module.to(device=self._device, dtype=getattr(torch, self._dtype)).requires_grad_(False).eval()
+
+    def _spec(self, name: str, fields: dict[str, str | None]) -> TargetSpec:
+        return TargetSpec(name=name, prompts="", **fields)

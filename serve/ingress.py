@@ -1,0 +1,169 @@
+"""The gateway: OpenAI's HTTP API in front of the engine host. It checks, forwards and formats."""
+
+import asyncio
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import StreamingResponse
+from openai import BaseModel
+from openai.types import Model
+from ray import serve
+from ray.exceptions import RayActorError, RayError
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
+
+from serve.answers import ChatStyle, Head, Style, TextStyle, body, events, whole
+from serve.records import Ask, Hosted, Item
+from serve.schemas import (
+    MAX_PROMPT_CHARS,
+    ChatRequest,
+    ErrorBody,
+    TextRequest,
+    mistake_in_body,
+    too_large,
+    unavailable,
+    unknown_model,
+)
+
+LIST_FRESH_S = 2.0  # how long the list of hosted targets is believed
+LIST_WAIT_S = 5.0
+RETRY_AFTER_S = 1
+STARTED = int(time.time())
+log = logging.getLogger("ray.serve")
+api = FastAPI(title="farm", docs_url=None, redoc_url=None)
+
+
+def refuse(error: ErrorBody) -> Response:
+    """The HTTP response for an error; with 429 and 503 the client learns when to return."""
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if error.status in (429, 503) else None
+    return Response(json.dumps(error.envelope()), error.status, headers, media_type="application/json")
+
+
+@api.exception_handler(RequestValidationError)
+async def _on_bad_body(_: Request, error: RequestValidationError) -> Response:
+    return refuse(mistake_in_body(list(error.errors())))
+
+
+@api.exception_handler(HTTPException)
+async def _on_bad_route(request: Request, error: HTTPException) -> Response:
+    kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    return refuse(ErrorBody(status=error.status_code, message=message, type=kind))
+
+
+@api.exception_handler(Exception)
+async def _on_bug(_: Request, error: Exception) -> Response:
+    log.error("the gateway failed", exc_info=error)
+    return refuse(ErrorBody(status=500, message="the gateway failed; its log says why", type="server_error"))
+
+
+# `serve.ingress` copies the app when it decorates: what its routes use must be defined above the class.
+def _card(hosted: Hosted) -> Model:
+    """OpenAI's model object; `version` is ours: the adapter that serves, "base" or "plain"."""
+    fields = {"id": hosted.target, "created": STARTED, "object": "model", "owned_by": "farm"}
+    return Model.construct(**fields, version=hosted.version)
+
+
+def _json(answer: BaseModel | dict[str, Any]) -> Response:
+    content = body(answer) if isinstance(answer, BaseModel) else json.dumps(answer).encode()
+    return Response(content, media_type="application/json")
+
+
+@serve.deployment(name="Gateway", health_check_period_s=5)
+@serve.ingress(api)
+class Gateway:
+    """Every answer is asked of the engine host; its first piece comes before the status of the response."""
+
+    def __init__(self, engines: DeploymentHandle) -> None:
+        self._engines = engines
+        self._listed: list[Hosted] = []
+        self._listed_at = -LIST_FRESH_S
+
+    @api.get("/v1/models")
+    async def models(self) -> Response:
+        cards = [_card(hosted) for hosted in await self._hosted()]
+        return _json({"object": "list", "data": [card.model_dump() for card in cards]})
+
+    @api.get("/v1/models/{name}")
+    async def model(self, name: str) -> Response:
+        cards = [_card(hosted) for hosted in await self._hosted() if hosted.target == name]
+        return _json(cards[0]) if cards else refuse(unknown_model(name))
+
+    @api.post("/v1/chat/completions")
+    async def chat(self, request: ChatRequest) -> Response:
+        messages = tuple(message.as_template_sees_it() for message in request.messages)
+        return await self._answer(request, messages, "chatcmpl", ChatStyle())
+
+    @api.post("/v1/completions")
+    async def text(self, request: TextRequest) -> Response:
+        return await self._answer(request, request.prompt, "cmpl", TextStyle())
+
+    @api.get("/healthz")
+    async def healthz(self) -> Response:
+        return _json({"status": "ok", "targets": len(await self._hosted())})
+
+    async def _answer(
+        self, request: ChatRequest | TextRequest, prompt: Any, prefix: str, style: Style
+    ) -> Response:
+        if request.num_chars > MAX_PROMPT_CHARS:
+            return refuse(too_large(request.num_chars))
+        ask = Ask(
+            id=f"{prefix}-{uuid.uuid4().hex}",
+            target=request.model,
+            prompt=prompt,
+            is_chat=isinstance(request, ChatRequest),
+            temperature=request.temperature,
+            top_p=request.top_p,
+            seed=request.seed,
+            max_new_tokens=request.max_new_tokens,
+            stop=request.stop,
+        )
+        items, head = self._items(ask), Head.of(ask.id, ask.target)
+        first = await anext(items)
+        if isinstance(first, ErrorBody):
+            return refuse(first)
+        if request.stream:
+            usage = request.stream_options.include_usage
+            stream = events(style, head, first, items, include_usage=usage)
+            return StreamingResponse(stream, media_type="text/event-stream")
+        async with aclosing(items):
+            complete = await whole(style, head, first, items)
+        return refuse(complete) if isinstance(complete, ErrorBody) else _json(complete)
+
+    async def _items(self, ask: Ask) -> AsyncIterator[Item]:
+        """The answer's pieces; whatever goes wrong between here and the engine is the last item."""
+        stream = self._engines.options(stream=True).generate.remote(ask)
+        try:
+            async for item in stream:
+                yield item
+        except BackPressureError:
+            yield ErrorBody(status=429, message="too many requests are waiting", type="rate_limit_error")
+        except (RayActorError, RayServeException) as error:
+            log.warning("%s: the replica was lost: %s", ask.id, error)
+            yield unavailable("the replica was lost; send the request again")
+        except RayError:
+            log.exception("%s failed", ask.id)
+            yield ErrorBody(status=500, message=f"{ask.id} failed in the server", type="server_error")
+        finally:
+            stream.cancel()  # frees the slot when the client has gone; nothing happens after the end
+
+    async def _hosted(self) -> list[Hosted]:
+        """The engines that take new requests; an older list when the replica is too busy to say."""
+        if time.monotonic() - self._listed_at >= LIST_FRESH_S:
+            try:
+                hosted = await asyncio.wait_for(self._engines.hosted.remote(), LIST_WAIT_S)
+            except (TimeoutError, RayError, RayServeException) as error:
+                if not self._listed:
+                    raise HTTPException(503, "no engine host answers") from error
+            else:
+                self._listed = [engine for engine in hosted if engine.is_current]
+                self._listed_at = time.monotonic()
+        return self._listed

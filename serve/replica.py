@@ -1,0 +1,193 @@
+"""The engine host: a replica that holds the trunk once and decodes for every target of the family."""
+
+import asyncio
+import logging
+import os
+import secrets
+from collections.abc import AsyncIterator, Mapping, Sequence
+from functools import partial
+
+from ray import serve
+
+from farm.config import ServeSettings, UserError
+from farm.data.chat import encode_chat
+from farm.decode.engine import Engine, Request
+from farm.decode.sampling import SamplingParams
+from farm.target.load import LoadedTarget
+from serve.detokenize import TextStream
+from serve.family import LOAD_ERRORS, PLAIN, Family, ServedDraft
+from serve.loop import EngineLoop, Lane, Progress
+from serve.records import Ask, Delta, Hosted, Item
+from serve.schemas import ErrorBody, context_exceeded, unavailable, unknown_model
+
+POLL_S = 2.0  # how often the live pointers are looked at
+log = logging.getLogger("ray.serve")
+
+
+@serve.deployment(name="EngineHost", health_check_period_s=5, graceful_shutdown_timeout_s=30)
+class EngineHost:
+    """Routes each request to its target's engine; engines step in one thread beside the event loop."""
+
+    def __init__(self, store: str, settings: ServeSettings, dtype: str, device: str) -> None:
+        self._settings = settings
+        self._family = Family(store, dtype, device)
+        self._engines = EngineLoop()
+        self._targets: dict[str, LoadedTarget] = {}
+        self._seen: dict[str, str | None] = {}  # live version last acted upon, loaded or not
+        for target in self._family.targets():
+            self._targets[target.name] = target
+            self._host_first(target)
+        if not self._targets:
+            raise UserError(f"{store}: none of its targets can be loaded; the log has each one's reason")
+        self._engines.start()
+        self._watcher = asyncio.get_running_loop().create_task(self._watch())
+
+    async def generate(self, ask: Ask) -> AsyncIterator[Item]:
+        """The pieces of the answer as they come, or one ErrorBody; leaving early frees the slot."""
+        target = self._targets.get(ask.target)
+        if target is None:
+            yield unknown_model(ask.target)
+            return
+        try:
+            request = await asyncio.to_thread(self._request, target, ask)
+        except UserError as error:
+            yield ErrorBody(status=400, message=str(error), param="messages" if ask.is_chat else "prompt")
+            return
+        room = self._max_length(target) - len(request.prompt_ids)
+        if room < 1:
+            yield context_exceeded(len(request.prompt_ids), self._max_length(target))
+            return
+        mailbox: asyncio.Queue[Progress] = asyncio.Queue()
+        deliver = partial(asyncio.get_running_loop().call_soon_threadsafe, mailbox.put_nowait)
+        self._engines.submit(ask.target, request, deliver)
+        try:
+            text = TextStream(partial(_decode, target), ask.stop)
+            async for item in answer(mailbox, text, len(request.prompt_ids)):
+                yield item
+        finally:
+            self._engines.cancel(request.id)
+
+    async def hosted(self) -> list[Hosted]:
+        """Every engine of this replica, seen between two steps."""
+        return await asyncio.wrap_future(self._engines.inspect(_describe))
+
+    async def check_health(self) -> None:
+        if not self._engines.is_alive:
+            raise RuntimeError(f"the engine thread ended: {self._engines.failure}")
+
+    def __del__(self) -> None:
+        if hasattr(self, "_engines"):
+            self._engines.stop()
+
+    def _max_length(self, target: LoadedTarget) -> int:
+        return min(self._settings.max_length, target.max_positions)
+
+    def _request(self, target: LoadedTarget, ask: Ask) -> Request:
+        if ask.is_chat:
+            ids = encode_chat(target.tokenizer, ask.prompt, target.chat_template)
+        elif isinstance(ask.prompt, str):
+            ids = target.tokenizer(ask.prompt)["input_ids"]
+        else:
+            ids = ask.prompt
+            if any(not 0 <= token < target.forward.vocab_size for token in ids):
+                raise UserError(f"prompt: token ids must be from 0 to {target.forward.vocab_size - 1}")
+        params = SamplingParams(
+            temperature=ask.temperature,
+            top_p=ask.top_p,
+            seed=secrets.randbits(63) if ask.seed is None else ask.seed,
+            max_new_tokens=ask.max_new_tokens or self._settings.max_length,
+        )
+        return Request(ask.id, tuple(ids), params)
+
+    def _host_first(self, target: LoadedTarget) -> None:
+        """Serve the target with its live adapter, or plainly if that cannot be loaded."""
+        self._seen[target.name] = None
+        try:
+            live = self._family.live(target.name)
+            self._seen[target.name] = live.version if live else None
+            draft = self._family.draft(target, live)
+        except LOAD_ERRORS as error:
+            log.error("%s is decoded plainly: %s", target.name, error)
+            draft = ServedDraft(PLAIN, None)
+        self._host(target, draft)
+
+    def _host(self, target: LoadedTarget, draft: ServedDraft) -> None:
+        trunk = self._family.trunk
+        engine = Engine(
+            target.forward,
+            target.stop_ids,
+            draft.draft,
+            num_slots=self._settings.num_slots,
+            max_length=self._max_length(target),
+            k=self._settings.k,
+            vocabulary=trunk.vocabulary if trunk and draft.draft else None,
+        )
+        self._engines.host(target.name, draft.version, engine)
+        log.info("%s@%s takes the requests from now on", target.name, draft.version)
+
+    async def _watch(self) -> None:
+        """Follow the live pointers. What goes wrong with one target is logged and leaves it as it is."""
+        while True:
+            await asyncio.sleep(POLL_S)
+            for target in self._targets.values():
+                try:
+                    await asyncio.to_thread(self._follow, target)
+                except LOAD_ERRORS as error:
+                    log.warning("%s: its live version cannot be read: %s", target.name, error)
+
+    def _follow(self, target: LoadedTarget) -> None:
+        live = self._family.live(target.name)
+        version = live.version if live else None
+        if version == self._seen[target.name]:
+            return
+        try:
+            self._host(target, self._family.draft(target, live))
+        except UserError as error:  # a version never changes: trying it again would not help
+            log.error("%s keeps its draft: %s", target.name, error)
+        self._seen[target.name] = version
+
+
+async def answer(
+    mailbox: "asyncio.Queue[Progress]", text: TextStream, num_prompt_tokens: int
+) -> AsyncIterator[Item]:
+    """A request's progress as text; what came while the last piece was sent goes into one piece."""
+    piece = ""
+    while True:
+        progress = await mailbox.get()
+        if progress.refused is not None:
+            yield ErrorBody(status=400, message=progress.refused)
+            return
+        if progress.failed is not None:
+            yield unavailable("the engine stopped; send the request again")
+            return
+        piece += text.push(progress.tokens)
+        if progress.finish_reason is not None:
+            piece += text.finish()
+        reason = "stop" if text.stopped else progress.finish_reason
+        if reason is not None or (piece and mailbox.empty()):
+            yield Delta(piece, reason, num_prompt_tokens, text.num_tokens, progress.version)
+            piece = ""
+        if reason is not None:
+            return
+
+
+def _decode(target: LoadedTarget, tokens: Sequence[int]) -> str:
+    text = target.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text
+
+
+def _describe(lanes: list[Lane], current: Mapping[str, Lane]) -> list[Hosted]:
+    return [
+        Hosted(
+            target=lane.target,
+            version=lane.version,
+            is_current=current[lane.target] is lane,
+            num_open=len(lane.sinks),
+            num_live=lane.engine.num_live,
+            rounds=lane.engine.stats.rounds,
+            emitted=lane.engine.stats.emitted,
+            pid=os.getpid(),
+        )
+        for lane in lanes
+    ]

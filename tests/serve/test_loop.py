@@ -1,0 +1,96 @@
+"""The engine thread: targets advance together, versions change under load, nobody waits for ever."""
+
+import queue
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from farm.decode.engine import Engine, Request
+from farm.decode.sampling import SamplingParams
+from farm.target.forward import TargetForward
+from serve.loop import EngineLoop, Progress
+from tests.serve.family import tiny_model, tiny_tokenizer
+
+
+class Mailbox(queue.Queue[Progress]):
+    def rest(self) -> list[Progress]:
+        """Everything up to the last progress of the request."""
+        found = [self.get(timeout=10)]
+        while not (found[-1].finish_reason or found[-1].refused or found[-1].failed):
+            found.append(self.get(timeout=10))
+        return found
+
+
+def engine(seed: int = 0) -> Engine:
+    forward = TargetForward(tiny_model(tiny_tokenizer(), seed).eval())
+    return Engine(forward, frozenset(), None, num_slots=2, max_length=128, k=0)
+
+
+def ask(name: str, tokens: int = 20) -> Request:
+    return Request(name, (10, 20, 30), SamplingParams(max_new_tokens=tokens))
+
+
+@pytest.fixture
+def loop() -> Iterator[EngineLoop]:
+    loop = EngineLoop()
+    loop.host("a", "v1", engine(0))
+    loop.host("b", "base", engine(1))
+    loop.start()
+    yield loop
+    loop.stop(wait_s=10)
+    assert not loop.is_alive
+
+
+def test_requests_of_two_targets_get_what_their_own_engine_gives(loop):
+    boxes = {name: Mailbox() for name in "ab"}
+    for name, box in boxes.items():
+        loop.submit(name, ask(name), box.put)
+    for seed, (name, box) in enumerate(boxes.items()):
+        (expected,) = engine(seed).run([ask(name)])
+        assert tuple(token for progress in box.rest() for token in progress.tokens) == expected.tokens
+
+
+def test_a_request_keeps_the_version_it_was_given_to_and_the_old_engine_goes(loop):
+    old, new = Mailbox(), Mailbox()
+    loop.submit("a", ask("old", 100), old.put)
+    assert old.get(timeout=10).version == "v1"
+    loop.host("a", "v2", engine(2))
+    loop.submit("a", ask("new"), new.put)
+    assert {progress.version for progress in new.rest()} == {"v2"}
+    assert {progress.version for progress in old.rest()} == {"v1"}
+    versions = loop.inspect(lambda lanes, current: sorted(lane.version for lane in lanes))
+    assert versions.result(timeout=10) == ["base", "v2"]
+
+
+def test_a_cancelled_request_gives_its_slot_to_one_that_waits(loop):
+    boxes = [Mailbox() for _ in range(3)]
+    for number, box in enumerate(boxes):
+        loop.submit("a", ask(str(number), 120), box.put)
+    loop.cancel("0")
+    assert boxes[2].rest()[-1].finish_reason == "length"
+    left = loop.inspect(lambda lanes, current: sum(len(lane.sinks) for lane in lanes if lane.target == "a"))
+    assert left.result(timeout=10) <= 1
+
+
+def test_a_request_that_the_engine_refuses_is_told_and_stops_no_other(loop):
+    refused, fine = Mailbox(), Mailbox()
+    loop.submit("a", Request("long", tuple(range(200)), SamplingParams()), refused.put)
+    loop.submit("a", ask("fine"), fine.put)
+    assert "leave no room" in (refused.rest()[-1].refused or "")
+    assert fine.rest()[-1].finish_reason == "length"
+
+
+def test_a_broken_engine_tells_its_own_requests_and_later_ones():
+    broken = engine()
+    broken.target.head_weight = torch.zeros(3, 5)  # any forward raises from now on
+    loop = EngineLoop()
+    loop.host("a", "v1", broken)
+    loop.start()
+    first, later = Mailbox(), Mailbox()
+    loop.submit("a", ask("first"), first.put)
+    assert first.rest()[-1].failed
+    loop.stop(wait_s=10)
+    assert not loop.is_alive
+    loop.submit("a", ask("later"), later.put)
+    assert later.rest()[-1].failed

@@ -1,0 +1,84 @@
+"""A request means what OpenAI says it means, or it is refused by the name of the field."""
+
+import pytest
+from pydantic import ValidationError
+
+from serve.schemas import ChatRequest, TextRequest, mistake_in_body
+
+HELLO = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
+
+
+def refusal(fields):
+    with pytest.raises(ValidationError) as caught:
+        ChatRequest.model_validate({**HELLO, **fields})
+    return mistake_in_body(caught.value.errors())
+
+
+@pytest.mark.parametrize(
+    "field",
+    [{"n": 2}, {"tools": [{"type": "function"}]}, {"logprobs": True}, {"logit_bias": {"1": 5}}, {"top_k": 3}],
+)
+def test_a_field_that_would_change_the_answer_is_refused_by_name(field):
+    error = refusal(field)
+    assert (error.status, error.param, error.code) == (400, next(iter(field)), "unsupported_parameter")
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"n": 1},
+        {"presence_penalty": 0.0},
+        {"logprobs": False},
+        {"tools": None},
+        {"response_format": {"type": "text"}},
+    ],
+)
+def test_a_value_that_asks_for_nothing_is_accepted(field):
+    assert ChatRequest.model_validate({**HELLO, **field}) == ChatRequest.model_validate(HELLO)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"temperature": -1},
+        {"top_p": 0},
+        {"max_tokens": 0},
+        {"stop": ""},
+        {"stop": list("abcde")},
+        {"seed": 2**63},
+    ],
+)
+def test_a_value_out_of_range_names_its_field(field):
+    assert (refusal(field).param or "").startswith(next(iter(field)))
+
+
+def test_defaults_are_those_of_openai():
+    request = ChatRequest.model_validate(HELLO)
+    assert (request.temperature, request.top_p, request.seed, request.max_new_tokens) == (
+        1.0,
+        1.0,
+        None,
+        None,
+    )
+    assert TextRequest(model="m", prompt="x").max_new_tokens == 16
+
+
+def test_the_newer_name_of_the_token_limit_wins():
+    both = ChatRequest.model_validate({**HELLO, "max_tokens": 5, "max_completion_tokens": 7})
+    assert both.max_new_tokens == 7
+
+
+def test_text_parts_are_joined_and_other_parts_refused():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    request = ChatRequest.model_validate(
+        {"model": "m", "messages": [{"role": "developer", "content": parts}]}
+    )
+    assert request.messages[0].as_template_sees_it() == {"role": "system", "content": "ab"}
+    image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
+    assert refusal({"messages": image}).param == "messages.0.content"
+
+
+def test_an_answer_of_ours_can_be_sent_back_as_the_client_library_dumps_it():
+    said = {"role": "assistant", "content": "hi", "refusal": None, "audio": None, "tool_calls": None}
+    request = ChatRequest.model_validate({"model": "m", "messages": [*HELLO["messages"], said]})
+    assert request.messages[1].content == "hi"

@@ -1,0 +1,280 @@
+"""The served family as clients see it: the real Serve application, the real `openai` client, loopback."""
+
+import asyncio
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from farm.config import TargetSpec, UserError
+from farm.data.chat import encode_chat
+from farm.decode.engine import Engine, Request
+from farm.decode.sampling import SamplingParams
+from farm.target.load import load_target
+from tests.serve.family import build_family, publish, tiny_expert
+
+pytestmark = pytest.mark.ray
+
+HOSTED = ("adapted", "bare", "misfit", "moving")
+MAX_LENGTH = 4000  # so long that an answer which nobody stops would be seen
+HELLO = [{"role": "user", "content": "the quick brown fox"}]
+
+
+@dataclass(frozen=True)
+class Served:
+    root: Path
+    store: str
+    url: str
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    def greedy(self, target: str, max_tokens: int = 24, **fields) -> openai.types.chat.ChatCompletion:
+        return self.client.chat.completions.create(
+            model=target, messages=HELLO, temperature=0, max_tokens=max_tokens, **fields
+        )
+
+
+@pytest.fixture(scope="module")
+def served(ray_cluster, tmp_path_factory) -> Iterator[Served]:
+    from ray import serve
+
+    from serve.app import BuildArgs, build
+
+    root = tmp_path_factory.mktemp("family")
+    store = build_family(root, (*HOSTED, "broken"))
+    publish(store, "adapted", tiny_expert(1))
+    publish(store, "misfit", b"no safetensors")
+    (root / "broken" / "model.safetensors").write_bytes(b"no weights")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    args = BuildArgs(
+        store=store,
+        port=port,
+        num_slots=2,
+        max_length=MAX_LENGTH,
+        k=3,
+        max_ongoing_requests=4,
+        max_queued_requests=2,
+    )
+    serve.run(build(args), name="farm", route_prefix="/")
+    yield Served(root, store, f"http://127.0.0.1:{port}")
+    serve.shutdown()
+
+
+def hosted(target: str) -> list:
+    from ray import serve
+
+    engines = serve.get_deployment_handle("EngineHost", "farm").hosted.remote().result(timeout_s=10)
+    return [engine for engine in engines if engine.target == target]
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> float:
+    """Seconds until it was so."""
+    start = time.monotonic()
+    while not condition():
+        assert time.monotonic() - start < seconds, "did not happen in time"
+        time.sleep(0.05)
+    return time.monotonic() - start
+
+
+def test_the_list_of_models_names_each_target_with_what_drafts_for_it(served):
+    versions = {model.id: model.version for model in served.client.models.list()}
+    assert versions == {"adapted": "v1", "bare": "base", "misfit": "plain", "moving": "base"}
+    assert served.client.models.retrieve("bare").id == "bare"
+    assert httpx.get(f"{served.url}/healthz").json() == {"status": "ok", "targets": 4}
+
+
+@pytest.mark.parametrize("target", ["adapted", "bare", "misfit"])
+def test_a_greedy_chat_is_what_the_target_decodes_without_any_draft(served, target):
+    loaded = load_target(TargetSpec(name=target, model=str(served.root / target), prompts=""))
+    ids = tuple(encode_chat(loaded.tokenizer, HELLO, loaded.chat_template))
+    engine = Engine(loaded.forward, loaded.stop_ids, None, num_slots=1, max_length=MAX_LENGTH, k=0)
+    (expected,) = engine.run([Request("direct", ids, SamplingParams(max_new_tokens=24))])
+    answer = served.greedy(target)
+    assert answer.choices[0].message.content == loaded.tokenizer.decode(
+        expected.tokens, skip_special_tokens=True
+    )
+    assert answer.choices[0].finish_reason == expected.finish_reason
+    assert answer.usage.prompt_tokens == len(ids)
+    assert answer.usage.completion_tokens == len(expected.tokens) - (expected.finish_reason == "stop")
+
+
+def test_targets_answer_for_themselves(served):
+    answers = {served.greedy(target).choices[0].message.content for target in HOSTED}
+    assert len(answers) == len(HOSTED)
+
+
+def test_streamed_pieces_add_up_to_the_whole_answer(served):
+    whole = served.greedy("adapted")
+    chunks = list(served.greedy("adapted", stream=True))
+    assert (
+        "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.choices[0].message.content
+    )
+    assert len(chunks) > 1
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [chunk.choices[0].finish_reason for chunk in chunks][-1] == whole.choices[0].finish_reason
+    assert {chunk.system_fingerprint for chunk in chunks} == {whole.system_fingerprint} == {"adapted@v1"}
+    assert all(chunk.usage is None for chunk in chunks)
+
+
+def test_usage_comes_last_in_a_stream_that_asked_for_it(served):
+    *chunks, last = served.greedy("bare", stream=True, stream_options={"include_usage": True})
+    assert last.choices == []
+    assert last.usage == served.greedy("bare").usage
+    assert all(chunk.usage is None for chunk in chunks)
+
+
+def test_async_clients_of_all_targets_at_once_get_their_own_answers(served):
+    async def stream(client: openai.AsyncOpenAI, target: str) -> str:
+        chunks = await client.chat.completions.create(
+            model=target, messages=HELLO, temperature=0, max_tokens=24, stream=True
+        )
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in chunks])
+
+    async def all_streams() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+            return await asyncio.gather(*(stream(client, target) for target in HOSTED))
+
+    assert asyncio.run(all_streams()) == [served.greedy(name).choices[0].message.content for name in HOSTED]
+
+
+def test_a_seed_repeats_a_sampled_answer_and_no_seed_does_not(served):
+    def sampled(seed: int | None) -> str:
+        answer = served.client.chat.completions.create(
+            model="adapted", messages=HELLO, seed=seed, max_tokens=24, top_p=0.95
+        )
+        return answer.choices[0].message.content
+
+    assert sampled(5) == sampled(5)
+    assert len({sampled(None) for _ in range(3)}) > 1
+
+
+def test_an_answer_is_cut_before_a_stop_string(served):
+    whole = served.greedy("bare").choices[0].message.content
+    stop = whole[7:10]
+    cut = served.greedy("bare", stop=[stop])
+    streamed = served.greedy("bare", stop=[stop], stream=True)
+    expected = whole[: whole.index(stop)]
+    assert cut.choices[0].message.content == expected
+    assert cut.choices[0].finish_reason == "stop"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == expected
+    assert cut.usage.completion_tokens < 24
+
+
+def test_text_completions_take_text_or_token_ids(served):
+    def complete(prompt: str | list[int], **fields):
+        return served.client.completions.create(
+            model="adapted", prompt=prompt, temperature=0, max_tokens=12, **fields
+        )
+
+    loaded = load_target(TargetSpec(name="adapted", model=str(served.root / "adapted"), prompts=""))
+    text = complete("un été").choices[0].text
+    assert complete(loaded.tokenizer("un été")["input_ids"]).choices[0].text == text
+    assert "".join(chunk.choices[0].text for chunk in complete("un été", stream=True)) == text
+    with pytest.raises(openai.BadRequestError, match="token ids must be"):
+        complete([10**6])
+
+
+def test_an_unknown_model_is_a_404_with_openais_envelope(served):
+    for name in ("nobody", "broken"):
+        with pytest.raises(openai.NotFoundError) as caught:
+            served.greedy(name)
+        assert caught.value.body["code"] == "model_not_found"
+        assert name in caught.value.body["message"]
+
+
+def test_an_unsupported_field_is_a_400_that_names_it(served):
+    with pytest.raises(openai.BadRequestError) as caught:
+        served.greedy("bare", n=2)
+    assert (caught.value.body["param"], caught.value.body["code"]) == ("n", "unsupported_parameter")
+
+
+def test_a_prompt_without_room_for_an_answer_is_a_400_also_for_a_stream(served):
+    long = [{"role": "user", "content": "fox " * MAX_LENGTH}]
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError) as caught:
+            served.client.chat.completions.create(model="bare", messages=long, stream=stream)
+        assert caught.value.body["code"] == "context_length_exceeded"
+    with pytest.raises(openai.APIStatusError) as caught:
+        served.client.completions.create(model="bare", prompt="x" * (2**20 + 1))
+    assert caught.value.status_code == 413
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status"),
+    [
+        ("POST", "/v1/chat/completions", b"{broken", 400),
+        ("POST", "/v1/chat/completions", b'"text"', 400),
+        ("POST", "/v1/chat/completions", b'{"model": "bare", "messages": []}', 400),
+        ("POST", "/v1/completions", b'{"model": "bare", "prompt": ""}', 400),
+        ("GET", "/v1/models/nobody", b"", 404),
+        ("GET", "/v1/nothing", b"", 404),
+        ("GET", "/v1/chat/completions", b"", 405),
+    ],
+)
+def test_every_mistake_has_the_envelope(served, method, path, body, status):
+    response = httpx.request(
+        method, served.url + path, content=body, headers={"Content-Type": "application/json"}
+    )
+    assert response.status_code == status
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_a_client_that_leaves_frees_its_slot(served):
+    stream = served.greedy("bare", max_tokens=MAX_LENGTH, stream=True)
+    next(iter(stream))
+    assert hosted("bare")[0].num_live == 1
+    stream.close()
+    wait_until(lambda: hosted("bare")[0].num_open == hosted("bare")[0].num_live == 0, seconds=5)
+    fields = {"model": "bare", "messages": HELLO, "temperature": 0}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{served.url}/v1/chat/completions", json=fields, timeout=0.5)
+    wait_until(lambda: hosted("bare")[0].num_open == hosted("bare")[0].num_live == 0, seconds=5)
+
+
+def test_a_moved_live_pointer_is_followed_without_a_restart_and_a_bad_one_is_not(served):
+    before = hosted("moving")[0].pid
+    answer = served.greedy("moving")
+    assert answer.system_fingerprint == "moving@base"
+    assert publish(served.store, "moving", tiny_expert(2)) == "v1"
+    wait_until(lambda: served.greedy("moving", 1).system_fingerprint == "moving@v1", seconds=10)
+    assert served.greedy("moving").choices[0].message.content == answer.choices[0].message.content
+    wait_until(lambda: [engine.version for engine in hosted("moving")] == ["v1"], seconds=5)
+    assert hosted("moving")[0].pid == before
+    publish(served.store, "moving", b"no safetensors")
+    publish(served.store, "bare", tiny_expert(3))
+    wait_until(lambda: served.greedy("bare", 1).system_fingerprint == "bare@v1", seconds=10)
+    assert served.greedy("moving", 1).system_fingerprint == "moving@v1"
+
+
+def test_more_requests_than_the_queue_takes_are_told_when_to_come_back(served):
+    async def burst() -> list[httpx.Response]:
+        fields = {"model": "adapted", "messages": HELLO, "temperature": 0, "max_tokens": 300}
+        async with httpx.AsyncClient(timeout=60) as client:
+            asked = (client.post(f"{served.url}/v1/chat/completions", json=fields) for _ in range(16))
+            return await asyncio.gather(*asked)
+
+    responses = asyncio.run(burst())
+    turned_away = [response for response in responses if response.status_code == 429]
+    assert turned_away
+    assert all(int(response.headers["Retry-After"]) >= 1 for response in turned_away)
+    assert {response.json()["error"]["type"] for response in turned_away} == {"rate_limit_error"}
+    answers = {
+        response.json()["choices"][0]["message"]["content"] for response in responses if response.is_success
+    }
+    assert len(answers) == 1
+
+
+def test_a_store_without_a_family_is_refused_before_anything_starts(tmp_path):
+    from serve.app import BuildArgs, build
+
+    with pytest.raises(UserError, match="farm onboard"):
+        build(BuildArgs(store=str(tmp_path)))
