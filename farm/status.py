@@ -150,9 +150,9 @@ def latest_run(store: ObjectStore) -> str | None:
 def status_table(
     statuses: Iterable[TargetStatus], live: Mapping[str, str] | None = None, now: float | None = None
 ) -> Table:
-    """The records as a rich table. `live`: the live version by target, from the registry, when it is at hand.
+    """The records as a rich table.
 
-    Names and errors are plain text: console markup in them has no effect. Of an error the last line is shown.
+    `live`: the live version by target, from the registry; without it, only what the run promoted is shown. Names and errors are plain text: console markup in them has no effect. Of an error the last line is shown.
     """
     table = Table()
     table.add_column("target", overflow="fold")
@@ -164,7 +164,9 @@ def status_table(
     for record in statuses:
         end = None if record.finished else now
         seconds = record.stage_seconds(end)
-        version = (live or {}).get(record.target) or record.version
+        version = record.version if record.decision == "promoted" else None
+        if live is not None:
+            version = live.get(record.target)
         last_line = (record.error or "").strip().rpartition("\n")[2]
         table.add_row(
             Text(record.target),
@@ -181,7 +183,7 @@ def status_table(
 def watch(
     store: ObjectStore,
     run_id: str,
-    live: Callable[[], Mapping[str, str]] = dict,
+    live: Callable[[], Mapping[str, str]] | None = None,
     *,
     console: Console | None = None,
     interval_s: float = 2.0,
@@ -190,7 +192,7 @@ def watch(
     with Live(console=console, auto_refresh=False) as screen:
         while True:
             statuses = read_status(store, run_id)
-            screen.update(status_table(statuses, live(), time.time()), refresh=True)
+            screen.update(status_table(statuses, live() if live else None, time.time()), refresh=True)
             if all(record.finished for record in statuses):
                 return
             time.sleep(interval_s)

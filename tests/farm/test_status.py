@@ -114,11 +114,18 @@ def test_a_name_with_a_slash_or_dots_never_leaves_the_folder(store: ObjectStore)
     assert store.list("") == []
 
 
-def test_the_live_version_of_the_registry_is_shown_before_the_run_published(store: ObjectStore) -> None:
+def test_the_live_version_is_the_registrys_and_a_kept_version_is_never_shown_as_live(
+    store: ObjectStore,
+) -> None:
     board = StatusBoard(store, "run")
     board.open(["math"])
     assert "v7" in shown(read_status(store, "run"), live={"math": "v7"})
-    assert "waiting" in shown(read_status(store, "run"))
+    board.update("math", decision="kept", version="v8")
+    assert "v8" not in shown(read_status(store, "run"))
+    assert "v8" not in shown(read_status(store, "run"), live={"math": "v7"})
+    board.open(["math"])
+    board.update("math", decision="promoted", version="v9")
+    assert "v9" in shown(read_status(store, "run"))
 
 
 def test_watching_ends_when_every_target_has_its_decision(store: ObjectStore) -> None:
