@@ -152,7 +152,8 @@ def status_table(
 ) -> Table:
     """The records as a rich table.
 
-    `live`: the live version by target, from the registry; without it, only what the run promoted is shown. Names and errors are plain text: console markup in them has no effect. Of an error the last line is shown.
+    `live`: the live version by target, from the registry; without it, what the run promoted is shown.
+    Names and errors are plain text: console markup in them has no effect. Of an error the last line is shown.
     """
     table = Table()
     table.add_column("target", overflow="fold")

@@ -1,0 +1,127 @@
+"""What the documentation names exists: files, functions, manifest fields, commands."""
+
+import importlib
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from farm.config import Manifest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = ("farm", "jobs", "serve", "tests", "docs")
+NAMED = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def code_spans(page: Path) -> Iterator[str]:
+    """Inline code and the lines of code blocks."""
+    text = page.read_text(encoding="utf-8")
+    blocks = re.findall(r"^```[a-z]*\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    for block in blocks:
+        yield from block.splitlines()
+    yield from re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+
+
+def resolve(name: str) -> Any:
+    """The module or object behind a dotted name; raises if there is none."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:length]))
+        except ModuleNotFoundError as error:
+            if error.name is None or not name.startswith(error.name):
+                raise
+            continue
+        for attribute in parts[length:]:
+            found = getattr(found, attribute)
+        return found
+    raise ModuleNotFoundError(name)
+
+
+@NAMED
+def test_every_link_leads_to_a_file(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
+    local = [link for link in links if "://" not in link]
+    assert [link for link in local if not (page.parent / link).exists()] == []
+
+
+@NAMED
+def test_every_path_in_code_exists(page: Path) -> None:
+    pattern = rf"(?<![\w./<-])(?:{'|'.join(FOLDERS)})/[\w./-]*\w(?:\.\w+)?"
+    paths = {path for span in code_spans(page) for path in re.findall(pattern, span)}
+    assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
+
+
+@NAMED
+def test_every_dotted_name_exists(page: Path) -> None:
+    pattern = r"(?<![\w./@-])(?:farm|jobs)\.[a-z]\w*(?:\.[A-Za-z_]\w*)*(?![\w/])|serve\.app:build"
+    names = {name for span in code_spans(page) for name in re.findall(pattern, span)}
+    for name in sorted(names):
+        resolve(name.replace(":", "."))
+
+
+@NAMED
+def test_every_manifest_field_exists(page: Path) -> None:
+    sections = "|".join(name for name, field in Manifest.model_fields.items() if is_section(field.annotation))
+    pattern = rf"(?<![\w./])(?:{sections})(?:\.[a-z_]+)+(?![\w(:./])"
+    names = {name for span in code_spans(page) for name in re.findall(pattern, span)}
+    for name in sorted(names):
+        is_file = name.endswith(".py") or (ROOT / f"{name.replace('.', '/')}.py").exists()
+        if is_file:
+            continue
+        section: Any = Manifest
+        for part in name.split("."):
+            assert part in section.model_fields, f"{page.name}: {name}"
+            section = section.model_fields[part].annotation
+
+
+def is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def test_the_manifest_of_the_quickstart_is_valid() -> None:
+    (source,) = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    Manifest.model_validate(yaml.safe_load(source))
+
+
+@NAMED
+def test_every_command_of_the_command_line_exists(page: Path) -> None:
+    from typer.main import get_command
+
+    from farm.cli import app
+
+    group: Any = get_command(app)
+    for span in code_spans(page):
+        for words in re.findall(r"(?:^|(?<=[\s/]))farm ((?:[a-z][a-z-]*\s?)+)", span):
+            first, *rest = words.split()
+            assert first in group.commands, f"{page.name}: farm {words}"
+            nested = getattr(group.commands[first], "commands", None)
+            if nested is not None and rest:
+                assert rest[0] in nested, f"{page.name}: farm {words}"
+
+
+def layout() -> list[str]:
+    """The paths of the README's tree, folders without their slash."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Layout")[2]
+    block = re.search(r"^```\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
+    assert block is not None
+    above: list[str] = []
+    paths = []
+    for line in block[1].splitlines():
+        indent, name = re.match(r"( *)(\S+)", line).groups()  # type: ignore[union-attr]
+        above = [*above[: len(indent) // 2], name.rstrip("/")]
+        paths.append(str(PurePosixPath(*above)))
+    return paths
+
+
+def test_the_tree_of_the_readme_is_the_tree() -> None:
+    named = set(layout())
+    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
+    modules = (path for folder in ("farm", "jobs", "serve") for path in (ROOT / folder).rglob("*.py"))
+    present = {path.relative_to(ROOT).as_posix() for path in modules if path.name != "__init__.py"}
+    assert sorted(present - named) == [], "give each of these a line in the README's layout"
