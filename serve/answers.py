@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -93,30 +94,34 @@ class TextStyle:
         return Completion.construct(**fields, object="text_completion")
 
 
-async def whole(style: Style, head: Head, first: Delta, rest: AsyncIterator[Item]) -> BaseModel | ErrorBody:
+async def whole(
+    style: Style, head: Head, first: Delta, rest: AsyncGenerator[Item, None]
+) -> BaseModel | ErrorBody:
     """The complete answer; the error instead if one comes."""
     texts, last = [first.text], first
-    async for item in rest:
-        if isinstance(item, ErrorBody):
-            return item
-        texts.append(item.text)
-        last = item
+    async with aclosing(rest):
+        async for item in rest:
+            if isinstance(item, ErrorBody):
+                return item
+            texts.append(item.text)
+            last = item
     return style.whole(head, "".join(texts), last)
 
 
 async def events(
-    style: Style, head: Head, first: Delta, rest: AsyncIterator[Item], *, include_usage: bool
-) -> AsyncIterator[bytes]:
+    style: Style, head: Head, first: Delta, rest: AsyncGenerator[Item, None], *, include_usage: bool
+) -> AsyncGenerator[bytes, None]:
     """Server-sent events, one a piece; after an error nothing more comes, not even `[DONE]`."""
     silent = {"usage": None} if include_usage else {}  # OpenAI names it in every chunk once it was asked for
     yield _event(style.chunk({**style.piece(head, first, style.opening), **silent}))
     last = first
-    async for item in rest:
-        if isinstance(item, ErrorBody):
-            yield b"data: " + json.dumps(item.envelope()).encode() + b"\n\n"
-            return
-        yield _event(style.chunk({**style.piece(head, item, {}), **silent}))
-        last = item
+    async with aclosing(rest):
+        async for item in rest:
+            if isinstance(item, ErrorBody):
+                yield b"data: " + json.dumps(item.envelope()).encode() + b"\n\n"
+                return
+            yield _event(style.chunk({**style.piece(head, item, {}), **silent}))
+            last = item
     if include_usage:
         yield _event(style.chunk({**head.fields(last.version), "choices": [], "usage": usage(last)}))
     yield DONE

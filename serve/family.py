@@ -72,6 +72,10 @@ class Family:
         """The adapter version that is to serve now; None: the base's draft."""
         return self._registry.live(target)
 
+    def fits(self, live: Version | None) -> bool:
+        """Whether a version was adapted on the trunk that is served; else it is of no use here."""
+        return live is None or self.trunk is None or live.card.get("trunk_key") == self.trunk.key
+
     def draft(self, target: LoadedTarget, live: Version | None) -> ServedDraft:
         """The draft of a version, over the shared trunk. Raises UserError when it cannot be loaded."""
         if self.trunk is None:
@@ -84,11 +88,10 @@ class Family:
             )
         if live is None:
             return ServedDraft(BASE_DRAFT, Draft(self.trunk.trunk, self.trunk.base_expert))
-        key = live.card.get("trunk_key", self.trunk.key)
-        if key != self.trunk.key:
+        if not self.fits(live):
             raise UserError(
-                f"{target.name}@{live.version} was adapted on trunk {key}, this store serves "
-                f"{self.trunk.key}; onboard the target again"
+                f"{target.name}@{live.version} was adapted on trunk {live.card.get('trunk_key')}, here is "
+                f"{self.trunk.key}; onboard the target again, or start a replica of the other trunk"
             )
         expert = load_expert(config, self._registry.path(live, EXPERT_FILE))
         return ServedDraft(live.version, Draft(self.trunk.trunk, self._placed(expert)))
@@ -114,4 +117,4 @@ class Family:
         return module.to(device=self._device, dtype=getattr(torch, self._dtype)).requires_grad_(False).eval()
 
     def _spec(self, name: str, fields: dict[str, str | None]) -> TargetSpec:
-        return TargetSpec(name=name, prompts="", **fields)
+        return TargetSpec.model_validate({**fields, "name": name, "prompts": ""})

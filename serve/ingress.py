@@ -4,14 +4,12 @@ import asyncio
 import json
 import logging
 import time
-import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import StreamingResponse
 from openai import BaseModel
 from openai.types import Model
 from ray import serve
@@ -19,9 +17,10 @@ from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from serve.answers import ChatStyle, Head, Style, TextStyle, body, events, whole
-from serve.records import Ask, Hosted, Item
+from serve.records import Ask, Hosted, Item, ask_of
 from serve.schemas import (
     MAX_PROMPT_CHARS,
     ChatRequest,
@@ -65,11 +64,30 @@ async def _on_bug(_: Request, error: Exception) -> Response:
     return refuse(ErrorBody(status=500, message="the gateway failed; its log says why", type="server_error"))
 
 
+class EventStream(Response):
+    """Server-sent events. Serve cancels the request of a client that leaves, which ends `events` here.
+
+    Starlette's StreamingResponse would listen for that too, and report what Serve then raises as a bug.
+    """
+
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+        super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        del self.headers["content-length"]
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async with aclosing(self._events):
+            async for event in self._events:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
 # `serve.ingress` copies the app when it decorates: what its routes use must be defined above the class.
 def _card(hosted: Hosted) -> Model:
     """OpenAI's model object; `version` is ours: the adapter that serves, "base" or "plain"."""
     fields = {"id": hosted.target, "created": STARTED, "object": "model", "owned_by": "farm"}
-    return Model.construct(**fields, version=hosted.version)
+    return Model.model_validate({**fields, "version": hosted.version})
 
 
 def _json(answer: BaseModel | dict[str, Any]) -> Response:
@@ -82,7 +100,7 @@ def _json(answer: BaseModel | dict[str, Any]) -> Response:
 class Gateway:
     """Every answer is asked of the engine host; its first piece comes before the status of the response."""
 
-    def __init__(self, engines: DeploymentHandle) -> None:
+    def __init__(self, engines: DeploymentHandle[Any]) -> None:
         self._engines = engines
         self._listed: list[Hosted] = []
         self._listed_at = -LIST_FRESH_S
@@ -99,46 +117,31 @@ class Gateway:
 
     @api.post("/v1/chat/completions")
     async def chat(self, request: ChatRequest) -> Response:
-        messages = tuple(message.as_template_sees_it() for message in request.messages)
-        return await self._answer(request, messages, "chatcmpl", ChatStyle())
+        return await self._answer(request, ChatStyle())
 
     @api.post("/v1/completions")
     async def text(self, request: TextRequest) -> Response:
-        return await self._answer(request, request.prompt, "cmpl", TextStyle())
+        return await self._answer(request, TextStyle())
 
     @api.get("/healthz")
     async def healthz(self) -> Response:
         return _json({"status": "ok", "targets": len(await self._hosted())})
 
-    async def _answer(
-        self, request: ChatRequest | TextRequest, prompt: Any, prefix: str, style: Style
-    ) -> Response:
+    async def _answer(self, request: ChatRequest | TextRequest, style: Style) -> Response:
         if request.num_chars > MAX_PROMPT_CHARS:
             return refuse(too_large(request.num_chars))
-        ask = Ask(
-            id=f"{prefix}-{uuid.uuid4().hex}",
-            target=request.model,
-            prompt=prompt,
-            is_chat=isinstance(request, ChatRequest),
-            temperature=request.temperature,
-            top_p=request.top_p,
-            seed=request.seed,
-            max_new_tokens=request.max_new_tokens,
-            stop=request.stop,
-        )
+        ask = ask_of(request)
         items, head = self._items(ask), Head.of(ask.id, ask.target)
         first = await anext(items)
         if isinstance(first, ErrorBody):
             return refuse(first)
         if request.stream:
             usage = request.stream_options.include_usage
-            stream = events(style, head, first, items, include_usage=usage)
-            return StreamingResponse(stream, media_type="text/event-stream")
-        async with aclosing(items):
-            complete = await whole(style, head, first, items)
+            return EventStream(events(style, head, first, items, include_usage=usage))
+        complete = await whole(style, head, first, items)
         return refuse(complete) if isinstance(complete, ErrorBody) else _json(complete)
 
-    async def _items(self, ask: Ask) -> AsyncIterator[Item]:
+    async def _items(self, ask: Ask) -> AsyncGenerator[Item, None]:
         """The answer's pieces; whatever goes wrong between here and the engine is the last item."""
         stream = self._engines.options(stream=True).generate.remote(ask)
         try:

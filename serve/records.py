@@ -1,24 +1,46 @@
 """What crosses the handle between gateway and replica: a request, pieces of its answer, who is hosted."""
 
+import uuid
 from dataclasses import dataclass
 from typing import Literal
 
-from serve.schemas import ErrorBody
+from serve.schemas import ChatRequest, ErrorBody, TextRequest
 
 
 @dataclass(frozen=True)
 class Ask:
-    """One checked request. `prompt`: a conversation, a text, or token ids."""
+    """One checked request: a conversation in `messages`, or else a text or token ids in `prompt`."""
 
     id: str
     target: str
-    prompt: tuple[dict[str, str], ...] | str | tuple[int, ...]
-    is_chat: bool
+    messages: tuple[dict[str, str], ...]
+    prompt: str | tuple[int, ...]
     temperature: float
     top_p: float
     seed: int | None
     max_new_tokens: int | None  # None: up to the end of the context
     stop: tuple[str, ...]
+
+
+def ask_of(request: ChatRequest | TextRequest) -> Ask:
+    """The request as it goes to the engine host, under an id of its own."""
+    messages: tuple[dict[str, str], ...] = ()
+    prompt: str | tuple[int, ...] = ""
+    if isinstance(request, ChatRequest):
+        messages = tuple(message.as_template_sees_it() for message in request.messages)
+    else:
+        prompt = request.prompt
+    return Ask(
+        id=f"{'chatcmpl' if messages else 'cmpl'}-{uuid.uuid4().hex}",
+        target=request.model,
+        messages=messages,
+        prompt=prompt,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        seed=request.seed,
+        max_new_tokens=request.max_new_tokens,
+        stop=request.stop,
+    )
 
 
 @dataclass(frozen=True)

@@ -51,14 +51,18 @@ class EngineHost:
         try:
             request = await asyncio.to_thread(self._request, target, ask)
         except UserError as error:
-            yield ErrorBody(status=400, message=str(error), param="messages" if ask.is_chat else "prompt")
+            yield ErrorBody(status=400, message=str(error), param="messages" if ask.messages else "prompt")
             return
         room = self._max_length(target) - len(request.prompt_ids)
         if room < 1:
             yield context_exceeded(len(request.prompt_ids), self._max_length(target))
             return
         mailbox: asyncio.Queue[Progress] = asyncio.Queue()
-        deliver = partial(asyncio.get_running_loop().call_soon_threadsafe, mailbox.put_nowait)
+        event_loop = asyncio.get_running_loop()
+
+        def deliver(progress: Progress) -> None:
+            event_loop.call_soon_threadsafe(mailbox.put_nowait, progress)
+
         self._engines.submit(ask.target, request, deliver)
         try:
             text = TextStream(partial(_decode, target), ask.stop)
@@ -83,12 +87,12 @@ class EngineHost:
         return min(self._settings.max_length, target.max_positions)
 
     def _request(self, target: LoadedTarget, ask: Ask) -> Request:
-        if ask.is_chat:
-            ids = encode_chat(target.tokenizer, ask.prompt, target.chat_template)
+        if ask.messages:
+            ids = encode_chat(target.tokenizer, ask.messages, target.chat_template)
         elif isinstance(ask.prompt, str):
             ids = target.tokenizer(ask.prompt)["input_ids"]
         else:
-            ids = ask.prompt
+            ids = list(ask.prompt)
             if any(not 0 <= token < target.forward.vocab_size for token in ids):
                 raise UserError(f"prompt: token ids must be from 0 to {target.forward.vocab_size - 1}")
         params = SamplingParams(
@@ -100,12 +104,12 @@ class EngineHost:
         return Request(ask.id, tuple(ids), params)
 
     def _host_first(self, target: LoadedTarget) -> None:
-        """Serve the target with its live adapter, or plainly if that cannot be loaded."""
+        """Serve the target with its live adapter or the base's draft; plainly if that cannot be loaded."""
         self._seen[target.name] = None
         try:
             live = self._family.live(target.name)
             self._seen[target.name] = live.version if live else None
-            draft = self._family.draft(target, live)
+            draft = self._family.draft(target, live if self._family.fits(live) else None)
         except LOAD_ERRORS as error:
             log.error("%s is decoded plainly: %s", target.name, error)
             draft = ServedDraft(PLAIN, None)
