@@ -4,7 +4,7 @@ Ray starts everything it is given at once and in no order, and a training run wi
 the queue is here: at most `width` tasks are in flight and the next one starts when one ends.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +14,19 @@ from ray.exceptions import RayError
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one task ended: `value` is what it returned, unless `error` says why it did not."""
+    """How one task ended: `value` is what it returned, unless `error` is why it did not."""
 
     name: str
     value: Any = None
-    error: str | None = None
+    error: BaseException | None = None
 
 
 def run_bounded(
-    specs: Mapping[str, tuple[Any, ...]], task: Any, width: int, **options: Any
+    specs: Mapping[str, tuple[Any, ...]],
+    task: Any,
+    width: int,
+    on_start: Callable[[str], None] | None = None,
+    **options: Any,
 ) -> Iterator[Outcome]:
     """Run `task.remote(*args)` for each (name, args) of `specs`, `width` at a time; outcomes as they end.
 
@@ -37,6 +41,8 @@ def run_bounded(
         while True:
             while len(live) < width and (spec := next(waiting, None)):
                 name, args = spec
+                if on_start:
+                    on_start(name)
                 live[
                     task.options(name=f"{task._function_name.rsplit('.', 1)[-1]}:{name}", **options).remote(
                         *args
@@ -55,11 +61,17 @@ def _outcome(name: str, ref: Any) -> Outcome:
     try:
         return Outcome(name, value=ray.get(ref))
     except RayError as error:
-        return Outcome(name, error=describe(error))
+        return Outcome(name, error=error)
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What the task raised, without the wrapping that Ray gives it."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, BaseException) else error
 
 
 def describe(error: BaseException) -> str:
-    """One line for a report: the kind of the error and the first line of its cause."""
-    cause = getattr(error, "cause", None) or error
+    """One line for a report: the kind of the error and the first line of its message."""
+    cause = cause_of(error)
     lines = str(cause).strip().splitlines()
     return f"{type(cause).__name__}: {lines[0] if lines else 'no message'}"

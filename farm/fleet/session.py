@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from farm.config import Manifest, check_placeable
+from farm.config import AdaptResources, Manifest, check_placeable
 
 NAMESPACE = "farm"
 AUTH_VARIABLE = "RAY_AUTH_MODE"
@@ -24,8 +24,8 @@ def in_cluster() -> bool:
 def connect() -> Iterator[None]:
     """Be connected to Ray inside the block.
 
-    A cluster that is already connected is used and left connected. Inside a job, or with RAY_ADDRESS set, that
-    cluster is joined; else a local one with at least four logical CPUs lives as long as the block.
+    A cluster that is already connected is used and left connected. Inside a job, or with RAY_ADDRESS set,
+    that cluster is joined; else a local one with at least four logical CPUs lives as long as the block.
     """
     # Left unset, Ray turns token authentication on in some commands and not in others.
     os.environ.setdefault(AUTH_VARIABLE, "token" if _has_token() and in_cluster() else "disabled")
@@ -62,11 +62,24 @@ def check_cluster(manifest: Manifest) -> None:
 
 
 def cpus_of_largest_node() -> float:
-    """CPUs of the largest node that are free now, at least 1: what a task asks for to have a node to itself."""
+    """Free CPUs of the largest node, at least 1: what a task asks for to have a node to itself."""
     import ray
 
     largest = max((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]), default=1.0)
     return max(1.0, min(largest, float(int(ray.available_resources().get("CPU", 1.0)))))
+
+
+def runs_at_once(resources: AdaptResources) -> int:
+    """Training runs that fit on the cluster together, at most `parallel`: one without room would wait for
+    ever.
+    """
+    import ray
+
+    cluster, fits = ray.cluster_resources(), [resources.parallel]
+    for name, each in (("CPU", 1.0), ("GPU", resources.gpus_per_worker)):
+        if each:
+            fits.append(int(cluster.get(name, 0.0) // (each * resources.workers)))
+    return max(1, min(fits))
 
 
 def _has_token() -> bool:

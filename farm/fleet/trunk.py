@@ -34,7 +34,7 @@ class Packed(NamedTuple):
 
 
 def pack(tensor: Tensor) -> Packed:
-    """View `tensor` (any dtype, any device) as flat uint8 bytes; copies only what is not contiguous on the CPU."""
+    """View `tensor` (any dtype and device) as flat uint8 bytes; copies only what it must."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return Packed(
         flat.view(torch.uint8).numpy(), str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
@@ -84,16 +84,19 @@ def open_trunk(revision: str) -> tuple[dict[str, Tensor], str]:
     Raises ValueError when no actor holds that revision (`ensure_trunk` was not called on this cluster).
     """
     actor = ray.get_actor(_actor_name(revision), namespace=NAMESPACE)
-    (ref,), digest = ray.get(actor.ref.remote())
-    return {name: unpack(packed) for name, packed in ray.get(ref).items()}, digest
+    refs, digest = ray.get(actor.ref.remote())
+    return {name: unpack(packed) for name, packed in ray.get(refs[0]).items()}, digest
 
 
 @contextmanager
-def borrow_trunk(revision: str) -> Iterator[dict[str, Tensor]]:
+def borrow_trunk(revision: str, path: Path | str | None = None) -> Iterator[dict[str, Tensor]]:
     """`open_trunk` with the pages hashed on entry and exit; TrunkChanged when they are not what was put.
 
+    With `path`, a revision that no actor holds is put first, so that whoever closes it early stops nobody.
     The exit check is skipped when the body raises, so that the body's own error is the one seen.
     """
+    if path is not None:
+        ensure_trunk(revision, path)
     state, digest = open_trunk(revision)
     _check(revision, state, digest, "before")
     yield state

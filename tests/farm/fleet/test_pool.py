@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from farm.fleet.pool import run_bounded
+from farm.fleet.pool import describe, run_bounded
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
 
@@ -37,13 +37,14 @@ def test_a_killed_and_a_raising_task_are_one_outcome_each_and_order_is_kept(
     }
     outcomes = {outcome.name: outcome for outcome in run_bounded(specs, _work, width=2)}
     assert {name: outcomes[name].value for name in "ade"} == {"a": "A", "d": "D", "e": "E"}
-    assert "WorkerCrashed" in str(outcomes["b"].error)
-    assert outcomes["c"].error == "OSError: no room"
+    assert "WorkerCrashed" in describe(outcomes["b"].error)
+    assert describe(outcomes["c"].error) == "OSError: no room"
     starts = [
         path.name.split("-")[1]
         for path in sorted(tmp_path.glob("*-*"), key=lambda p: int(p.name.split("-")[0]))
     ]
-    assert set(starts[:2]) == {"a", "b"} and starts[-1] == "e"
+    assert set(starts[:2]) == {"a", "b"}
+    assert starts[-1] == "e"
 
 
 @pytest.mark.ray

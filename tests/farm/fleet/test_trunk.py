@@ -20,7 +20,8 @@ TRUNK_BYTES = 256 * 2**20
 def test_packing_keeps_bits_and_shares_memory(dtype: torch.dtype) -> None:
     tensor = torch.arange(24).reshape(2, 3, 4).to(dtype)
     back = unpack(pack(tensor))
-    assert back.dtype == dtype and torch.equal(back, tensor)
+    assert back.dtype == dtype
+    assert torch.equal(back, tensor)
     assert back.data_ptr() == tensor.data_ptr()
 
 

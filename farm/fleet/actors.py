@@ -1,0 +1,145 @@
+"""The body of a regeneration actor: several targets in one process, one shard of one of them at a time."""
+
+import gc
+import json
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from farm.artifacts import Artifacts
+from farm.config import TargetSpec
+from farm.fleet.answers import ANSWERS, AnswersJob, card_name, decode_prompts
+from farm.store import open_store
+
+if TYPE_CHECKING:
+    from farm.target.load import LoadedTarget
+
+
+@dataclass(frozen=True)
+class ActorConfig:
+    """What every actor of the pool is built from; it crosses Ray whole, models cross as paths."""
+
+    store: str  # URI
+    jobs: Mapping[str, AnswersJob]  # by target name, without their prompts
+    memory_bytes: int  # budget of live targets in one actor
+    num_threads: int  # of torch, one actor
+
+
+class LiveTargets:
+    """Least-recently-used targets under a budget in bytes; room is made before the next one loads."""
+
+    def __init__(self, memory_bytes: int, load: "Callable[[TargetSpec], LoadedTarget]") -> None:
+        self._budget, self._load = memory_bytes, load
+        self._live: OrderedDict[str, LoadedTarget] = OrderedDict()
+        self._known_bytes: dict[str, int] = {}
+        self.num_loads = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the live targets, the least recently used first."""
+        return tuple(self._live)
+
+    def get(self, spec: TargetSpec) -> "LoadedTarget":
+        """The loaded target; whatever `load` raises passes through and leaves the others loaded."""
+        if spec.name not in self._live:
+            self._make_room(self._known_bytes.get(spec.name, self._guess_bytes()))
+            self.num_loads += 1
+            target = self._load(spec)
+            self._known_bytes[spec.name] = target.num_bytes
+            self._make_room(target.num_bytes)
+            self._live[spec.name] = target
+        self._live.move_to_end(spec.name)
+        return self._live[spec.name]
+
+    def _guess_bytes(self) -> int:
+        """A family's members are alike, so an unseen target is taken to be as large as the largest seen."""
+        return max(self._known_bytes.values(), default=0)
+
+    def _make_room(self, num_bytes: int) -> None:
+        freed = False
+        while self._live and sum(t.num_bytes for t in self._live.values()) + num_bytes > self._budget:
+            self._live.popitem(last=False)
+            freed = True
+        if freed:
+            gc.collect()
+            _release_device_memory()
+
+
+class RegenerateActor:
+    """Ray Data UDF: one row in is one shard of one target, one row out is what came of it.
+
+    A target that cannot be loaded gives rows with a `failure`, for that target only. A shard's files are
+    written whole and its card last, so that running a shard twice, or being killed in the middle, does no
+    harm.
+    """
+
+    def __init__(self, config: ActorConfig) -> None:
+        import torch
+
+        torch.set_num_threads(config.num_threads)
+        self._config = config
+        self._artifacts = Artifacts(open_store(config.store))
+        self._failures: dict[str, str] = {}
+        self._targets = LiveTargets(config.memory_bytes, _load)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        rows = [
+            self._shard(str(target), int(shard), str(prompts))
+            for target, shard, prompts in zip(batch["target"], batch["shard"], batch["prompts"], strict=True)
+        ]
+        return {name: [row[name] for row in rows] for name in rows[0]}
+
+    def _shard(self, name: str, shard: int, prompts: str) -> dict[str, Any]:
+        loads, failure, rows = self._targets.num_loads, self._failures.get(name, ""), 0
+        if not failure:
+            try:
+                rows = self._write(self._config.jobs[name], shard, prompts)
+            except Exception as error:  # noqa: BLE001 - any failure is this target's row in the report
+                failure = f"{type(error).__name__}: {error}"
+                if name not in self._targets.names:  # it did not load, and would not for the next shard
+                    self._failures[name] = failure
+        return {
+            "target": name,
+            "shard": shard,
+            "rows": rows,
+            "loads": self._targets.num_loads - loads,
+            "failure": failure,
+        }
+
+    def _write(self, job: AnswersJob, shard: int, prompts: str) -> int:
+        from farm.data.features import write_shard
+        from farm.decode.regenerate import prefill_rows, regenerate_rows
+
+        started = time.monotonic()
+        target = self._targets.get(job.spec)
+        answer = regenerate_rows if job.mode == "regenerate" else prefill_rows
+        answers = answer(target, decode_prompts(prompts), job.settings)
+        write_shard(self._artifacts, ANSWERS, job.key, shard, answers)
+        reasons = [answer.finish_reason for answer in answers]
+        card = {
+            "rows": len(answers),
+            "finish_reasons": {reason: reasons.count(reason) for reason in ("stop", "length", "error")},
+            "answer_tokens": sum(len(answer.answer_ids) for answer in answers),
+            "first_error": next((answer.error for answer in answers if answer.error), None),
+            "seconds": time.monotonic() - started,
+        }
+        self._artifacts.put_file(ANSWERS, job.key, card_name(shard), json.dumps(card).encode())
+        return len(answers)
+
+
+def _load(spec: TargetSpec) -> "LoadedTarget":
+    import torch
+
+    from farm.target.load import load_target
+
+    on_gpu = torch.cuda.is_available()
+    return load_target(spec, dtype="bfloat16" if on_gpu else "float32", device="cuda" if on_gpu else "cpu")
+
+
+def _release_device_memory() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

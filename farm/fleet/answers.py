@@ -1,0 +1,135 @@
+"""The answers artifact of one target: what it is keyed by, which of its shards are missing, how it is
+finished.
+
+Needs neither Ray nor torch. A shard is two files of `farm.data.features` and a card that is written after
+them.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from farm.artifacts import Artifact, Artifacts, key_of
+from farm.config import Refused, RegenerateSettings, TargetSpec, dump
+from farm.data.chat import read_template
+from farm.data.prompts import Prompt
+
+ANSWERS = "answers"
+# They say where the work runs, not what comes out of it.
+_NOT_IN_KEY = ("memory_bytes", "rows")
+
+
+@dataclass(frozen=True)
+class AnswersJob:
+    """Answers of `spec` to `prompts`, decoded or (mode `dataset`) prefilled, in artifacts/answers/<key>/."""
+
+    spec: TargetSpec
+    settings: RegenerateSettings
+    key: str
+    prompts: tuple[Prompt, ...]
+    mode: Literal["regenerate", "dataset"] = "regenerate"
+    source: Mapping[str, Any] = field(default_factory=dict)  # goes into the manifest: digests, broken rows
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def num_shards(self) -> int:
+        return -(-len(self.prompts) // self.settings.shard_rows)
+
+    def shard(self, number: int) -> tuple[Prompt, ...]:
+        """The prompts of one shard, in order."""
+        size = self.settings.shard_rows
+        return self.prompts[number * size : (number + 1) * size]
+
+    def without_prompts(self) -> "AnswersJob":
+        """The job as actors need it: prompts travel with their shards."""
+        return replace(self, prompts=())
+
+
+def answers_key(
+    spec: TargetSpec,
+    settings: RegenerateSettings,
+    mode: str,
+    target_digest: str,
+    prompts: Sequence[Prompt],
+    prompts_digest: str,
+) -> str:
+    """The key of a target's answers: checkpoint, template, prompts and their rows, settings."""
+    config = settings_key(settings) | {"mode": mode, "template": read_template(spec.chat_template)}
+    config["rows"] = [prompt.row for prompt in prompts]
+    return key_of(ANSWERS, config, [target_digest, prompts_digest])
+
+
+def settings_key(settings: RegenerateSettings) -> dict[str, Any]:
+    """The settings that decide an answer."""
+    return {name: value for name, value in dump(settings).items() if name not in _NOT_IN_KEY}
+
+
+def card_name(shard: int) -> str:
+    """Name of a shard's card; the shard is finished once it exists."""
+    return f"shard-{shard:05d}.json"
+
+
+def missing_shards(artifacts: Artifacts, job: AnswersJob) -> list[int]:
+    """Numbers of the shards that are not finished yet; none for a finished artifact."""
+    if artifacts.find(ANSWERS, job.key):
+        return []
+    present = set(artifacts.files(ANSWERS, job.key))
+    return [number for number in range(job.num_shards) if card_name(number) not in present]
+
+
+def finish_answers(artifacts: Artifacts, job: AnswersJob) -> Artifact:
+    """Sum the shards' cards and write the manifest. Raises Refused when every row is an error."""
+    found = artifacts.find(ANSWERS, job.key)
+    if found:
+        return found
+    reasons: Counter[str] = Counter()
+    rows, tokens, seconds, first_error = 0, 0, 0.0, None
+    for card in _cards(artifacts, job):
+        reasons.update(card["finish_reasons"])
+        rows, tokens, seconds = rows + card["rows"], tokens + card["answer_tokens"], seconds + card["seconds"]
+        first_error = first_error or card["first_error"]
+    if reasons["error"] == rows:
+        raise Refused(
+            f"{job.name}: none of its {rows} prompts got an answer; the first failed with: {first_error}"
+        )
+    return artifacts.finish(
+        ANSWERS,
+        job.key,
+        {
+            "target": job.name,
+            "rows": rows,
+            "finish_reasons": dict(reasons),
+            "first_error": first_error,
+            "answer_tokens": tokens,
+            "seconds": seconds,
+            "settings": dump(job.settings),
+            "mode": job.mode,
+            **job.source,
+        },
+    )
+
+
+def _cards(artifacts: Artifacts, job: AnswersJob) -> Iterator[dict[str, Any]]:
+    for number in range(job.num_shards):
+        yield json.loads(artifacts.store.get(f"artifacts/{ANSWERS}/{job.key}/{card_name(number)}"))
+
+
+def feature_shards(artifact: Artifact, artifacts: Artifacts) -> tuple[str, ...]:
+    """Local paths of the feature files of a finished answers artifact, in shard order."""
+    names = sorted(name for name in artifact.manifest["files"] if name.startswith("features-"))
+    return tuple(str(artifacts.path(artifact, name)) for name in names)
+
+
+def encode_prompts(prompts: Sequence[Prompt]) -> str:
+    """Prompts as one JSON text, which is what a row of Ray Data carries without guessing at nested types."""
+    return json.dumps([asdict(prompt) for prompt in prompts])
+
+
+def decode_prompts(text: str) -> list[Prompt]:
+    """Inverse of `encode_prompts`."""
+    return [Prompt(**{**fields, "messages": tuple(fields["messages"])}) for fields in json.loads(text)]

@@ -1,0 +1,182 @@
+"""What a plan will cost, in rows, tokens, bytes and seconds, and the table that `--dry-run` prints.
+
+Seconds come from the rates of stages that this store has finished, else from a rough model of a small CPU:
+they are for planning a day, not for comparing runs.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from farm.artifacts import Artifacts
+from farm.fleet.answers import ANSWERS, AnswersJob
+from farm.fleet.plan import ADAPT, TRUNK, Plan, TargetPlan
+from farm.store import NotFound
+
+# Without history: decoding moves all weights once a step, a row of the batch gets one token of it.
+ASSUMED_BYTES_PER_S = 4e9
+ASSUMED_TRAIN_TOKENS_PER_S = 3000.0
+PROMPT_TOKENS = 48  # a prompt, before it was tokenized
+FEATURE_BYTES = 2  # bfloat16, for each hidden unit of each token
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds per generated token and per trained token, measured or assumed; sizes of the base."""
+
+    decode_s: float
+    train_s: float
+    hidden_size: int | None
+    measured: bool
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Upper bounds for one line of the plan; 0 for a stage that is reused."""
+
+    rows: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: "Estimate") -> "Estimate":
+        return Estimate(
+            self.rows + other.rows,
+            self.tokens + other.tokens,
+            self.bytes + other.bytes,
+            self.seconds + other.seconds,
+        )
+
+
+def read_rates(plan: Plan, artifacts: Artifacts) -> Rates:
+    """Rates from the manifests in the store, or the assumed ones."""
+    decode = _rate(artifacts, ANSWERS, lambda manifest: manifest["answer_tokens"])
+    train = _rate(artifacts, ADAPT, lambda manifest: manifest["trained_tokens"])
+    weights = _checkpoint_bytes(plan.manifest.base)
+    assumed = weights / ASSUMED_BYTES_PER_S / plan.manifest.regenerate.batch_rows
+    return Rates(
+        decode_s=assumed if decode is None else decode,
+        train_s=1 / ASSUMED_TRAIN_TOKENS_PER_S if train is None else train,
+        hidden_size=_hidden_size(plan.manifest.base),
+        measured=decode is not None,
+    )
+
+
+def _rate(artifacts: Artifacts, stage: str, tokens: Callable[[dict[str, float]], float]) -> float | None:
+    """Seconds a token over all finished artifacts of a stage; None without any."""
+    seconds = total = 0.0
+    for name in artifacts.store.list(f"artifacts/{stage}/"):
+        if not name.endswith("/manifest.json"):
+            continue
+        try:
+            manifest = json.loads(artifacts.store.get(name))
+            seconds, total = seconds + manifest["seconds"], total + tokens(manifest)
+        except (NotFound, KeyError, ValueError):
+            continue
+    return seconds / total if total else None
+
+
+def _checkpoint_bytes(model: str) -> int:
+    path = Path(model)
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.glob("*.safetensors")) if path.is_dir() else 0
+
+
+def _hidden_size(model: str) -> int | None:
+    try:
+        return int(json.loads((Path(model) / "config.json").read_text())["hidden_size"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def estimate_answers(job: AnswersJob, rates: Rates) -> Estimate:
+    """Regenerating and capturing one target, every answer as long as it may be."""
+    rows = len(job.prompts)
+    answered = rows * job.settings.max_new_tokens
+    tokens = answered + rows * PROMPT_TOKENS
+    return Estimate(
+        rows, tokens, tokens * FEATURE_BYTES * (rates.hidden_size or 0), answered * rates.decode_s
+    )
+
+
+def estimate_training(rows: int, max_new_tokens: int, epochs: int, rates: Rates) -> Estimate:
+    """Fitting on answers of `rows` prompts."""
+    return Estimate(seconds=rows * (max_new_tokens + PROMPT_TOKENS) * epochs * rates.train_s)
+
+
+def estimate_target(plan: Plan, target: TargetPlan, rates: Rates) -> Estimate:
+    """What one target still needs before it is evaluated."""
+    total = Estimate()
+    if ADAPT in target.reused:
+        return total
+    settings = plan.manifest.adapt
+    if ANSWERS not in target.reused:
+        total += estimate_answers(target.answers, rates)
+    rows = len(target.answers.prompts)
+    return total + estimate_training(rows, target.answers.settings.max_new_tokens, settings.epochs, rates)
+
+
+def estimate_trunk(plan: Plan, rates: Rates) -> Estimate:
+    """What the trunk still needs."""
+    job = plan.trunk.answers
+    if job is None or plan.trunk.reused:
+        return Estimate()
+    training = estimate_training(
+        len(job.prompts), job.settings.max_new_tokens, plan.manifest.train_trunk.epochs, rates
+    )
+    return estimate_answers(job, rates) + training
+
+
+def plan_table(plan: Plan, artifacts: Artifacts) -> Table:
+    """The plan for people: what each target runs, what it reuses, and what that will cost at most."""
+    rates = read_rates(plan, artifacts)
+    table = Table(
+        caption="seconds from finished runs" if rates.measured else "seconds from a rough model of a CPU"
+    )
+    for heading in ("target", "runs", "reuses"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("rows", "tokens", "bytes", "seconds"):
+        table.add_column(heading, justify="right")
+    table.add_column("problem", overflow="fold")
+    trunk = estimate_trunk(plan, rates)
+    what = "given trunk" if plan.trunk.folder else f"trunk {plan.trunk.key}"
+    _add(
+        table,
+        what,
+        () if plan.trunk.reused else (ANSWERS, TRUNK) if plan.trunk.answers else (TRUNK,),
+        (TRUNK,) if plan.trunk.reused else (),
+        trunk,
+    )
+    total = trunk
+    for target in plan.targets:
+        cost = estimate_target(plan, target, rates)
+        runs = tuple(
+            stage for stage in (ANSWERS, ADAPT) if stage not in target.reused and ADAPT not in target.reused
+        )
+        _add(table, target.name, (*runs, "evaluate"), target.reused, cost)
+        total += cost
+    for name, reason in plan.refused.items():
+        _add(table, name, (), (), Estimate(), reason)
+    table.add_section()
+    _add(table, "together", (), (), total)
+    return table
+
+
+def _add(
+    table: Table, name: str, runs: Iterable[str], reuses: Iterable[str], cost: Estimate, problem: str = ""
+) -> None:
+    table.add_row(
+        Text(name),
+        ", ".join(runs) or "–",
+        ", ".join(reuses) or "–",
+        f"{cost.rows:,}",
+        f"{cost.tokens:,}",
+        f"{cost.bytes / 2**20:,.1f} MiB",
+        f"{cost.seconds:,.0f}",
+        Text(problem),
+    )

@@ -1,0 +1,70 @@
+"""Ray tasks that look at one target: may it join the family, how good is a draft on it.
+
+Each body is one call of `farm.evaluate`; results are artifacts, so that a rerun starts no task.
+"""
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from farm.artifacts import Artifact, Artifacts
+from farm.config import EvaluateSettings, ProbeSettings, TargetSpec
+from farm.data.prompts import Prompt
+from farm.fleet.plan import EVALUATE
+from farm.store import open_store
+
+if TYPE_CHECKING:
+    from farm.evaluate.target import EvaluateTask
+
+CHECK, PROBE = "check", "probe"
+
+
+@ray.remote(num_cpus=1, max_calls=1, max_retries=1)
+def check(store: str, key: str, base: TargetSpec, target: TargetSpec) -> Artifact:
+    """Load a target and compare it with the base; raises Refused when it is no member of the family."""
+    from farm.evaluate.probe import check_target
+
+    check_target(base, target)
+    return Artifacts(open_store(store)).finish(CHECK, key, {"target": target.name})
+
+
+@ray.remote(num_cpus=1, max_calls=1, max_retries=1)
+def probe_tau(
+    store: str,
+    key: str,
+    target: TargetSpec,
+    trunk_folder: str,
+    prompts: tuple[Prompt, ...],
+    settings: tuple[ProbeSettings, EvaluateSettings],
+) -> Artifact:
+    """tau of the base draft on a few prompts, in the artifact's manifest."""
+    from farm.evaluate.probe import probe
+
+    result = probe(target, Path(trunk_folder), prompts, *settings)
+    manifest = {"target": target.name, "tau": result.tau, "survival": list(result.survival)}
+    return Artifacts(open_store(store)).finish(PROBE, key, manifest)
+
+
+@ray.remote(max_calls=1, max_retries=1)
+def evaluate(store: str, key: str, task: "EvaluateTask", record: Mapping[str, Any]) -> Artifact:
+    """Measure base draft, live and adapted draft on the held-out prompts; asks for a whole node's CPUs."""
+    from farm.evaluate.records import TargetRow
+    from farm.evaluate.target import evaluate_target
+
+    started = time.monotonic()
+    threads = task.settings.threads or os.cpu_count() or 1
+    task = replace(task, settings=task.settings.model_copy(update={"threads": threads}))
+    # Through the record and back, so that what is stored can be read: no NaN, no unknown field.
+    row = TargetRow(**evaluate_target(task), decision="kept")
+    manifest = {
+        **record,
+        "row": row.model_dump(mode="json", exclude_unset=True, exclude={"decision"}),
+        "threads": threads,
+        "seconds": time.monotonic() - started,
+    }
+    return Artifacts(open_store(store)).finish(EVALUATE, key, manifest)

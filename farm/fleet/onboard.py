@@ -1,0 +1,127 @@
+"""Onboarding a family: plan, prepare, the targets' stages, the report. A target's failure is a row of the
+report.
+"""
+
+import os
+import secrets
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.table import Table
+
+from farm.artifacts import Artifact, Artifacts
+from farm.config import Manifest, UserError
+from farm.evaluate import provenance
+from farm.evaluate.records import Report
+from farm.evaluate.report import write_report
+from farm.fleet.estimate import plan_table
+from farm.fleet.plan import Plan, make_plan
+from farm.fleet.prepare import check_targets, measure_base, prepare_trunk, skip_good_enough
+from farm.fleet.publish import family_record
+from farm.fleet.run import Run
+from farm.fleet.session import check_cluster
+from farm.fleet.stages import adapt, evaluate, regenerate_answers
+from farm.fleet.trainers import Attempts
+from farm.store import ObjectStore, open_store
+
+Say = Callable[[str], None]
+
+
+def plan_onboarding(manifest: Manifest) -> Table:
+    """What `onboard` would run and reuse, and what that costs at most. Starts nothing, needs no Ray."""
+    artifacts = Artifacts(open_store(manifest.store))
+    return plan_table(_plan(manifest, artifacts), artifacts)
+
+
+def onboard(
+    manifest: Manifest, say: Say, *, run_id: str | None = None, attempts: Attempts | None = None
+) -> tuple[Report, str]:
+    """Onboard every target that is not done; returns the report and the URI of the folder it was written to.
+
+    Needs a connected cluster (`session.connect`). Stages that are finished in the store are not run again.
+    Raises UserError for a mistake that concerns the whole manifest.
+    """
+    check_cluster(manifest)
+    store = open_store(manifest.store)
+    run_id = run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    run = Run(run_id, _plan(manifest, Artifacts(store)), store, say, attempts or Attempts())
+    run.board.open(target.name for target in manifest.targets)
+    say(f"run {run_id}: {len(manifest.targets)} targets, store {store.uri}")
+    for name, reason in run.plan.refused.items():
+        run.end(name, "refused", reason)
+    check_targets(run)
+    if run.remaining:
+        _run_stages(run)
+    report = _report(run)
+    return report, _put_report(store, report)
+
+
+def exit_code(report: Report) -> int:
+    """1 when a target was refused or failed, else 0."""
+    return int(report.count("refused") + report.count("failed") > 0)
+
+
+def _plan(manifest: Manifest, artifacts: Artifacts) -> Plan:
+    from farm.target.load import target_digest
+
+    return make_plan(manifest, artifacts, target_digest)
+
+
+def _run_stages(run: Run) -> None:
+    """The stages from the trunk on. What breaks the trunk fails every target that waited for it."""
+    try:
+        trunk = prepare_trunk(run)
+        measure_base(run, trunk)
+        skip_good_enough(run, trunk)
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the report says for each target why it could not start
+        for target in run.remaining:
+            run.fail(target.name, error)
+        return
+    _put_family(run, trunk)
+    regenerate_answers(run)
+    adapt(run, trunk)
+    evaluate(run, trunk)
+
+
+def _put_family(run: Run, trunk: Artifact) -> None:
+    """Serving knows the family before its first adapter goes live."""
+    from farm.draft.checkpoint import read_config
+
+    draft = read_config(run.artifacts.path(trunk, "draft.json").parent).to_dict()
+    refused = {name: row.reason for name, row in run.ended.items() if row.decision == "refused"}
+    run.registry.put_family(family_record(run.plan, draft, refused))
+
+
+def _report(run: Run) -> Report:
+    settings = run.manifest.evaluate
+    return Report(
+        k=settings.k,
+        temperature=settings.temperatures[0],
+        threads=settings.threads or os.cpu_count() or 1,
+        dtype="float32",
+        prompts=max((len(target.held_out) for target in run.plan.targets), default=settings.prompts),
+        tau_base_on_base=run.tau_base_on_base,
+        targets=tuple(run.ended[spec.name] for spec in run.manifest.targets),
+        run_id=run.run_id,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        git_sha=provenance.git_sha(),
+        versions=provenance.versions(),
+        hardware=provenance.hardware(),
+        base=run.manifest.base,
+        trunk_key=run.trunk.key,
+        stage_seconds=run.stage_seconds,
+        curves=run.curves,
+    )
+
+
+def _put_report(store: ObjectStore, report: Report) -> str:
+    folder = f"runs/{report.run_id}"
+    with tempfile.TemporaryDirectory() as temporary:
+        for path in write_report(Path(temporary), report):
+            store.put(f"{folder}/{path.name}", path.read_bytes())
+    return f"{store.uri}/{folder}"

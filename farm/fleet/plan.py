@@ -1,0 +1,202 @@
+"""What an onboarding will do: every stage's key, what the store has already, what each target will run.
+
+Pure: reads the manifest, the checkpoints' digests, the prompts and the store, and starts nothing.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from farm.artifacts import Artifacts, key_of
+from farm.config import Manifest, Refused, RegenerateSettings, TargetSpec, UserError, dump
+from farm.data.prompts import Prompt, load_prompts, split_rows
+from farm.fleet.answers import ANSWERS, AnswersJob, answers_key, settings_key
+
+ADAPT: Literal["adapt"] = "adapt"
+TRUNK: Literal["trunk"] = "trunk"
+EVALUATE = "evaluate"
+TRUNK_FILE, EXPERT_FILE = "trunk.safetensors", "expert.safetensors"
+TRUNK_FILES = ("draft.json", TRUNK_FILE, EXPERT_FILE)
+BASE = "(base)"  # no target can have this name
+# When a checkpoint is written and how files are called decides nothing about the weights.
+_NOT_IN_KEY = {"save_every", "prompts", "rows"}
+
+Digest = Callable[[TargetSpec], str]
+
+
+@dataclass(frozen=True)
+class TargetPlan:
+    """One target's way: its answers, the key of its private expert, the rows kept for the evaluation."""
+
+    spec: TargetSpec
+    digest: str  # sha256 of the checkpoint's files
+    answers: AnswersJob
+    held_out: tuple[Prompt, ...]
+    held_out_digest: str
+    adapt_key: str
+    reused: tuple[str, ...]  # stages whose artifact is in the store
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def kind(self) -> str:
+        return "lora" if self.spec.lora else "full"
+
+
+@dataclass(frozen=True)
+class TrunkPlan:
+    """Where the trunk comes from: the store, a given folder that is copied into it, or training."""
+
+    key: str
+    base: TargetSpec
+    base_digest: str
+    folder: Path | None  # the given trunk; None: trained
+    answers: AnswersJob | None  # the base's own answers; None when nothing is to be trained
+    held_out: tuple[Prompt, ...]  # not seen by the trunk: for the base draft's tau on the base
+    reused: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    manifest: Manifest
+    trunk: TrunkPlan
+    targets: tuple[TargetPlan, ...]  # those that can be planned, in the manifest's order
+    refused: dict[str, str]  # target name -> why not
+
+
+def make_plan(manifest: Manifest, artifacts: Artifacts, digest: Digest) -> Plan:
+    """Plan the manifest against what `artifacts` holds; `digest` gives the sha256 of a checkpoint.
+
+    A target whose checkpoint or prompts cannot be read is refused alone; UserError concerns the whole
+    manifest.
+    """
+    base = TargetSpec.model_construct(name=BASE, model=manifest.base, prompts="")
+    base_digest = digest(base)
+    drafts: list[TargetPlan] = []
+    refused: dict[str, str] = {}
+    for spec in manifest.targets:
+        try:
+            drafts.append(_plan_answers(manifest, spec, digest(spec)))
+        except (UserError, OSError) as error:
+            refused[spec.name] = str(error)
+    trunk = _plan_trunk(manifest, artifacts, base, base_digest, drafts)
+    targets = tuple(_plan_adapt(manifest, artifacts, trunk.key, target) for target in drafts)
+    return Plan(manifest, trunk, targets, refused)
+
+
+def _plan_answers(manifest: Manifest, spec: TargetSpec, digest: str) -> TargetPlan:
+    """The target with its rows split for adapting and evaluating; keys that need the trunk are empty."""
+    found = load_prompts(spec.prompts)
+    try:
+        used, held_out = split_rows(
+            found.num_rows, manifest.regenerate.rows, manifest.evaluate.rows, manifest.evaluate.prompts
+        )
+    except UserError as error:
+        raise Refused(f"{spec.prompts}: {error}") from error
+    prompts = tuple(prompt for prompt in found.prompts if prompt.row in used)
+    kept = tuple(prompt for prompt in found.prompts if prompt.row in held_out)[: manifest.evaluate.prompts]
+    if not prompts or not kept:
+        raise Refused(
+            f"{spec.prompts}: no usable row {'to adapt on' if not prompts else 'held out'}; repair its rows"
+        )
+    key = answers_key(spec, manifest.regenerate, "regenerate", digest, prompts, found.digest)
+    source = {
+        "target_digest": digest,
+        "prompts": found.source,
+        "prompts_digest": found.digest,
+        "row_errors": [
+            {"row": error.row, "reason": error.reason} for error in found.errors if error.row in used
+        ],
+    }
+    answers = AnswersJob(spec, manifest.regenerate, key, prompts, source=source)
+    return TargetPlan(spec, digest, answers, kept, found.digest, adapt_key="", reused=())
+
+
+def _plan_adapt(manifest: Manifest, artifacts: Artifacts, trunk_key: str, target: TargetPlan) -> TargetPlan:
+    settings = {name: value for name, value in dump(manifest.adapt).items() if name not in _NOT_IN_KEY}
+    key = key_of(ADAPT, settings, [target.answers.key, trunk_key, target.digest])
+    reused = ((ANSWERS, target.answers.key), (ADAPT, key))
+    return replace(
+        target, adapt_key=key, reused=tuple(stage for stage, key in reused if artifacts.find(stage, key))
+    )
+
+
+def _plan_trunk(
+    manifest: Manifest,
+    artifacts: Artifacts,
+    base: TargetSpec,
+    base_digest: str,
+    targets: Sequence[TargetPlan],
+) -> TrunkPlan:
+    prompts, held_out, digests = _base_prompts(manifest, targets)
+    folder, answers = None, None
+    if manifest.trunk is not None:
+        folder = Path(manifest.trunk)
+        key = key_of(TRUNK, {}, [base_digest, _folder_digest(folder)])
+    else:
+        settings = manifest.train_trunk
+        config = {name: value for name, value in dump(settings).items() if name not in _NOT_IN_KEY}
+        regenerate = _base_regenerate(manifest)
+        config |= {"draft": dump(manifest.draft), "regenerate": settings_key(regenerate)}
+        # Without prompts of its own, a trunk is trained once on those of the targets known then: a target
+        # that is added later must not change the trunk that all others were adapted to.
+        own = [*digests, settings.rows] if settings.prompts else []
+        key = key_of(TRUNK, config | {"own": own}, [base_digest])
+        joined = key_of("prompts", {}, digests)
+        source = {"target_digest": base_digest, "prompts_digest": joined, "row_errors": []}
+        answers_id = answers_key(base, regenerate, settings.answers, base_digest, prompts, joined)
+        answers = AnswersJob(base, regenerate, answers_id, prompts, mode=settings.answers, source=source)
+    reused = artifacts.find(TRUNK, key) is not None
+    return TrunkPlan(
+        key, base, base_digest, folder, answers if prompts and not reused else None, held_out, reused
+    )
+
+
+def _base_prompts(
+    manifest: Manifest, targets: Sequence[TargetPlan]
+) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...], list[str]]:
+    """Prompts for the trunk, prompts held out from it, and the digests of their sources."""
+    settings, wanted = manifest.train_trunk, manifest.evaluate.prompts
+    each = -(-wanted // max(1, len(targets)))
+    held_out = tuple(prompt for target in targets for prompt in target.held_out[:each])[:wanted]
+    if not settings.prompts:
+        # Held-out rows stay out of the trunk too. Rows are numbered anew: each source counts its own from 0.
+        together = [prompt for target in targets for prompt in target.answers.prompts]
+        prompts = tuple(replace(prompt, row=row) for row, prompt in enumerate(together))
+        return prompts, held_out, [target.held_out_digest for target in targets]
+    found = load_prompts(settings.prompts)
+    rows = range(found.num_rows)
+    used = rows[slice(*settings.rows)] if settings.rows else rows[: max(1, found.num_rows - wanted)]
+    outside = tuple(prompt for prompt in found.prompts if prompt.row not in used)[-wanted:]
+    prompts = tuple(prompt for prompt in found.prompts if prompt.row in used)
+    if not prompts:
+        raise UserError(f"train_trunk.rows: selects none of the {found.num_rows} rows of {found.source}")
+    return prompts, outside or held_out, [found.digest]
+
+
+def _base_regenerate(manifest: Manifest) -> RegenerateSettings:
+    settings = manifest.train_trunk
+    return manifest.regenerate.model_copy(
+        update={
+            "rows": None,
+            "max_new_tokens": settings.max_new_tokens,
+            "temperature": settings.temperature,
+            "greedy_share": settings.greedy_share,
+            "seed": settings.seed,
+        }
+    )
+
+
+def _folder_digest(folder: Path) -> str:
+    """Names the content of a given trunk's folder."""
+    digest = hashlib.sha256()
+    for name in TRUNK_FILES:
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"trunk: {path} does not exist; give a folder that `farm train-trunk` wrote")
+        digest.update(name.encode() + path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,104 @@
+"""The gate: an adapter is published once, and made live only when its gain is proven.
+
+Rests on the registry alone, so that a run that was killed between any two steps can be repeated.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from farm.artifacts import Artifact, Artifacts
+from farm.config import dump
+from farm.evaluate.provenance import git_sha, versions
+from farm.evaluate.records import Decision
+from farm.fleet.plan import ADAPT, EXPERT_FILE, Plan, TargetPlan
+from farm.registry import Registry, Version
+
+
+@dataclass(frozen=True)
+class Verdict:
+    decision: Decision
+    reason: str
+    version: str | None = None
+
+
+def opponent_of(registry: Registry, target: str, adapt_key: str, trunk_key: str) -> Version | None:
+    """The version a new adapter has to beat: the live one, or None for the base draft.
+
+    An adapter of another trunk is no opponent. For the adapter that is live itself, it is the one that was
+    beaten, so that the evaluation which promoted it is found again.
+    """
+    live = registry.live(target)
+    if live is None or live.card["trunk_key"] != trunk_key:
+        return None
+    if live.card["adapt_key"] != adapt_key:
+        return live
+    beaten = live.card["opponent"]
+    return next((version for version in registry.versions(target) if version.version == beaten), None)
+
+
+def publish(
+    registry: Registry, artifacts: Artifacts, plan: Plan, target: TargetPlan, evaluation: Artifact
+) -> Verdict:
+    """Publish the adapter unless it is there, and promote it when the gate lets it pass."""
+    version = _published(registry, target) or _publish(registry, artifacts, plan, target, evaluation)
+    live = registry.live(target.name)
+    interval, least = evaluation.manifest["row"]["gain_interval"], plan.manifest.evaluate.min_gain
+    if live is not None and live.version == version.version:
+        return Verdict("promoted", f"live since it was promoted: gain above {least:g}", version.version)
+    if interval is None or interval[0] is None or interval[0] <= least:
+        low = "unknown" if interval is None or interval[0] is None else f"{interval[0]:.3f}"
+        return Verdict(
+            "kept", f"lower bound of the gain in tau is {low}, not above {least:g}", version.version
+        )
+    if registry.promote(target.name, version.version, live.version if live else None):
+        return Verdict(
+            "promoted", f"gain in tau is above {interval[0]:.3f} with 95 % confidence", version.version
+        )
+    return Verdict("kept", "the live version moved meanwhile; run again to compare with it", version.version)
+
+
+def _published(registry: Registry, target: TargetPlan) -> Version | None:
+    matching = [v for v in registry.versions(target.name) if v.card.get("adapt_key") == target.adapt_key]
+    return matching[-1] if matching else None
+
+
+def _publish(
+    registry: Registry, artifacts: Artifacts, plan: Plan, target: TargetPlan, evaluation: Artifact
+) -> Version:
+    adapted = artifacts.find(ADAPT, target.adapt_key)
+    assert adapted is not None  # an evaluation exists only of a finished adapter
+    return registry.publish(
+        target.name,
+        {EXPERT_FILE: artifacts.path(adapted, EXPERT_FILE).read_bytes()},
+        {
+            "trunk_key": plan.trunk.key,
+            "adapt_key": target.adapt_key,
+            "answers_key": target.answers.key,
+            "evaluate_key": evaluation.key,
+            "base_digest": plan.trunk.base_digest,
+            "target_digest": target.digest,
+            "opponent": evaluation.manifest["opponent"],
+            "evaluation": evaluation.manifest["row"],
+            "config": {
+                name: dump(getattr(plan.manifest, name)) for name in ("regenerate", "adapt", "evaluate")
+            },
+            "git_sha": git_sha(),
+            "library_versions": versions(),
+        },
+    )
+
+
+def family_record(plan: Plan, draft: Mapping[str, Any], leave_out: Mapping[str, str]) -> dict[str, Any]:
+    """What serving needs of this family; targets in `leave_out` cannot be loaded and are not served."""
+    fields = ("model", "lora", "revision", "chat_template")
+    return {
+        "base": plan.manifest.base,
+        "trunk_key": plan.trunk.key,
+        "draft": dict(draft),
+        "targets": {
+            spec.name: {field: getattr(spec, field) for field in fields}
+            for spec in plan.manifest.targets
+            if spec.name not in leave_out
+        },
+    }

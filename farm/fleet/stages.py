@@ -1,0 +1,216 @@
+"""A target's own stages, in order. Each one asks the store first and starts work only for what is missing."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from farm.artifacts import Artifact, key_of
+from farm.config import Refused, dump
+from farm.fleet import measure
+from farm.fleet.answers import AnswersJob, feature_shards, finish_answers, missing_shards
+from farm.fleet.datasets import ShardResult, regenerate
+from farm.fleet.plan import ADAPT, EVALUATE, EXPERT_FILE, TRUNK_FILE, TRUNK_FILES, TargetPlan
+from farm.fleet.pool import run_bounded
+from farm.fleet.publish import opponent_of, publish
+from farm.fleet.run import Run
+from farm.fleet.session import cpus_of_largest_node, runs_at_once
+from farm.fleet.trainers import CURVE_FILE, TrainJob, train
+from farm.fleet.trunk import close_trunk
+from farm.fleet.vocabulary import coverage, token_files
+
+if TYPE_CHECKING:
+    from farm.draft.config import DraftConfig
+
+LOW_COVERAGE = 0.99
+
+
+class _RowCounter:
+    """Keeps the rows done of each target on the status board while shards come in, in any order."""
+
+    def __init__(self, run: Run, jobs: list[AnswersJob]) -> None:
+        self._run, self._rows = run, {}
+        for job in jobs:
+            missing = missing_shards(run.artifacts, job)
+            self._rows[job.name] = len(job.prompts) - sum(len(job.shard(number)) for number in missing)
+
+    def __call__(self, result: ShardResult) -> None:
+        self._rows[result.target] += result.rows
+        self._run.board.update(result.target, rows_done=self._rows[result.target])
+
+
+def regenerate_answers(run: Run) -> None:
+    """Every remaining target answers its prompts; one pipeline for all of them."""
+    jobs = [target.answers for target in run.remaining]
+    for job in jobs:
+        if missing_shards(run.artifacts, job):
+            run.say(f"{job.name}: regenerating {len(job.prompts)} answers")
+            run.board.update(job.name, stage="regenerate", rows_done=0, rows_total=len(job.prompts))
+    failures = regenerate(jobs, run.store.uri, run.manifest.resources.regenerate, _RowCounter(run, jobs))
+    for target in run.remaining:
+        try:
+            if target.name in failures:
+                raise RuntimeError(failures[target.name])
+            artifact = finish_answers(run.artifacts, target.answers)
+        except (RuntimeError, Refused, OSError) as error:
+            run.fail(target.name, error)
+            continue
+        run.answers[target.name] = artifact
+        run.took(target.name, "regenerate", artifact)
+        reasons = artifact.manifest["finish_reasons"]
+        run.fields[target.name] |= {"rows": artifact.manifest["rows"], "finish_reasons": reasons}
+
+
+def adapt(run: Run, trunk: Artifact) -> None:
+    """Fit every remaining target's private expert, a bounded number of runs at a time."""
+    jobs: dict[str, tuple[TrainJob]] = {}
+    shared = _shared(run, trunk)
+    for target in run.remaining:
+        found = run.artifacts.find(ADAPT, target.adapt_key)
+        if found is None:
+            jobs[target.name] = (_adapt_job(run, target, shared),)
+        else:
+            _adapted(run, target.name, found)
+
+    def started(name: str) -> None:
+        run.board.update(name, stage="adapt")
+        run.say(f"{name}: adapting")
+
+    width = runs_at_once(run.manifest.resources.adapt)
+    for outcome in run_bounded(jobs, train, width, started, max_retries=run.attempts.driver):
+        if outcome.error is not None:
+            run.fail(outcome.name, outcome.error)
+        else:
+            _adapted(run, outcome.name, outcome.value)
+    close_trunk(trunk.key)
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What all adapt jobs of a run have in common."""
+
+    folder: Path
+    draft: "DraftConfig"
+    vocabulary: tuple[int, ...] | None
+    revision: str
+
+
+def _shared(run: Run, trunk: Artifact) -> _Shared:
+    from farm.draft.checkpoint import read_config, read_tensors, split_vocabulary
+
+    folder = run.artifacts.path(trunk, TRUNK_FILES[0]).parent
+    vocabulary = split_vocabulary(read_tensors(folder / TRUNK_FILE))[1]
+    kept = None if vocabulary is None else tuple(int(token) for token in vocabulary)
+    return _Shared(folder, read_config(folder), kept, trunk.key)
+
+
+def _adapt_job(run: Run, target: TargetPlan, shared: _Shared) -> TrainJob:
+    from farm.train.loop import FitTask
+
+    answers, settings = run.answers[target.name], run.manifest.adapt
+    shards = feature_shards(answers, run.artifacts)
+    covered = coverage(token_files(shards), shared.vocabulary)
+    if covered < LOW_COVERAGE:
+        run.say(f"{target.name}: warning: the draft vocabulary holds {covered:.1%} of its answers' tokens")
+    return TrainJob(
+        name=target.name,
+        stage=ADAPT,
+        key=target.adapt_key,
+        task=FitTask(
+            kind="expert",
+            settings=settings,
+            draft=shared.draft,
+            target=target.spec,
+            shards=shards,
+            expert=str(shared.folder / EXPERT_FILE),
+            vocabulary=shared.vocabulary,
+        ),
+        store=run.store.uri,
+        trunk=(shared.revision, str(shared.folder / TRUNK_FILE)),
+        resources=run.manifest.resources.adapt,
+        attempts=run.attempts,
+        record={
+            "target": target.name,
+            "settings": dump(settings),
+            "answers_key": target.answers.key,
+            "trunk_key": shared.revision,
+            "coverage": covered,
+            "trained_tokens": answers.manifest["answer_tokens"] * settings.epochs,
+        },
+    )
+
+
+def _adapted(run: Run, name: str, artifact: Artifact) -> None:
+    run.took(name, ADAPT, artifact)
+    run.fields[name]["coverage"] = artifact.manifest["coverage"]
+    run.curves[name] = json.loads(run.artifacts.path(artifact, CURVE_FILE).read_text())
+
+
+def evaluate(run: Run, trunk: Artifact) -> None:
+    """Measure every remaining target on its held-out prompts, one at a time so that nothing else runs
+    meanwhile.
+    """
+    specs: dict[str, tuple[Any, ...]] = {}
+    found: dict[str, Artifact] = {}
+    for target in run.remaining:
+        spec = _evaluation(run, target, trunk)
+        artifact = run.artifacts.find(EVALUATE, spec[1])
+        if artifact is None:
+            specs[target.name] = spec
+        else:
+            found[target.name] = artifact
+
+    def started(name: str) -> None:
+        run.board.update(name, stage="evaluate")
+        run.say(f"{name}: evaluating")
+
+    for outcome in run_bounded(specs, measure.evaluate, 1, started, num_cpus=cpus_of_largest_node()):
+        if outcome.error is not None:
+            run.fail(outcome.name, outcome.error)
+        else:
+            found[outcome.name] = outcome.value
+    for target in run.remaining:
+        _conclude(run, target, found[target.name])
+
+
+def _evaluation(run: Run, target: TargetPlan, trunk: Artifact) -> tuple[Any, ...]:
+    """Arguments of the evaluation task: store, key, what to compare, what to record."""
+    from farm.evaluate.target import EvaluateTask
+
+    adapted = run.artifacts.find(ADAPT, target.adapt_key)
+    assert adapted is not None  # every remaining target was adapted
+    opponent = opponent_of(run.registry, target.name, target.adapt_key, trunk.key)
+    settings = run.manifest.evaluate
+    prompts = [asdict(prompt) for prompt in target.held_out]
+    against = opponent.card["adapt_key"] if opponent else "base draft"
+    config = {
+        name: value for name, value in dump(settings).items() if name not in ("min_gain", "rows", "prompts")
+    }
+    key = key_of(EVALUATE, config | {"held_out": prompts}, [target.adapt_key, against, target.digest])
+    task = EvaluateTask(
+        target=target.spec,
+        settings=settings,
+        trunk_folder=str(run.artifacts.path(trunk, TRUNK_FILES[0]).parent),
+        adapted=str(run.artifacts.path(adapted, EXPERT_FILE)),
+        live=str(run.registry.path(opponent, EXPERT_FILE)) if opponent else None,
+        prompts=target.held_out,
+    )
+    record = {"target": target.name, "opponent": opponent.version if opponent else None}
+    return run.store.uri, key, task, record
+
+
+def _conclude(run: Run, target: TargetPlan, evaluation: Artifact) -> None:
+    """Through the gate: publish, promote or keep, and close the target's row."""
+    fields = run.fields[target.name]
+    fields |= {name: value for name, value in evaluation.manifest["row"].items() if name != "stage_seconds"}
+    run.took(target.name, EVALUATE, evaluation)
+    tau = fields.get("tau_base_draft")
+    if tau is not None and run.tau_base_on_base:
+        fields["retention"] = tau / run.tau_base_on_base
+    try:
+        verdict = publish(run.registry, run.artifacts, run.plan, target, evaluation)
+    except (OSError, ValueError) as error:
+        run.fail(target.name, error)
+        return
+    fields["adapter_version"] = verdict.version
+    run.end(target.name, verdict.decision, verdict.reason)

@@ -1,0 +1,145 @@
+"""Training runs: one Ray Train run with DeepSpeed inside for each private expert, and one for the trunk.
+
+`fit()` blocks its caller, so every run is driven by a task of its own. The task's process ends with it,
+because dead runs leave actors behind in a process that lives on.
+"""
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import ray
+
+from farm.artifacts import Artifact, Artifacts
+from farm.config import AdaptResources
+from farm.fleet.plan import ADAPT, EXPERT_FILE, TRUNK_FILES
+from farm.fleet.session import WORKER_VARIABLES
+from farm.store import open_store
+
+if TYPE_CHECKING:
+    from farm.train.loop import FitTask
+
+CURVE_FILE = "curve.json"
+RUN_VARIABLE = "FARM_RUN"  # names the run in its workers' environment, for whoever looks at the processes
+
+
+@dataclass(frozen=True)
+class Attempts:
+    """How often a run is tried again from its last checkpoint before its target has failed."""
+
+    worker: int = 2  # deaths of a training worker
+    driver: int = 1  # deaths of the task that drives the run
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """One run: what is fitted, under which artifact key it is published, and what is recorded with it."""
+
+    name: str  # the target, or the base for a trunk
+    stage: Literal["adapt", "trunk"]
+    key: str
+    task: "FitTask"
+    store: str  # URI
+    trunk: tuple[str, str] | None  # revision and file of the frozen trunk; None: it is what is trained
+    resources: AdaptResources
+    attempts: Attempts
+    record: Mapping[str, Any]  # goes into the artifact's manifest
+
+    @property
+    def num_threads(self) -> int:
+        """Of one worker: the cores, shared by the workers that run at the same time."""
+        at_once = self.resources.workers * (self.resources.parallel if self.stage == ADAPT else 1)
+        return max(1, (os.cpu_count() or 1) // at_once)
+
+    @property
+    def run_name(self) -> str:
+        """Ray Train resumes a run of the same name, so the name holds everything that decides the result."""
+        return f"{self.stage}-{self.name}-{self.key}"
+
+
+def train_worker(config: dict[Any, Any]) -> Any:
+    """The body of one training worker; rank 0's return value becomes the run's."""
+    import torch
+    from ray.train import get_checkpoint
+
+    from farm.fleet.trunk import borrow_trunk
+    from farm.train.loop import fit
+
+    task, trunk_file, checkpoint = config["task"], config["trunk"], get_checkpoint()
+    torch.set_num_threads(config["num_threads"])
+    with tempfile.TemporaryDirectory() as folder:
+        resume = Path(checkpoint.to_directory(folder)) if checkpoint else None
+        if trunk_file is None:
+            result = fit(task, trunk=None, resume=resume, report=_report)
+        else:
+            with borrow_trunk(*trunk_file) as trunk:
+                result = fit(task, trunk=trunk, resume=resume, report=_report)
+    return asdict(result)
+
+
+def _report(metrics: dict[str, float], save: Callable[[Path], None] | None) -> None:
+    """Every rank reports; rank 0's folder is the checkpoint, though all ranks take part in writing it."""
+    from ray.train import Checkpoint, get_context, report
+
+    if save is None:
+        report(metrics)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        save(Path(folder))
+        first = get_context().get_world_rank() == 0
+        report(metrics, checkpoint=Checkpoint.from_directory(folder) if first else None)
+
+
+@ray.remote(num_cpus=0, max_calls=1, runtime_env={"env_vars": WORKER_VARIABLES})
+def train(job: TrainJob) -> Artifact:
+    """Drive one run to its end and publish its last checkpoint as the artifact of `job.stage`.
+
+    Run again after it was killed, it goes on from the last checkpoint, or finds the finished artifact.
+    """
+    artifacts = Artifacts(open_store(job.store))
+    found = artifacts.find(job.stage, job.key)
+    if found:
+        return found
+    started = time.monotonic()
+    result = _trainer(job).fit()
+    assert result.checkpoint is not None  # the last report of `fit` always saves
+    with result.checkpoint.as_directory() as folder:
+        for name in (EXPERT_FILE,) if job.stage == ADAPT else TRUNK_FILES:
+            artifacts.put_file(job.stage, job.key, name, (Path(folder) / name).read_bytes())
+    fitted = dict(result.return_value)
+    curve = fitted.pop("curve")
+    artifacts.put_file(job.stage, job.key, CURVE_FILE, json.dumps(curve).encode())
+    manifest = {**job.record, **fitted, "metrics": result.metrics, "seconds": time.monotonic() - started}
+    finished = artifacts.finish(job.stage, job.key, manifest)
+    result.filesystem.delete_dir(result.path)  # optimizer states of a finished run serve nobody
+    return finished
+
+
+def _trainer(job: TrainJob) -> Any:
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    resources, on_gpu = job.resources, job.resources.gpus_per_worker > 0
+    variables = {RUN_VARIABLE: job.run_name}
+    if not on_gpu:
+        variables["DS_ACCELERATOR"] = "cpu"
+    each = {"CPU": 1.0, **({"GPU": resources.gpus_per_worker} if on_gpu else {})}
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"task": job.task, "trunk": job.trunk, "num_threads": job.num_threads},
+        scaling_config=ScalingConfig(
+            num_workers=resources.workers, use_gpu=on_gpu, resources_per_worker=each
+        ),
+        run_config=RunConfig(
+            name=job.run_name,
+            storage_path=f"{job.store}/train",
+            failure_config=FailureConfig(max_failures=job.attempts.worker),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            worker_runtime_env={"env_vars": variables},
+        ),
+    )

@@ -1,0 +1,78 @@
+"""The regeneration pipeline: targets clustered on actors, shards idempotent, a target that fails alone."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from farm.artifacts import Artifacts
+from farm.config import RegenerateResources, TargetSpec
+from farm.data.features import read_shards
+from farm.fleet.actors import LiveTargets
+from farm.fleet.answers import ANSWERS, feature_shards, finish_answers, missing_shards
+from farm.fleet.datasets import ShardResult, regenerate
+from farm.fleet.plan import make_plan
+from farm.store import open_store
+from farm.target.load import target_digest
+from tests.farm.fleet.family import Family
+
+
+@pytest.mark.ray
+def test_two_targets_on_one_actor_load_once_each_and_a_corrupt_one_fails_alone(
+    ray_cluster: object, family: Family, store: Path
+) -> None:
+    manifest = family.manifest("alpha", "beta", "torn", store=store)
+    weights = Path(manifest.targets[2].model) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    artifacts = Artifacts(open_store(manifest.store))
+    jobs = [target.answers for target in make_plan(manifest, artifacts, target_digest).targets]
+    results: list[ShardResult] = []
+
+    failures = regenerate(jobs, manifest.store, RegenerateResources(), results.append)
+
+    assert list(failures) == ["torn"]
+    assert "Refused" in failures["torn"]
+    done = [result for result in results if not result.failure]
+    assert {result.target for result in done} == {"alpha", "beta"}
+    assert sum(result.loads for result in done) == 2
+    assert sum(result.loads for result in results) == 3  # the torn one was tried once, not once a shard
+    finished = finish_answers(artifacts, jobs[0])
+    assert finished.manifest["rows"] == len(jobs[0].prompts) == 16
+    assert sum(finished.manifest["finish_reasons"].values()) == 16
+    samples = read_shards([Path(path) for path in feature_shards(finished, artifacts)])
+    assert len(samples) == 16
+
+    results.clear()
+    artifacts.store.delete(f"artifacts/{ANSWERS}/{jobs[1].key}/shard-00002.json")
+    assert missing_shards(artifacts, jobs[1]) == [2]
+    assert regenerate(jobs[:2], manifest.store, RegenerateResources(), results.append) == {}
+    assert [(result.target, result.shard) for result in results] == [("beta", 2)]
+
+
+def _fake_target(name: str, num_bytes: int) -> Any:
+    return SimpleNamespace(name=name, num_bytes=num_bytes)
+
+
+def test_the_least_recently_used_target_is_freed_before_the_next_one_loads() -> None:
+    live_at_load: list[tuple[str, ...]] = []
+    targets: LiveTargets
+
+    def load(spec: TargetSpec) -> Any:
+        live_at_load.append(targets.names)
+        return _fake_target(spec.name, 40)
+
+    targets = LiveTargets(memory_bytes=100, load=load)
+    specs = {name: TargetSpec(name=name, model=name, prompts="p") for name in "abc"}
+    for name in "abac":
+        targets.get(specs[name])
+    assert live_at_load == [(), ("a",), ("a",)]  # b went, though c was still to be loaded
+    assert targets.names == ("a", "c")
+    assert targets.num_loads == 3
+
+
+def test_a_target_larger_than_the_budget_lives_alone() -> None:
+    targets = LiveTargets(memory_bytes=10, load=lambda spec: _fake_target(spec.name, 40))
+    for name in "ab":
+        targets.get(TargetSpec(name=name, model=name, prompts="p"))
+    assert targets.names == ("b",)
