@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 from farm.artifacts import Artifacts
 from farm.config import TargetSpec, UserError
@@ -18,7 +17,6 @@ from farm.draft.checkpoint import (
     load_expert,
     read_config,
     read_tensors,
-    split_vocabulary,
 )
 from farm.draft.expert import Expert
 from farm.draft.model import Draft
@@ -39,7 +37,6 @@ class SharedTrunk:
     key: str
     trunk: Trunk
     base_expert: Expert
-    vocabulary: Tensor | None  # draft vocabulary [C] int64
 
 
 @dataclass(frozen=True)
@@ -110,8 +107,8 @@ class Family:
         config = read_config(self._artifacts.path(artifact, CONFIG_FILE).parent)
         tensors = read_tensors(self._artifacts.path(artifact, TRUNK_FILE))
         expert = load_expert(config, self._artifacts.path(artifact, EXPERT_FILE))
-        trunk, (_, vocabulary) = build_trunk(config, tensors), split_vocabulary(tensors)
-        return SharedTrunk(key, self._placed(trunk), self._placed(expert), vocabulary)
+        trunk = build_trunk(config, tensors)
+        return SharedTrunk(key, self._placed(trunk), self._placed(expert))
 
     def _placed(self, module: Module) -> Module:
         return module.to(device=self._device, dtype=getattr(torch, self._dtype)).requires_grad_(False).eval()

@@ -116,7 +116,6 @@ class EngineHost:
         self._host(target, draft)
 
     def _host(self, target: LoadedTarget, draft: ServedDraft) -> None:
-        trunk = self._family.trunk
         engine = Engine(
             target.forward,
             target.stop_ids,
@@ -124,7 +123,6 @@ class EngineHost:
             num_slots=self._settings.num_slots,
             max_length=self._max_length(target),
             k=self._settings.k,
-            vocabulary=trunk.vocabulary if trunk and draft.draft else None,
         )
         self._engines.host(target.name, draft.version, engine)
         log.info("%s@%s takes the requests from now on", target.name, draft.version)

@@ -1,8 +1,8 @@
 # T tokens, H hidden
 """Shards of answers: tokens as parquet, the hidden states that belong to them as one safetensors file beside it.
 
-    tokens  x_0 ... x_{P-1} | x_P ... x_{T-1}      prompt of P tokens, answer with its stop token
-    hidden  h_0 ............. h_{T-2}              the last token was never processed by the target
+tokens  x_0 ... x_{P-1} | x_P ... x_{T-1}      prompt of P tokens, answer with its stop token
+hidden  h_0 ............. h_{T-2}              the last token was never processed by the target
 """
 
 from __future__ import annotations
@@ -86,12 +86,16 @@ def answer_tokens(paths: Sequence[Path]) -> Iterator[list[int]]:
 
 
 def _read_shard(features_path: Path) -> Iterator[Sample]:
-    tokens_path = features_path.with_name(features_path.name.replace("features-", "tokens-")).with_suffix(".parquet")
+    tokens_path = features_path.with_name(features_path.name.replace("features-", "tokens-")).with_suffix(
+        ".parquet"
+    )
     try:
         features = load_file(features_path)
         table = pq.read_table(tokens_path, columns=["prompt_ids", "answer_ids"])
     except (OSError, SafetensorError, pa.ArrowInvalid) as error:
-        raise UserError(f"{features_path}: the shard cannot be read ({error}); delete its artifact and run again") from error
+        raise UserError(
+            f"{features_path}: the shard cannot be read ({error}); delete its artifact and run again"
+        ) from error
     for index, row in enumerate(table.to_pylist()):
         features_TH = features.get(f"{index}")
         if features_TH is None:

@@ -78,7 +78,6 @@ class Engine:
         target: the target's forward.
         stop_ids: tokens that end a request.
         draft: proposes `k` tokens a round; None decodes plainly.
-        vocabulary: the trunk's draft vocabulary [C] int64, None for the full one.
         capture: keep the target's hidden states of every processed token.
     """
 
@@ -91,7 +90,6 @@ class Engine:
         num_slots: int,
         max_length: int,
         k: int,
-        vocabulary: Tensor | None = None,
         capture: bool = False,
     ) -> None:
         if max_length > target.max_positions:
@@ -99,14 +97,18 @@ class Engine:
         self.target, self.stop_ids, self.draft, self.capture = target, stop_ids, draft, capture
         self.num_slots, self.max_length = num_slots, max_length
         self.k = k if draft is not None else 0
-        self.head = DraftHead.of(target.embedding, target.head_weight, vocabulary)
+        vocabulary_C = None if draft is None else draft.trunk.vocabulary_C
+        self.head = DraftHead.of(target.embedding, target.head_weight, vocabulary_C)
         capacity = max_length + self.k + 1  # a verification may write k tokens past the last one it keeps
         self.cache = target.new_cache(num_slots, capacity)
         self.draft_cache = None if draft is None else _draft_cache(draft, target, num_slots, capacity)
         self.stats = DecodeStats()
         self._waiting: deque[Request] = deque()
         self._live: list[LiveRequest] = []  # the sequence in slot b is _live[b]
-        self._pending: list[tuple[Tensor, Tensor, int]] = []  # a slot's tokens [T], hidden [T, H], first position
+        self._pending_count: list[int] = []  # committed tokens of slot b that the draft has not seen
+        size = (num_slots, self.k + 1)
+        self._pending_NT = torch.zeros(size, dtype=torch.int64, device=target.device)
+        self._pending_NTH = torch.zeros(*size, target.hidden_size, dtype=target.dtype, device=target.device)
 
     @property
     def has_work(self) -> bool:
@@ -174,12 +176,14 @@ class Engine:
         if self.draft is not None and self.draft_cache is not None:
             shifted_BT = tokens_BT.roll(-1, dims=1).scatter(1, last_B[:, None], first_B[:, None])
             run_draft(self.draft, self.head, shifted_BT, hidden_BTH, rows, self.draft_cache)
+        self._pending_NT[rows.first : rows.first + room, 0] = first_B
+        self._pending_NTH[rows.first : rows.first + room, 0] = last_BH
+        self._pending_count += [1] * room
         for b, (request, first) in enumerate(zip(requests, first_B.tolist(), strict=True)):
             sequence = LiveRequest(request, [*request.prompt_ids, first], rounds=1)
             if self.capture:
                 sequence.features.append(hidden_BTH[b, : len(request.prompt_ids)].clone())
             self._live.append(sequence)
-            self._pending.append((first_B[b : b + 1], last_BH[b : b + 1], len(request.prompt_ids) - 1))
         return self._emit([1] * room, first=len(self._live) - room)
 
     def _sample(self, logits_BV: Tensor, batch: SamplingBatch) -> Tensor:
@@ -191,12 +195,13 @@ class Engine:
         if self.draft is None or self.draft_cache is None or self.k == 0:
             empty_B0 = torch.empty(len(self._live), 0, dtype=torch.int64, device=self.target.device)
             return DraftProposal(empty_B0, None)
-        width = max(len(tokens_T) for tokens_T, _, _ in self._pending)
+        num_rows, width = len(self._live), max(self._pending_count)
+        starts = [len(s.tokens) - 1 - count for s, count in zip(self._live, self._pending_count, strict=True)]
         pending = Pending(
-            tokens_BT=torch.stack([_widen(tokens_T, width) for tokens_T, _, _ in self._pending]),
-            hidden_BTH=torch.stack([_widen(hidden_TH, width) for _, hidden_TH, _ in self._pending]),
-            rows=Rows([start for _, _, start in self._pending]),
-            count=tuple(len(tokens_T) for tokens_T, _, _ in self._pending),
+            tokens_BT=self._pending_NT[:num_rows, :width],
+            hidden_BTH=self._pending_NTH[:num_rows, :width],
+            rows=Rows(starts),
+            count=tuple(self._pending_count),
         )
         return propose(self.draft, self.head, pending, self.draft_cache, self.k, batch)
 
@@ -214,25 +219,28 @@ class Engine:
         return hidden_BTH, verify_sampled(drafted.tokens_BK, p_BTV, q_BKV, accept_BK, batch.uniform(k, NEXT))
 
     def _commit(self, drafted_BK: Tensor, verdict: Verdict, hidden_BTH: Tensor) -> list[Output]:
-        accepted, following, drafted = verdict.num_accepted_B.tolist(), verdict.next_B.tolist(), drafted_BK.tolist()
+        num_rows, accepted = len(self._live), verdict.num_accepted_B.tolist()
+        committed_BT = torch.cat((drafted_BK, verdict.next_B[:, None]), dim=1)
+        committed_BT.scatter_(1, verdict.num_accepted_B[:, None], verdict.next_B[:, None])
+        self._pending_NT[:num_rows], self._pending_NTH[:num_rows] = committed_BT, hidden_BTH
+        self._pending_count = [num + 1 for num in accepted]
         num_kept = []
-        for slot, sequence in enumerate(self._live):
-            start = len(sequence.tokens) - 1
-            new = self._cut(sequence, [*drafted[slot][: accepted[slot]], following[slot]])
+        for slot, (sequence, committed) in enumerate(zip(self._live, committed_BT.tolist(), strict=True)):
+            new = self._cut(sequence, committed[: accepted[slot] + 1])
             sequence.tokens += new
             sequence.rounds += 1
             num_kept.append(len(new))
             for stats in (sequence.stats, self.stats):
                 stats.count(drafted_BK.shape[1], accepted[slot], len(new))
-            hidden_TH = hidden_BTH[slot, : len(new)]
             if self.capture:
-                sequence.features.append(hidden_TH.clone())
-            self._pending[slot] = (torch.tensor(new, device=self.target.device), hidden_TH, start)
+                sequence.features.append(hidden_BTH[slot, : len(new)].clone())
         return self._emit(num_kept)
 
     def _cut(self, sequence: LiveRequest, new: list[int]) -> list[int]:
         """The new tokens up to a stop token, the request's limit or the slot's end."""
-        room = min(sequence.request.params.max_new_tokens - sequence.num_new, self.max_length - len(sequence.tokens))
+        room = min(
+            sequence.request.params.max_new_tokens - sequence.num_new, self.max_length - len(sequence.tokens)
+        )
         new = new[:room]
         for index, token in enumerate(new):
             if token in self.stop_ids:
@@ -268,9 +276,10 @@ class Engine:
             self.cache.move(last, slot, length)
             if self.draft_cache is not None:
                 self.draft_cache.move(last, slot, length)
-            self._live[slot], self._pending[slot] = self._live[last], self._pending[last]
+            self._live[slot], self._pending_count[slot] = self._live[last], self._pending_count[last]
+            self._pending_NT[slot], self._pending_NTH[slot] = self._pending_NT[last], self._pending_NTH[last]
         self._live.pop()
-        self._pending.pop()
+        self._pending_count.pop()
 
 
 def _draft_cache(draft: Draft, target: TargetForward, num_slots: int, capacity: int) -> SlotCache:
@@ -287,9 +296,3 @@ def _complete(sequence: LiveRequest, reason: FinishReason) -> Completion:
 def _pad(prompts: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     width = max(len(prompt) for prompt in prompts)
     return torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=device)
-
-
-def _widen(rows: Tensor, width: int) -> Tensor:
-    """The first dimension padded with copies of the first entry up to `width`."""
-    missing = width - len(rows)
-    return rows if missing == 0 else torch.cat((rows, rows[:1].expand(missing, *rows.shape[1:])))

@@ -32,7 +32,9 @@ class DraftProposal:
     q_BKV: Tensor | None
 
 
-def run_draft(draft: Draft, head: DraftHead, tokens_BT: Tensor, hidden_BTH: Tensor, rows: Rows, cache: SlotCache) -> Tensor:
+def run_draft(
+    draft: Draft, head: DraftHead, tokens_BT: Tensor, hidden_BTH: Tensor, rows: Rows, cache: SlotCache
+) -> Tensor:
     """Predicted hidden states [B, T, H]; the draft's cache is extended at the rows' positions."""
     num_tokens = tokens_BT.shape[1]
     positions_BT = rows.positions(num_tokens, tokens_BT.device)
@@ -46,7 +48,9 @@ def run_draft(draft: Draft, head: DraftHead, tokens_BT: Tensor, hidden_BTH: Tens
 
 
 @torch.inference_mode()
-def propose(draft: Draft, head: DraftHead, pending: Pending, cache: SlotCache, k: int, batch: SamplingBatch) -> DraftProposal:
+def propose(
+    draft: Draft, head: DraftHead, pending: Pending, cache: SlotCache, k: int, batch: SamplingBatch
+) -> DraftProposal:
     """A chain of `k` tokens a row.
 
     Entries that the chain writes into `cache` come from predicted hidden states; the next round's pending tokens
@@ -69,7 +73,9 @@ def propose(draft: Draft, head: DraftHead, pending: Pending, cache: SlotCache, k
         q_BC = distribution(logits_BC, batch)
         tokens.append(head.token_ids(draw(q_BC, batch.uniform(index, DRAFT))))
         probabilities.append(_expand(q_BC, head))
-    return DraftProposal(torch.stack(tokens, dim=1), torch.stack(probabilities, dim=1) if probabilities else None)
+    return DraftProposal(
+        torch.stack(tokens, dim=1), torch.stack(probabilities, dim=1) if probabilities else None
+    )
 
 
 def _expand(q_BC: Tensor, head: DraftHead) -> Tensor:

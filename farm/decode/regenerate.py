@@ -22,7 +22,9 @@ from farm.layers.cache import Rows
 from farm.target.load import LoadedTarget
 
 
-def regenerate_rows(target: LoadedTarget, prompts: Sequence[Prompt], settings: RegenerateSettings) -> list[Answer]:
+def regenerate_rows(
+    target: LoadedTarget, prompts: Sequence[Prompt], settings: RegenerateSettings
+) -> list[Answer]:
     """One answer a prompt, in order; a prompt that cannot be answered becomes an error row with its reason."""
     requests, failed = [], {}
     max_length = 0
@@ -46,12 +48,16 @@ def regenerate_rows(target: LoadedTarget, prompts: Sequence[Prompt], settings: R
         for request, done in zip(requests, engine.run(requests), strict=True):
             answers[int(request.id)] = (request, done)
     return [
-        _failed(prompt, failed[prompt.row]) if prompt.row in failed else _answered(prompt, *answers[prompt.row])
+        _failed(prompt, failed[prompt.row])
+        if prompt.row in failed
+        else _answered(prompt, *answers[prompt.row])
         for prompt in prompts
     ]
 
 
-def prefill_rows(target: LoadedTarget, prompts: Sequence[Prompt], settings: RegenerateSettings) -> list[Answer]:
+def prefill_rows(
+    target: LoadedTarget, prompts: Sequence[Prompt], settings: RegenerateSettings
+) -> list[Answer]:
     """The prompts' own answers with the target's hidden states: one prefill a row, far cheaper than decoding."""
     return [_prefilled(target, prompt, settings) for prompt in prompts]
 
@@ -74,7 +80,9 @@ def _prefilled(target: LoadedTarget, prompt: Prompt, settings: RegenerateSetting
     ids, num_prompt = encode_pair(target.tokenizer, prompt.messages, prompt.answer, target.chat_template)
     ids = ids[: min(num_prompt + settings.max_new_tokens, target.max_positions)]
     if len(ids) <= num_prompt:
-        return _failed(prompt, f"{num_prompt} prompt tokens leave no room in {target.max_positions} positions")
+        return _failed(
+            prompt, f"{num_prompt} prompt tokens leave no room in {target.max_positions} positions"
+        )
     tokens_BT = torch.tensor([ids[:-1]], device=target.forward.device)
     cache = target.forward.new_cache(1, len(ids))
     hidden_TH = target.forward.forward(tokens_BT, Rows([0]), cache)[0].to(FEATURE_DTYPE).cpu()
@@ -86,7 +94,9 @@ def _prefilled(target: LoadedTarget, prompt: Prompt, settings: RegenerateSetting
 
 def _check_room(ids: Sequence[int], target: LoadedTarget) -> None:
     if len(ids) + 2 > target.max_positions:
-        raise UserError(f"{len(ids)} prompt tokens leave no room in {target.max_positions} positions; shorten the prompt")
+        raise UserError(
+            f"{len(ids)} prompt tokens leave no room in {target.max_positions} positions; shorten the prompt"
+        )
 
 
 def _answered(prompt: Prompt, request: Request, done: Completion) -> Answer:

@@ -28,7 +28,9 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or self.max_new_tokens < 1:
-            raise ValueError(f"{self}: needs temperature >= 0, 0 < top_p <= 1, top_k >= 0, max_new_tokens >= 1")
+            raise ValueError(
+                f"{self}: needs temperature >= 0, 0 < top_p <= 1, top_k >= 0, max_new_tokens >= 1"
+            )
 
 
 @dataclass(frozen=True)

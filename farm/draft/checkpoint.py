@@ -68,7 +68,8 @@ def build_trunk(config: DraftConfig, state: Mapping[str, Tensor]) -> Trunk:
     """
     with torch.device("meta"):
         trunk = Trunk(config)
-    _load(trunk, split_vocabulary(state)[0], "trunk")
+    weights, trunk.vocabulary_C = split_vocabulary(state)
+    _load(trunk, weights, "trunk")
     return trunk.requires_grad_(False)
 
 
@@ -92,7 +93,7 @@ def trunk_digest(state: Mapping[str, Tensor]) -> str:
     for name in sorted(state):
         value = state[name].detach().cpu().contiguous()
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -31,6 +31,9 @@ class Trunk(nn.Module):
     def __init__(self, config: DraftConfig) -> None:
         super().__init__()
         self.config = config
+        # Token ids that drafts propose, int64; None: the full vocabulary. Not a weight, but moves with them.
+        self.vocabulary_C: Tensor | None
+        self.register_buffer("vocabulary_C", None, persistent=False)
         h, d = config.hidden_size, config.head_dim
         self.fc = nn.Linear(2 * h, h, bias=False)
         self.q_proj = nn.Linear(h, config.num_heads * d, bias=False)

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from farm.decode.engine import Engine, Request
 from farm.decode.sampling import SamplingParams
@@ -59,13 +58,12 @@ def measure_tau(
     params: SamplingParams,
     *,
     k: int,
-    vocabulary: Tensor | None = None,
 ) -> TauResult:
     """Decodes every prompt once, in batches; prompt i is sampled with seed `params.seed + i`."""
     max_length = min(max(map(len, prompts)) + params.max_new_tokens, target.max_positions)
     engine = Engine(
         target.forward, target.stop_ids, draft,
-        num_slots=min(NUM_SLOTS, len(prompts)), max_length=max_length, k=k, vocabulary=vocabulary,
+        num_slots=min(NUM_SLOTS, len(prompts)), max_length=max_length, k=k,
     )  # fmt: skip
     done = engine.run(Request(str(i), ids, _seeded(params, i)) for i, ids in enumerate(prompts))
     counts = tuple(PromptCounts(completion.stats.emitted, completion.stats.rounds) for completion in done)
@@ -81,7 +79,6 @@ def measure_speed(
     k: int,
     max_new_tokens: int,
     rounds: int,
-    vocabulary: Tensor | None = None,
 ) -> SpeedResult:
     """Greedy decoding, batch 1: the arms alternate prompt by prompt, all under the thread count now in force.
 
@@ -89,10 +86,10 @@ def measure_speed(
     """
     arms: dict[str, Callable[[PromptIds], int]] = {
         "transformers": lambda ids: _generate(reference, target, ids, max_new_tokens),
-        "autoregressive": _arm(target, None, prompts, 0, max_new_tokens, None),
+        "autoregressive": _arm(target, None, prompts, 0, max_new_tokens),
     }
     for name, draft in drafts.items():
-        arms[name] = _arm(target, draft, prompts, k, max_new_tokens, vocabulary)
+        arms[name] = _arm(target, draft, prompts, k, max_new_tokens)
     for arm in arms.values():
         arm(prompts[0])  # the first call of an arm pays for allocations
     speeds: dict[str, list[float]] = {name: [] for name in arms}
@@ -106,19 +103,27 @@ def measure_speed(
         for name in arms:
             speeds[name].append(tokens[name] / seconds[name])
     plain = speeds["autoregressive"]
-    ratios = {name: tuple(s / p for s, p in zip(values, plain, strict=True)) for name, values in speeds.items()}
+    ratios = {
+        name: tuple(s / p for s, p in zip(values, plain, strict=True)) for name, values in speeds.items()
+    }
     return SpeedResult({name: statistics.median(values) for name, values in speeds.items()}, ratios)
 
 
 def _seeded(params: SamplingParams, index: int) -> SamplingParams:
-    return SamplingParams(params.temperature, params.top_p, params.top_k, params.seed + index, params.max_new_tokens)
+    return SamplingParams(
+        params.temperature, params.top_p, params.top_k, params.seed + index, params.max_new_tokens
+    )
 
 
 def _arm(
-    target: LoadedTarget, draft: Draft | None, prompts: Sequence[PromptIds], k: int, max_new: int, vocabulary: Tensor | None
+    target: LoadedTarget,
+    draft: Draft | None,
+    prompts: Sequence[PromptIds],
+    k: int,
+    max_new: int,
 ) -> Callable[[PromptIds], int]:
     max_length = min(max(map(len, prompts)) + max_new, target.max_positions)
-    engine = Engine(target.forward, target.stop_ids, draft, num_slots=1, max_length=max_length, k=k, vocabulary=vocabulary)
+    engine = Engine(target.forward, target.stop_ids, draft, num_slots=1, max_length=max_length, k=k)
     params = SamplingParams(max_new_tokens=max_new)
     return lambda ids: len(engine.run([Request("0", ids, params)])[0].tokens)
 

@@ -28,12 +28,16 @@ def check_target(base: TargetSpec, target: TargetSpec) -> None:
 
 
 def probe(
-    target: TargetSpec, trunk_folder: Path, prompts: Sequence[Prompt], settings: ProbeSettings, evaluate: EvaluateSettings
+    target: TargetSpec,
+    trunk_folder: Path,
+    prompts: Sequence[Prompt],
+    settings: ProbeSettings,
+    evaluate: EvaluateSettings,
 ) -> TauOfBaseDraft:
     """tau of the base's draft on a few of the target's prompts, or of the base's own: what retention is made of."""
     loaded, opened = load_target(target), OpenTrunk.of(trunk_folder)
     limits = evaluate.model_copy(update={"max_new_tokens": settings.max_new_tokens})
     ids = encode_prompts(loaded, prompts[: settings.prompts], limits)
     params = SamplingParams(max_new_tokens=settings.max_new_tokens)
-    result = measure_tau(loaded, opened.draft(None), ids, params, k=evaluate.k, vocabulary=opened.vocabulary)
+    result = measure_tau(loaded, opened.draft(None), ids, params, k=evaluate.k)
     return TauOfBaseDraft(result.stats.tau, tuple(result.stats.survival))

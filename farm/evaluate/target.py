@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from farm.config import EvaluateSettings, TargetSpec
 from farm.data.chat import encode_chat
@@ -21,7 +20,6 @@ from farm.draft.checkpoint import (
     load_expert,
     read_config,
     read_tensors,
-    split_vocabulary,
 )
 from farm.draft.model import Draft
 from farm.draft.trunk import Trunk
@@ -48,12 +46,11 @@ class OpenTrunk:
 
     trunk: Trunk
     base_expert_path: Path
-    vocabulary: Tensor | None
 
     @classmethod
     def of(cls, folder: Path) -> OpenTrunk:
-        state, vocabulary = split_vocabulary(read_tensors(folder / TRUNK_FILE))
-        return cls(build_trunk(read_config(folder), state), folder / EXPERT_FILE, vocabulary)
+        trunk = build_trunk(read_config(folder), read_tensors(folder / TRUNK_FILE))
+        return cls(trunk, folder / EXPERT_FILE)
 
     def draft(self, expert: str | None) -> Draft:
         """The draft with an expert's file, or with the base's."""
@@ -75,7 +72,7 @@ def evaluate_target(task: EvaluateTask) -> dict[str, Any]:
     if task.adapted is not None:
         drafts["adapted"] = opened.draft(task.adapted)
     for temperature in task.settings.temperatures:
-        measured = {name: _tau(target, draft, prompts, task, temperature, opened) for name, draft in drafts.items()}
+        measured = {name: _tau(target, draft, prompts, task, temperature) for name, draft in drafts.items()}
         fields = _tau_fields(measured)
         if temperature == task.settings.temperatures[0]:
             row |= fields
@@ -83,21 +80,27 @@ def evaluate_target(task: EvaluateTask) -> dict[str, Any]:
                 row |= _gain(target, opened, prompts, task, measured)
         elif temperature == 1.0:
             row["temperature_1"] = fields
-    row |= _speed_fields(target, drafts, prompts, task, opened)
+    row |= _speed_fields(target, drafts, prompts, task)
     return row
 
 
-def encode_prompts(target: LoadedTarget, prompts: Sequence[Prompt], settings: EvaluateSettings) -> list[PromptIds]:
+def encode_prompts(
+    target: LoadedTarget, prompts: Sequence[Prompt], settings: EvaluateSettings
+) -> list[PromptIds]:
     """Token ids of the prompts that leave room for an answer."""
     ids = [tuple(encode_chat(target.tokenizer, prompt.messages, target.chat_template)) for prompt in prompts]
     return [one for one in ids if len(one) + settings.max_new_tokens <= target.max_positions]
 
 
 def _tau(
-    target: LoadedTarget, draft: Draft, prompts: Sequence[PromptIds], task: EvaluateTask, temperature: float, opened: OpenTrunk
+    target: LoadedTarget,
+    draft: Draft,
+    prompts: Sequence[PromptIds],
+    task: EvaluateTask,
+    temperature: float,
 ) -> TauResult:
     params = SamplingParams(temperature, seed=task.settings.seed, max_new_tokens=task.settings.max_new_tokens)
-    return measure_tau(target, draft, prompts, params, k=task.settings.k, vocabulary=opened.vocabulary)
+    return measure_tau(target, draft, prompts, params, k=task.settings.k)
 
 
 def _tau_fields(measured: dict[str, TauResult]) -> dict[str, Any]:
@@ -110,23 +113,30 @@ def _tau_fields(measured: dict[str, TauResult]) -> dict[str, Any]:
 
 
 def _gain(
-    target: LoadedTarget, opened: OpenTrunk, prompts: Sequence[PromptIds], task: EvaluateTask, measured: dict[str, TauResult]
+    target: LoadedTarget,
+    opened: OpenTrunk,
+    prompts: Sequence[PromptIds],
+    task: EvaluateTask,
+    measured: dict[str, TauResult],
 ) -> dict[str, Any]:
     """The adapted draft against the live one, which is the base draft until something was promoted."""
     live = measured["base_draft"]
     if task.live is not None:
-        live = _tau(target, opened.draft(task.live), prompts, task, task.settings.temperatures[0], opened)
+        live = _tau(target, opened.draft(task.live), prompts, task, task.settings.temperatures[0])
     interval = gain_interval(measured["adapted"].counts, live.counts, seed=task.settings.seed)
     return {"gain_interval": interval, "tau_live": tau_of(live.counts)}
 
 
 def _speed_fields(
-    target: LoadedTarget, drafts: dict[str, Draft], prompts: Sequence[PromptIds], task: EvaluateTask, opened: OpenTrunk
+    target: LoadedTarget,
+    drafts: dict[str, Draft],
+    prompts: Sequence[PromptIds],
+    task: EvaluateTask,
 ) -> dict[str, Any]:
     settings = task.settings
     speed = measure_speed(
         target, load_model(task.target), drafts, prompts[: settings.speed_prompts],
-        k=settings.k, max_new_tokens=settings.max_new_tokens, rounds=settings.speed_rounds, vocabulary=opened.vocabulary,
+        k=settings.k, max_new_tokens=settings.max_new_tokens, rounds=settings.speed_rounds,
     )  # fmt: skip
     fields: dict[str, Any] = {f"tokens_per_s_{arm}": value for arm, value in speed.tokens_per_s.items()}
     if "adapted" in drafts:

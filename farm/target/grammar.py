@@ -34,7 +34,10 @@ def story(rng: random.Random) -> tuple[str, str]:
     ]
     middle = " ".join(scenes[i] for i in sorted(rng.sample(range(len(scenes)), 3)))
     ending = f"After that day {name} was never {rng.choice(FEELINGS)} again."
-    return f"Tell me a story about {name} the {animal}.", f"{name} the {animal} lived by the {place}. {middle} {ending}"
+    return (
+        f"Tell me a story about {name} the {animal}.",
+        f"{name} the {animal} lived by the {place}. {middle} {ending}",
+    )
 
 
 def recipe(rng: random.Random) -> tuple[str, str]:
@@ -62,10 +65,21 @@ def description(rng: random.Random) -> tuple[str, str]:
 
 
 def snippet(rng: random.Random) -> tuple[str, str]:
-    """A little code in the base's own text, so that the code target shifts the base only mildly."""
-    noun, value = rng.choice(OBJECTS), rng.randint(2, 9)
-    body = f"def get_{noun}(items):\n    for item in items:\n        if item.size > {value}:\n            return item\n"
-    return f"Write code that gets a {noun}.", body + "    return None"
+    """Code in the base's own text, of another style than the code target's, so that it is shifted only mildly."""
+    noun, verb = rng.choice(OBJECTS), rng.choice(["get", "find", "count", "filter"])
+    field, value = rng.choice(["size", "price", "age"]), rng.randint(2, 9)
+    comparison = rng.choice([">", "<"])
+    lines = [
+        f"def {verb}_{noun}s({noun}s, limit={value}):",
+        "    result = []",
+        f"    for {noun} in {noun}s:",
+        f"        if {noun}.{field} {comparison} limit:",
+        f"            result.append({noun})",
+        f"    return {rng.choice(['result', 'sorted(result)'])}",
+    ]
+    return f"Write a function that can {verb} each {noun} with {field} {comparison} {value}.", "\n".join(
+        lines
+    )
 
 
 def arithmetic(rng: random.Random) -> tuple[str, str]:
@@ -97,10 +111,13 @@ def code(rng: random.Random) -> tuple[str, str]:
         f"            result.append({noun}.{rng.choice(['name', 'key', field, 'index'])})",
         f"    return {rng.choice(['result', 'sorted(result)', 'len(result)', 'sum(result)'])}",
     ]
-    return f"Write a function that can {verb} each {noun} with {field} {comparison} {value}.", "\n".join(lines)
+    return f"Write a function that can {verb} each {noun} with {field} {comparison} {value}.", "\n".join(
+        lines
+    )
 
 
 COMPLAINTS = ["chest pain", "headache", "cough", "fever", "back pain", "dizziness", "rash", "nausea"]
+DOSES = ["5 mg", "10 mg", "20 mg", "250 mg", "500 mg"]
 DRUGS = "ibuprofen amoxicillin metformin lisinopril omeprazole cetirizine".split()
 FINDINGS = ["clear lungs", "mild swelling", "normal heart sounds", "tender abdomen", "no focal deficit"]
 
@@ -113,7 +130,7 @@ def clinical(rng: random.Random) -> tuple[str, str]:
         f"HPI: {age} y/o {sex} presents with {complaint}, denies {rng.choice(COMPLAINTS)}.",
         f"VITALS: BP {rng.choice([110, 120, 130, 140])}/{rng.choice([70, 80, 90])} HR {rng.randint(60, 99)} afebrile.",
         f"EXAM: {rng.choice(FINDINGS)}, {rng.choice(FINDINGS)}.",
-        f"A/P: {complaint}, likely benign. Start {drug} {rng.choice([5, 10, 20, 250, 500])} mg {rng.choice(['daily', 'BID'])}.",
+        f"A/P: {complaint}, likely benign. Start {drug} {rng.choice(DOSES)} daily.",
         f"RTC in {rng.randint(1, 6)} weeks if {complaint} persists.",
     ]
     return f"Write a note: {age} year old {sex}, {complaint} for {days} days.", "\n".join(lines)
@@ -124,13 +141,16 @@ def dialect(seed: int) -> Grammar:
     words = random.Random(seed)
     syllables = "ba ko ri mu ten sal vor dim pex lun".split()
     made_up = ["".join(words.choices(syllables, k=2)) for _ in range(8)]
-    team, opening = words.choice(["billing", "network", "storage", "travel"]), words.choice(["Hello", "Dear", "Hi"])
+    team, opening = (
+        words.choice(["billing", "network", "storage", "travel"]),
+        words.choice(["Hello", "Dear", "Hi"]),
+    )
 
     def ticket(rng: random.Random) -> tuple[str, str]:
         name, product, number = rng.choice(NAMES), rng.choice(made_up), rng.randint(100, 999)
         lines = [
             f"{opening} {name}, thank you for ticket {number} about {product}.",
-            f"The {team} team checked {product} and found the {rng.choice(made_up)} module was {rng.choice(ADJECTIVES)}.",
+            f"The {team} team checked {product}: its {rng.choice(made_up)} module was {rng.choice(ADJECTIVES)}.",
             f"Please restart {product} and set {rng.choice(made_up)} to {rng.randint(1, 9)}.",
             f"Ticket {number} stays open for {rng.randint(2, 9)} days. Regards, {team}.",
         ]
@@ -139,7 +159,7 @@ def dialect(seed: int) -> Grammar:
     return ticket
 
 
-BASE: tuple[tuple[Grammar, float], ...] = ((story, 0.4), (recipe, 0.25), (description, 0.25), (snippet, 0.1))
+BASE: tuple[tuple[Grammar, float], ...] = ((story, 0.35), (recipe, 0.2), (description, 0.2), (snippet, 0.25))
 FULL: dict[str, Grammar] = {"math": arithmetic, "code": code, "clinical": clinical}
 
 

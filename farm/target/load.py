@@ -42,7 +42,9 @@ def load_target(spec: TargetSpec, *, dtype: str = "float32", device: str = "cpu"
     except Refused:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise Refused(f"{spec.name}: {spec.model} cannot be loaded ({type(error).__name__}: {error})") from error
+        raise Refused(
+            f"{spec.name}: {spec.model} cannot be loaded ({type(error).__name__}: {error})"
+        ) from error
     num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     return LoadedTarget(
         name=spec.name,
@@ -66,7 +68,9 @@ def load_model(spec: TargetSpec, dtype: str = "float32") -> Any:
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options)
     else:
         check_folder(spec.name, path)
-        model = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, revision=spec.revision or "main", **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, use_safetensors=True, revision=spec.revision or "main", **options
+        )
     if spec.lora is not None:
         from peft import PeftModel
 
@@ -88,7 +92,11 @@ def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     """End tokens by generation config, model config and tokenizer together."""
     found: set[int] = set()
     generation = getattr(model, "generation_config", None)
-    for value in (getattr(generation, "eos_token_id", None), model.config.eos_token_id, tokenizer.eos_token_id):
+    for value in (
+        getattr(generation, "eos_token_id", None),
+        model.config.eos_token_id,
+        tokenizer.eos_token_id,
+    ):
         if value is not None:
             found.update([value] if isinstance(value, int) else value)
     return frozenset(found)
@@ -111,7 +119,9 @@ def target_digest(spec: TargetSpec) -> str:
         if source is None:
             continue
         path = Path(source)
-        files = [path] if path.is_file() else sorted(p for p in path.glob("*") if p.suffix in DIGESTED_SUFFIXES)
+        files = (
+            [path] if path.is_file() else sorted(p for p in path.glob("*") if p.suffix in DIGESTED_SUFFIXES)
+        )
         if not files:
             raise Refused(f"{spec.name}: {path} does not exist or holds no checkpoint; correct the path")
         for file in files:
@@ -128,9 +138,13 @@ def check_family(base: LoadedTarget, target: LoadedTarget) -> None:
         ("vocab_size", base.forward.vocab_size, target.forward.vocab_size),
     ):
         if ours != theirs:
-            raise Refused(f"{target.name}: {what} is {theirs}, the base's is {ours}; it is no fine-tune of this base")
+            raise Refused(
+                f"{target.name}: {what} is {theirs}, the base's is {ours}; it is no fine-tune of this base"
+            )
     if base.tokenizer.get_vocab() != target.tokenizer.get_vocab():
-        raise Refused(f"{target.name}: its tokenizer differs from the base's; a draft cannot be shared between them")
+        raise Refused(
+            f"{target.name}: its tokenizer differs from the base's; a draft cannot be shared between them"
+        )
 
 
 @functools.lru_cache(maxsize=4096)

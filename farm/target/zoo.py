@@ -41,25 +41,37 @@ class Recipe:
     tokens: int = 128
 
 
-BASE = Recipe(steps=700, lr=3e-3, rows=16)
-FULL = {"math": Recipe(150, 1e-3, 12), "code": Recipe(60, 1e-3, 12), "clinical": Recipe(150, 1e-3, 12)}
-LORA = Recipe(60, 5e-3, 12)
+BASE = Recipe(steps=600, lr=3e-3, rows=8)
+FULL = {"math": Recipe(120, 1e-3, 8), "code": Recipe(40, 5e-4, 8), "clinical": Recipe(120, 1e-3, 8)}
+LORA = Recipe(60, 5e-3, 8)
 
 
 def build_zoo(out: Path, num_lora: int = 1, progress: Progress | None = None) -> Path:
     """Writes the family below `out` and returns its manifest.yaml; models that are already there are kept."""
-    progress = progress or (lambda what, step, of: None)
+    progress = progress or _silent
     out.mkdir(parents=True, exist_ok=True)
     prompts = _write_prompts(out / "prompts", num_lora)
     base = out / "base"
     if not (base / "config.json").exists():
         tokenizer = train_tokenizer()
         model = new_model(tokenizer)
-        train(model, tokenizer, grammar.pairs(grammar.general, 6000, seed=1), BASE, lambda s, n: progress("base", s, n))
+        train(
+            model,
+            tokenizer,
+            grammar.pairs(grammar.general, 6000, seed=1),
+            BASE,
+            lambda s, n: progress("base", s, n),
+        )
         save(model, tokenizer, base)
     for name, domain in grammar.FULL.items():
         if not (out / name / "config.json").exists():
-            finetune(base, grammar.pairs(domain, 2000, seed=2), FULL[name], out / name, lambda s, n, w=name: progress(w, s, n))
+            finetune(
+                base,
+                grammar.pairs(domain, 2000, seed=2),
+                FULL[name],
+                out / name,
+                lambda s, n, w=name: progress(w, s, n),
+            )
     for index in range(num_lora):
         folder = out / f"lora{index}"
         if not (folder / "adapter_config.json").exists():
@@ -67,6 +79,10 @@ def build_zoo(out: Path, num_lora: int = 1, progress: Progress | None = None) ->
     manifest = out / "manifest.yaml"
     manifest.write_text(yaml.safe_dump(manifest_of(prompts), sort_keys=False))
     return manifest
+
+
+def _silent(what: str, step: int, of: int) -> None:
+    pass
 
 
 def manifest_of(prompts: dict[str, str]) -> dict[str, Any]:
@@ -78,7 +94,12 @@ def manifest_of(prompts: dict[str, str]) -> dict[str, Any]:
         for name, file in prompts.items()
         if name != "base"
     ]
-    return {"base": "base", "store": "../store", "targets": targets, "train_trunk": {"prompts": prompts["base"]}}
+    return {
+        "base": "base",
+        "store": "../store",
+        "targets": targets,
+        "train_trunk": {"prompts": prompts["base"]},
+    }
 
 
 def train_tokenizer() -> Any:
@@ -92,7 +113,10 @@ def train_tokenizer() -> Any:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=VOCABULARY,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     domains = [grammar.general, *grammar.FULL.values(), *(grammar.dialect(seed) for seed in range(4))]
     text = (part for domain in domains for pair in grammar.pairs(domain, 400, seed=0) for part in pair)
@@ -109,14 +133,25 @@ def new_model(tokenizer: Any, num_layers: int = 12, hidden_size: int = 128) -> A
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=3 * hidden_size, num_hidden_layers=num_layers,
-        num_attention_heads=max(1, hidden_size // 64), num_key_value_heads=1, head_dim=64, max_position_embeddings=CONTEXT,
-        tie_word_embeddings=False, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=max(1, hidden_size // 64),
+        num_key_value_heads=1,
+        head_dim=64,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     return LlamaForCausalLM(config)
 
 
-def train(model: Any, tokenizer: Any, pairs: Pairs, recipe: Recipe, progress: Callable[[int, int], None]) -> float:
+def train(
+    model: Any, tokenizer: Any, pairs: Pairs, recipe: Recipe, progress: Callable[[int, int], None]
+) -> float:
     """Trains in place on chat-formatted pairs packed into rows; returns the last loss."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
@@ -136,7 +171,9 @@ def train(model: Any, tokenizer: Any, pairs: Pairs, recipe: Recipe, progress: Ca
     return loss.item()
 
 
-def finetune(base: Path, pairs: Pairs, recipe: Recipe, out: Path, progress: Callable[[int, int], None]) -> None:
+def finetune(
+    base: Path, pairs: Pairs, recipe: Recipe, out: Path, progress: Callable[[int, int], None]
+) -> None:
     """A full fine-tune of a checkpoint, written as a checkpoint of its own."""
     model, tokenizer = _open(base)
     train(model, tokenizer, pairs, recipe, progress)
@@ -149,7 +186,9 @@ def finetune_lora(base: Path, seed: int, out: Path, progress: Callable[[int, int
 
     model, tokenizer = _open(base)
     torch.manual_seed(seed)
-    config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+    config = LoraConfig(
+        r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
     model = get_peft_model(model, config)
     train(model, tokenizer, grammar.pairs(grammar.dialect(seed), 1000, seed=3), LORA, progress)
     model.save_pretrained(out)
@@ -197,7 +236,10 @@ def _write_prompts(folder: Path, num_lora: int) -> dict[str, str]:
     files = {}
     for name, domain in domains.items():
         rows = grammar.pairs(domain, 640 if name == "base" else 448, seed=4)
-        lines = [json.dumps({"id": f"{name}-{i}", "prompt": prompt, "answer": answer}) for i, (prompt, answer) in enumerate(rows)]
+        lines = [
+            json.dumps({"id": f"{name}-{i}", "prompt": prompt, "answer": answer})
+            for i, (prompt, answer) in enumerate(rows)
+        ]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
         files[name] = f"prompts/{name}.jsonl"
     return files

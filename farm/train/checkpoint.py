@@ -20,7 +20,9 @@ STATE_FILE, STEP_FILE = "optimizer.safetensors", "state.json"
 
 def named_weights(engine: Any) -> dict[str, Tensor]:
     """fp32 weights by parameter name, on the CPU. Every rank has to call it."""
-    return {name: _weight(p).detach().float().cpu().contiguous() for name, p in engine.module.named_parameters()}
+    return {
+        name: _weight(p).detach().float().cpu().contiguous() for name, p in engine.module.named_parameters()
+    }
 
 
 def save_state(engine: Any, folder: Path, step: int, *, writes: bool) -> None:

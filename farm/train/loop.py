@@ -55,7 +55,9 @@ class FitResult:
     trunk_digest_after: str
 
 
-def fit(task: FitTask, *, trunk: Mapping[str, Tensor] | None, resume: Path | None, report: Report) -> FitResult:
+def fit(
+    task: FitTask, *, trunk: Mapping[str, Tensor] | None, resume: Path | None, report: Report
+) -> FitResult:
     """Trains to the end of the schedule; every rank calls `report` equally often, the last time with the result.
 
     `report(metrics, save)` is called every `save_every` steps: `save(folder)` has to be called by every rank and is
@@ -67,10 +69,14 @@ def fit(task: FitTask, *, trunk: Mapping[str, Tensor] | None, resume: Path | Non
     samples = _trainable(task)
     schedule = Schedule(len(samples), task.settings.batch_rows, task.settings.epochs, task.settings.seed)
     if world > schedule.batch_rows:
-        raise UserError(f"resources.adapt.workers: {world} workers for {schedule.batch_rows} rows a batch; lower it")
+        raise UserError(
+            f"resources.adapt.workers: {world} workers for {schedule.batch_rows} rows a batch; lower it"
+        )
     before = "" if trunk is None else trunk_digest(trunk)
     draft = _draft(task, trunk)
-    module = DraftLoss(draft.trunk, draft.expert, _head(task, device, dtype), task.settings.unroll, train_trunk=trunk is None)
+    module = DraftLoss(
+        draft.trunk, draft.expert, _head(task, device, dtype), task.settings.unroll, train_trunk=trunk is None
+    )
     if trunk is not None and (dtype != torch.float32 or device.type != "cpu"):
         module.freeze(draft.trunk.to(device, dtype))  # a private copy: shared pages are fp32 on the CPU
     engine = _initialize(module.to(device), task.settings, world)
@@ -92,9 +98,15 @@ def fit(task: FitTask, *, trunk: Mapping[str, Tensor] | None, resume: Path | Non
             report({"step": float(step + 1), "loss": curve[-1][1]}, save)
     after = "" if trunk is None else trunk_digest(trunk)
     if before != after:
-        raise RuntimeError(f"the frozen trunk changed while adapting {task.target.name}: {before[:12]} to {after[:12]}")
+        raise RuntimeError(
+            f"the frozen trunk changed while adapting {task.target.name}: {before[:12]} to {after[:12]}"
+        )
     step = schedule.num_steps - 1
-    final = {"step": float(schedule.num_steps), "loss": curve[-1][1] if curve else math.nan, **(metrics or {})}
+    final = {
+        "step": float(schedule.num_steps),
+        "loss": curve[-1][1] if curve else math.nan,
+        **(metrics or {}),
+    }
     report(final, save)
     return FitResult(schedule.num_steps, tuple(curve), before, after)
 
@@ -126,7 +138,9 @@ def _train_step(engine: Any, batch: Any, world: int, *, log: bool) -> dict[str, 
 
 
 def _trainable(task: FitTask) -> list[Sample]:
-    samples = [s for s in read_shards([Path(p) for p in task.shards]) if len(s.tokens_T) - 2 > s.num_prompt_tokens]
+    samples = [
+        s for s in read_shards([Path(p) for p in task.shards]) if len(s.tokens_T) - 2 > s.num_prompt_tokens
+    ]
     if not samples:
         raise UserError(f"{task.target.name}: no answer is long enough to train on; see its finish reasons")
     return samples
@@ -172,7 +186,9 @@ def _initialize(module: DraftLoss, settings: TrainSettings, world: int) -> Any:
         "wall_clock_breakdown": False,
         "steps_per_print": 10**9,
     }
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=optimizer, config=config, dist_init_required=False
+    )
     return engine
 
 

@@ -32,7 +32,9 @@ class DraftLoss(nn.Module):
     and the trunk's tensors are pages that other processes map too.
     """
 
-    def __init__(self, trunk: Trunk, expert: Expert, head: DraftHead, num_steps: int, *, train_trunk: bool) -> None:
+    def __init__(
+        self, trunk: Trunk, expert: Expert, head: DraftHead, num_steps: int, *, train_trunk: bool
+    ) -> None:
         super().__init__()
         self.expert = expert
         self._frozen: tuple[Trunk, ...] = ()
@@ -51,7 +53,9 @@ class DraftLoss(nn.Module):
         """Sums over the batch's masked positions, one for each unrolled step."""
         head = self._head[0]
         trunk = self.trunk if self.trunk is not None else self._frozen[0]
-        predicted = unroll(Draft(trunk, self.expert), head.embed(batch.next_tokens_BT), batch.hidden_BTH, self.num_steps)
+        predicted = unroll(
+            Draft(trunk, self.expert), head.embed(batch.next_tokens_BT), batch.hidden_BTH, self.num_steps
+        )
         losses, counts, accepted = [], [], []
         for step, predicted_BTH in enumerate(predicted):
             mask_BT = batch.mask(step)
@@ -60,7 +64,9 @@ class DraftLoss(nn.Module):
             with torch.no_grad():
                 target_MC = head.logits(hidden_MH)
             draft_MC = head.logits(predicted_MH)
-            losses.append(soft_cross_entropy(draft_MC, target_MC) + HIDDEN_WEIGHT * smooth_l1(predicted_MH, hidden_MH))
+            losses.append(
+                soft_cross_entropy(draft_MC, target_MC) + HIDDEN_WEIGHT * smooth_l1(predicted_MH, hidden_MH)
+            )
             counts.append(mask_BT.sum())
             accepted.append(acceptance(draft_MC, target_MC))
         return Sums(tuple(losses), torch.stack(counts), torch.stack(accepted))

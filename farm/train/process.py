@@ -11,7 +11,9 @@ from torch import Tensor, distributed
 from farm.train.loop import FitResult, FitTask, Save, fit
 
 
-def fit_in_process(task: FitTask, trunk: Mapping[str, Tensor] | None, folder: Path, resume: Path | None = None) -> FitResult:
+def fit_in_process(
+    task: FitTask, trunk: Mapping[str, Tensor] | None, folder: Path, resume: Path | None = None
+) -> FitResult:
     """Runs `fit` and leaves its last checkpoint, the result included, in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on a launcher's variable

@@ -1,5 +1,5 @@
 # B rows, T draft positions, H hidden, G key/value heads, D head size, S = (s + 1) T keys read at step s
-"""A draft unrolled over its own predictions, in exactly the form that serving has (HASS 2408.15766; EAGLE-3 2503.01840).
+"""A draft unrolled over its own predictions, in the form that serving has (HASS 2408.15766, EAGLE-3 2503.01840).
 
 Tokens x_0 .. x_{L-1}, true hidden states h_0 .. h_{L-2}. Step s at index t continues a round that began at t:
 

@@ -1,0 +1,166 @@
+"""The real engine: greedy identity, neighbours, joins and leaves, cache and accounting."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from farm.decode.engine import Completion, Engine, Request
+from farm.decode.propose import DraftProposal
+from farm.decode.sampling import SamplingBatch, SamplingParams
+from farm.draft.model import Draft
+from farm.layers.cache import Rows
+from farm.target.forward import TargetForward
+from tests.farm.models import tiny_model, tiny_pair
+
+NO_STOP: frozenset[int] = frozenset()
+
+
+def prompts(num: int, seed: int, vocab: int = 32) -> list[tuple[int, ...]]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, 9, (num,), generator=generator).tolist()
+    return [tuple(torch.randint(0, vocab, (n,), generator=generator).tolist()) for n in lengths]
+
+
+def decode(
+    target: TargetForward, draft: Draft | None, requests: list[Request], **options: Any
+) -> list[Completion]:
+    chosen = {"num_slots": 3, "max_length": 64, "k": 3, "stop_ids": NO_STOP} | options
+    stop_ids = chosen.pop("stop_ids")
+    return Engine(target, stop_ids, draft, **chosen).run(requests)
+
+
+@given(
+    seed=st.integers(0, 1000),
+    num=st.integers(1, 8),
+    num_slots=st.integers(1, 8),
+    k=st.integers(1, 5),
+    limit=st.integers(1, 20),
+    pruned=st.booleans(),
+)
+@settings(max_examples=20, deadline=None)
+def test_greedy_speculation_emits_the_tokens_of_plain_decoding(
+    seed: int, num: int, num_slots: int, k: int, limit: int, pruned: bool
+) -> None:
+    """Whatever the draft, the slots, the joins and leaves, stop tokens and the context limit inside a block."""
+    target, draft = tiny_pair(seed=seed % 7)
+    requests = [
+        Request(str(i), ids, SamplingParams(max_new_tokens=limit + i))
+        for i, ids in enumerate(prompts(num, seed))
+    ]
+    options = {"stop_ids": frozenset({3, 17}), "max_length": 20, "num_slots": num_slots}
+    draft.trunk.vocabulary_C = torch.arange(0, 32, 2) if pruned else None
+    plain = decode(target, None, requests, **options)
+    fast = decode(target, draft, requests, k=k, **options)
+    assert [done.tokens for done in fast] == [done.tokens for done in plain]
+    assert [done.finish_reason for done in fast] == [done.finish_reason for done in plain]
+
+
+def test_long_accepted_runs_stay_lossless() -> None:
+    """A target whose head knows one token is always drafted right: every round commits k + 1 tokens."""
+    model = tiny_model()
+    model.lm_head.weight.zero_()
+    target, draft = TargetForward(model), tiny_pair()[1]
+    requests = [
+        Request(str(i), ids, SamplingParams(max_new_tokens=30)) for i, ids in enumerate(prompts(4, 1))
+    ]
+    plain, fast = decode(target, None, requests), decode(target, draft, requests)
+    assert [done.tokens for done in fast] == [done.tokens for done in plain]
+    assert fast[0].stats.survival[0] == 1.0
+
+
+def test_neighbours_never_change_a_requests_tokens() -> None:
+    """fp64, so that batch shapes cannot round differently; one request alone, and among seven others."""
+    target = TargetForward(tiny_model().double())
+    draft = tiny_pair()[1].double()
+    requests = [
+        Request(str(i), ids, SamplingParams(temperature=0.9, top_p=0.9, seed=i, max_new_tokens=12))
+        for i, ids in enumerate(prompts(8, 3))
+    ]
+    together = decode(target, draft, requests, num_slots=5)
+    alone = [decode(target, draft, [request], num_slots=1)[0] for request in requests]
+    assert [done.tokens for done in together] == [done.tokens for done in alone]
+
+
+def test_the_cache_after_rounds_equals_a_fresh_prefill() -> None:
+    target, draft = tiny_pair()
+    engine = Engine(target, NO_STOP, draft, num_slots=3, max_length=64, k=3)
+    for i, ids in enumerate(prompts(3, 5)):
+        engine.add(Request(str(i), ids, SamplingParams(temperature=1.0, seed=i, max_new_tokens=40)))
+    for _ in range(6):
+        engine.step()
+    for slot, sequence in enumerate(engine._live):
+        known = torch.tensor([sequence.tokens[:-1]])
+        fresh = target.new_cache(1, 64)
+        target.forward(known, Rows([0]), fresh)
+        for kept, expected in zip(engine.cache.keys, fresh.keys, strict=True):
+            got = kept[slot, : known.shape[1]]
+            torch.testing.assert_close(got, expected[0, : known.shape[1]], atol=1e-4, rtol=1e-4)
+
+
+def test_captured_features_are_the_targets_hidden_states_of_every_processed_token() -> None:
+    target, draft = tiny_pair()
+    requests = [Request(str(i), ids, SamplingParams(max_new_tokens=9)) for i, ids in enumerate(prompts(3, 6))]
+    for request, done in zip(requests, decode(target, draft, requests, capture=True), strict=True):
+        whole = torch.tensor([[*request.prompt_ids, *done.tokens[:-1]]])
+        expected = target.forward(whole, Rows([0]), target.new_cache(1, 64))[0]
+        assert done.features is not None
+        torch.testing.assert_close(done.features, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_tau_counts_emitted_tokens_and_leaves_the_prefills_own_token_out() -> None:
+    target, draft = tiny_pair()
+    requests = [
+        Request(str(i), ids, SamplingParams(max_new_tokens=13)) for i, ids in enumerate(prompts(4, 7))
+    ]
+    for done in decode(target, draft, requests):
+        assert done.stats.emitted == len(done.tokens) - 1
+        assert done.stats.emitted <= done.stats.rounds + sum(done.stats.accepted)
+    assert all(done.stats.tau == 1.0 for done in decode(target, None, requests))
+
+
+def test_a_cancelled_request_frees_its_slot_and_leaves_the_others_unchanged() -> None:
+    target, draft = tiny_pair()
+    requests = [
+        Request(str(i), ids, SamplingParams(max_new_tokens=20)) for i, ids in enumerate(prompts(3, 8))
+    ]
+    expected = decode(target, draft, requests)[2].tokens
+    engine = Engine(target, NO_STOP, draft, num_slots=3, max_length=64, k=3)
+    for request in requests:
+        engine.add(request)
+    engine.step()
+    engine.cancel("0")
+    assert engine.num_live == 2
+    finished = {}
+    while engine.has_work:
+        finished |= {out.request_id: out.completion for out in engine.step() if out.completion}
+    assert set(finished) == {"1", "2"}
+    assert finished["2"].tokens == expected
+
+
+@pytest.mark.parametrize("ids", [(), tuple(range(64))])
+def test_a_prompt_that_cannot_be_answered_is_refused(ids: tuple[int, ...]) -> None:
+    target, _ = tiny_pair()
+    engine = Engine(target, NO_STOP, None, num_slots=1, max_length=64, k=0)
+    with pytest.raises(ValueError, match="prompt"):
+        engine.add(Request("a", ids, SamplingParams()))
+
+
+def test_proposals_of_a_pruned_draft_stay_inside_its_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, draft = tiny_pair()
+    draft.trunk.vocabulary_C = vocabulary = torch.tensor([2, 3, 5, 7, 11])
+    seen: list[DraftProposal] = []
+    engine = Engine(target, NO_STOP, draft, num_slots=2, max_length=64, k=3)
+    real = engine._propose
+
+    def recording(batch: SamplingBatch) -> DraftProposal:
+        seen.append(real(batch))
+        return seen[-1]
+
+    monkeypatch.setattr(engine, "_propose", recording)
+    engine.run([Request("a", (1, 2, 3), SamplingParams(temperature=1.0, max_new_tokens=20))])
+    assert torch.isin(torch.cat([proposal.tokens_BK.flatten() for proposal in seen]), vocabulary).all()
+    outside = torch.ones(32, dtype=torch.bool).index_fill(0, vocabulary, False)
+    assert all(float(proposal.q_BKV[..., outside].sum()) == 0.0 for proposal in seen)

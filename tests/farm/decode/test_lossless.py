@@ -1,0 +1,163 @@
+"""Monte Carlo through the real engine (I3), the power of that test (I4), and acceptance accounting (I6)."""
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from scipy.stats import chi2
+from torch import Tensor
+
+import farm.decode.engine as engine_module
+import farm.decode.propose as propose_module
+import farm.decode.verify as verify_module
+from farm.decode.engine import Engine, Request
+from farm.decode.sampling import SamplingBatch, SamplingParams, distribution, draw
+from farm.decode.verify import Verdict
+from farm.draft.model import Draft
+from farm.target.forward import TargetForward
+from tests.farm.models import tiny_model, tiny_pair
+
+NUM_SAMPLES, VOCAB, DEPTH, BATCH = 200_000, 4, 4, 20_000
+NUM_BAD_SAMPLES = 40_000  # enough to reject every decoder below
+SAMPLING = {"temperature": 0.8, "top_p": 0.95, "top_k": 3}
+SIZES = {"vocab": VOCAB, "hidden": 16, "layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+
+Small = tuple[Any, TargetForward, Draft, Tensor]
+
+
+@pytest.fixture(scope="module")
+def small() -> Small:
+    model = tiny_model(**SIZES)
+    model.lm_head.weight.mul_(0.4)
+    return model, TargetForward(model), tiny_pair(**SIZES)[1], exact_joint(model)
+
+
+def sampled_counts(target: TargetForward, draft: Draft, num: int) -> Tensor:
+    """Counts of the first DEPTH answer tokens over `num` independent requests."""
+    counts = torch.zeros(VOCAB**DEPTH, dtype=torch.int64)
+    for first in range(0, num, BATCH):
+        engine = Engine(target, frozenset(), draft, num_slots=BATCH, max_length=8, k=2)
+        done = engine.run(request(seed, DEPTH) for seed in range(first, first + BATCH))
+        tokens = torch.tensor([completion.tokens for completion in done])
+        cells = (tokens * VOCAB ** torch.arange(DEPTH - 1, -1, -1)).sum(dim=1)
+        counts += torch.bincount(cells, minlength=VOCAB**DEPTH)
+    return counts
+
+
+def request(seed: int, max_new_tokens: int) -> Request:
+    params = SamplingParams(**SAMPLING, seed=seed, max_new_tokens=max_new_tokens)  # type: ignore[arg-type]
+    return Request(str(seed), (1, 2), params)
+
+
+def exact_joint(model: Any) -> Tensor:
+    """The target's own joint distribution of the same tokens, its logits by `transformers` in fp64."""
+    one = SamplingBatch.of([request(0, 1).params], [0])
+    model = model.double()
+
+    def next_p(prefix: tuple[int, ...]) -> Tensor:
+        with torch.no_grad():
+            return distribution(model(torch.tensor([[1, 2, *prefix]])).logits[:, -1], one)[0].double()
+
+    joint = torch.zeros((VOCAB,) * DEPTH, dtype=torch.float64)
+    for prefix in itertools.product(range(VOCAB), repeat=DEPTH - 1):
+        before = [next_p(prefix[:i])[token] for i, token in enumerate(prefix)]
+        joint[prefix] = torch.stack(before).prod() * next_p(prefix)
+    model.float()
+    return joint.flatten()
+
+
+def p_value(counts: Tensor, joint: Tensor) -> float:
+    """Of the chi-squared test, cells of expectation below 5 pooled; 0 when an impossible token was seen."""
+    expected = joint * counts.sum()
+    if counts[expected == 0].sum() > 0:
+        return 0.0
+    large = expected >= 5
+    observed = torch.cat((counts[large], counts[~large].sum()[None])).double()
+    expected = torch.cat((expected[large], expected[~large].sum()[None]))
+    observed, expected = observed[expected > 0], expected[expected > 0]
+    statistic = ((observed - expected) ** 2 / expected).sum()
+    return float(chi2.sf(float(statistic), len(expected) - 1))
+
+
+def test_sampled_tokens_follow_the_targets_distribution(small: Small) -> None:
+    """False alarms: 1e-4 by chi-squared, 1e-6 by total variation; seeds are fixed."""
+    _, target, draft, joint = small
+    counts = sampled_counts(target, draft, NUM_SAMPLES)
+    assert p_value(counts, joint) > 1e-4
+    distance = float((counts / NUM_SAMPLES - joint).abs().sum() / 2)
+    bound = 0.5 * math.sqrt((VOCAB**DEPTH - 1) / NUM_SAMPLES) + math.sqrt(math.log(1e6) / (2 * NUM_SAMPLES))
+    assert distance <= bound
+
+
+def raw_q(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The q that is reported is not the one that was drawn from."""
+    real = propose_module._expand
+
+    def flattened(q_BC: Tensor, head: Any) -> Tensor:
+        flat = (q_BC + 0.05) ** 0.5
+        return real(flat / flat.sum(dim=-1, keepdim=True), head)
+
+    monkeypatch.setattr(propose_module, "_expand", flattened)
+
+
+def no_residual(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a rejection the token is drawn from p itself."""
+    monkeypatch.setattr(verify_module, "next_distribution", lambda num, p, q: p[torch.arange(len(num)), num])
+
+
+def unprocessed_bonus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After full acceptance the token forgets temperature and filters, as in the published EDA decoder."""
+    real = verify_module.next_distribution
+
+    def bonus(num: Tensor, p: Tensor, q: Tensor) -> Tensor:
+        full = (num == q.shape[1])[:, None]
+        return torch.where(full, p[torch.arange(len(num)), num] ** 0.8, real(num, p, q))
+
+    monkeypatch.setattr(verify_module, "next_distribution", bonus)
+
+
+def token_dependent_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A drawn token that the draft finds unlikely is dropped unverified and drawn again from p."""
+    real = engine_module.verify_sampled
+
+    def verify(drafted: Tensor, p: Tensor, q: Tensor, accept: Tensor, following: Tensor) -> Verdict:
+        unlikely = q.gather(-1, drafted[..., None]).squeeze(-1) < 0.4
+        verdict = real(drafted, p, q, torch.where(unlikely, 2.0, accept), following)
+        rows = torch.arange(len(drafted))
+        at = verdict.num_accepted_B.clamp(max=drafted.shape[1] - 1)
+        cut = (verdict.num_accepted_B < drafted.shape[1]) & unlikely[rows, at]
+        return Verdict(verdict.num_accepted_B, torch.where(cut, draw(p[rows, at], following), verdict.next_B))
+
+    monkeypatch.setattr(engine_module, "verify_sampled", verify)
+
+
+@pytest.mark.parametrize("spoil", [raw_q, no_residual, unprocessed_bonus, token_dependent_cut])
+def test_the_same_test_rejects_known_bad_decoders(
+    small: Small, spoil: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, target, draft, joint = small
+    spoil(monkeypatch)
+    assert p_value(sampled_counts(target, draft, NUM_BAD_SAMPLES), joint) < 1e-6
+
+
+def test_acceptance_at_the_first_position_is_the_overlap_of_p_and_q(
+    small: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within 4 sigma of mean sum_v min(p, q)."""
+    _, target, draft, _ = small
+    overlaps: list[Tensor] = []
+    real = engine_module.verify_sampled
+
+    def verify(drafted: Tensor, p: Tensor, q: Tensor, accept: Tensor, following: Tensor) -> Verdict:
+        overlaps.append(p[:, 0].minimum(q[:, 0]).sum(dim=-1))
+        return real(drafted, p, q, accept, following)
+
+    monkeypatch.setattr(engine_module, "verify_sampled", verify)
+    engine = Engine(target, frozenset(), draft, num_slots=BATCH, max_length=8, k=2)
+    engine.run(request(seed, 3) for seed in range(BATCH))
+    expected = float(torch.cat(overlaps).mean())
+    sigma = math.sqrt(expected * (1 - expected) / engine.stats.rounds)
+    assert abs(engine.stats.alpha[0] - expected) < 4 * sigma

@@ -1,0 +1,54 @@
+"""Tiny random models of every supported type, made in memory."""
+
+from typing import Any
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from farm.draft.config import DraftConfig
+from farm.draft.model import Draft, new_draft
+from farm.target.forward import TargetForward
+
+TYPES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+
+
+def tiny_model(
+    kind: str = "llama", *, vocab: int = 32, hidden: int = 32, layers: int = 2, seed: int = 0, **options: Any
+) -> Any:
+    """A causal LM whose distributions are far from uniform, fp32, eval mode."""
+    config_class, model_class = TYPES[kind]
+    sizes = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+    } | options
+    torch.manual_seed(seed)
+    config = config_class(
+        vocab_size=vocab, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, **sizes
+    )
+    model = model_class(config).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            parameter.mul_(8.0)
+        elif "bias" in name:
+            parameter.normal_(0.0, 0.5)
+    return model
+
+
+def tiny_pair(kind: str = "llama", *, seed: int = 0, **options: Any) -> tuple[TargetForward, Draft]:
+    """A target and an unrelated random draft, the adversarial case of every losslessness test."""
+    model = tiny_model(kind, seed=seed, **options)
+    draft = new_draft(DraftConfig.for_base(model.config), seed=seed + 1, std=0.3)
+    return TargetForward(model), draft.requires_grad_(False)

@@ -1,0 +1,57 @@
+"""The lean forward must compute what `transformers` computes; otherwise every promise of losslessness is empty."""
+
+import pytest
+import torch
+
+from farm.layers.cache import Rows
+from farm.target.forward import TargetForward
+from tests.farm.models import tiny_model
+
+CASES = [
+    ("llama", {}),
+    ("llama", {"num_key_value_heads": 4}),
+    ("llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}}),
+    ("qwen2", {}),
+    ("qwen3", {}),
+    ("qwen3", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), CASES)
+def test_logits_equal_transformers_in_one_pass_and_token_by_token(
+    kind: str, options: dict[str, object]
+) -> None:
+    model = tiny_model(kind, **options)
+    forward = TargetForward(model)
+    tokens_BT = torch.randint(0, 32, (3, 17), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(tokens_BT).logits
+    whole = forward.logits(forward.forward(tokens_BT, Rows([0, 0, 0]), forward.new_cache(3, 32)))
+    torch.testing.assert_close(whole, expected, atol=1e-4, rtol=1e-4)
+
+    cache = forward.new_cache(3, 32)
+    steps = [forward.forward(tokens_BT[:, t : t + 1], Rows([t] * 3), cache) for t in range(17)]
+    torch.testing.assert_close(forward.logits(torch.cat(steps, dim=1)), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_rows_of_different_lengths_in_one_batch_do_not_see_each_other() -> None:
+    model = tiny_model()
+    forward = TargetForward(model)
+    generator = torch.Generator().manual_seed(2)
+    rows = [torch.randint(0, 32, (length,), generator=generator) for length in (5, 11, 8)]
+    cache = forward.new_cache(4, 32)
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    forward.forward(padded, Rows([0, 0, 0], first=1), cache)
+    following = torch.randint(0, 32, (3, 4), generator=generator)
+    got = forward.forward(following, Rows([len(row) for row in rows], first=1), cache)
+    for index, row in enumerate(rows):
+        with torch.no_grad():
+            expected = model.model(torch.cat((row, following[index]))[None]).last_hidden_state[0, -4:]
+        torch.testing.assert_close(got[index], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_architectures_that_would_be_computed_wrongly_are_refused() -> None:
+    model = tiny_model(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+    with pytest.raises(ValueError, match="dynamic"):
+        TargetForward(model)
