@@ -1,5 +1,6 @@
 """Regenerate and capture: one Ray Data pipeline over the missing shards of all targets."""
 
+import logging
 import os
 import sys
 import warnings
@@ -80,7 +81,7 @@ def _run(
         store=artifacts.store.uri,
         jobs={job.name: job.without_prompts() for job in jobs},
         memory_bytes=jobs[0].settings.memory_bytes,
-        num_threads=max(1, int(resources.num_cpus), (os.cpu_count() or 1) // pool.max_size),
+        num_threads=max(1, int(resources.num_cpus), (os.cpu_count() or 1) // int(pool.max_size)),
     )
     with _data_context():
         # One shard a block, in the order of the targets: blocks are clustered by target, and the pool can
@@ -127,6 +128,7 @@ def _data_context() -> Iterator[DataContext]:
         name: getattr(context, name) for name in ("enable_progress_bars", "print_on_execution_start")
     }
     context.enable_progress_bars = sys.stderr.isatty()
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     context.print_on_execution_start = False
     try:
         with warnings.catch_warnings():

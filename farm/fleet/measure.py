@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 CHECK, PROBE = "check", "probe"
 
 
-@ray.remote(num_cpus=1, max_calls=1, max_retries=1)
+@ray.remote(num_cpus=1, max_retries=1)
 def check(store: str, key: str, base: TargetSpec, target: TargetSpec) -> Artifact:
     """Load a target and compare it with the base; raises Refused when it is no member of the family."""
     from farm.evaluate.probe import check_target
@@ -33,7 +33,7 @@ def check(store: str, key: str, base: TargetSpec, target: TargetSpec) -> Artifac
     return Artifacts(open_store(store)).finish(CHECK, key, {"target": target.name})
 
 
-@ray.remote(num_cpus=1, max_calls=1, max_retries=1)
+@ray.remote(num_cpus=1, max_retries=1)
 def probe_tau(
     store: str,
     key: str,
@@ -50,7 +50,7 @@ def probe_tau(
     return Artifacts(open_store(store)).finish(PROBE, key, manifest)
 
 
-@ray.remote(max_calls=1, max_retries=1)
+@ray.remote(max_retries=1)
 def evaluate(store: str, key: str, task: "EvaluateTask", record: Mapping[str, Any]) -> Artifact:
     """Measure base draft, live and adapted draft on the held-out prompts; asks for a whole node's CPUs."""
     from farm.evaluate.records import TargetRow

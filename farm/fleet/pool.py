@@ -43,11 +43,8 @@ def run_bounded(
                 name, args = spec
                 if on_start:
                     on_start(name)
-                live[
-                    task.options(name=f"{task._function_name.rsplit('.', 1)[-1]}:{name}", **options).remote(
-                        *args
-                    )
-                ] = name
+                titled = task.options(name=f"{task.remote.__name__}:{name}", **options)
+                live[titled.remote(*args)] = name
             if not live:
                 return
             (done,), _ = ray.wait(list(live), num_returns=1)

@@ -148,22 +148,20 @@ def _probe(
     folder = str(run.artifacts.path(trunk, TRUNK_FILES[0]).parent)
     specs, taus = {}, {}
     for name, (plan, settings) in plans.items():
-        on_base = isinstance(plan, TrunkPlan)
         if isinstance(plan, TrunkPlan):
             spec, digest = plan.base, plan.base_digest
         else:
             spec, digest = plan.spec, plan.digest
         prompts = plan.held_out[: settings.prompts]
-        config = {
-            "settings": dump(settings),
-            "k": run.manifest.evaluate.k,
-            "prompts": [asdict(p) for p in prompts],
-        }
+        config = {"settings": dump(settings), "k": run.manifest.evaluate.k}
+        # As with the trunk: a target that is added later must not change what all others are compared with.
+        if isinstance(plan, TargetPlan) or run.manifest.train_trunk.prompts:
+            config["prompts"] = [asdict(prompt) for prompt in prompts]
         key = key_of(measure.PROBE, config, [digest, trunk.key])
         if (found := run.artifacts.find(measure.PROBE, key)) is not None:
             taus[name] = float(found.manifest["tau"])
             continue
-        if not on_base:
+        if isinstance(plan, TargetPlan):
             run.board.update(name, stage="probe")
         specs[name] = (run.store.uri, key, spec, folder, prompts, (settings, run.manifest.evaluate))
     for outcome in run_bounded(specs, measure.probe_tau, CHECKS_AT_ONCE):

@@ -1,5 +1,6 @@
 """Joining a Ray cluster, or starting a small one for the length of a run."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ def connect() -> Iterator[None]:
         yield
         return
     if in_cluster():
-        ray.init(namespace=NAMESPACE, log_to_driver=False, logging_level="warning")
+        ray.init(namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
     else:
         cpus = max(MIN_LOGICAL_CPUS, os.cpu_count() or 1)
         ray.init(
@@ -45,7 +46,7 @@ def connect() -> Iterator[None]:
             namespace=NAMESPACE,
             include_dashboard=False,
             log_to_driver=False,
-            logging_level="warning",
+            logging_level=logging.WARNING,
         )
     try:
         yield

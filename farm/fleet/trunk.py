@@ -5,6 +5,7 @@ resolve it by name each time, because a restarted actor owns a new object. Tenso
 views: Ray maps those without a copy, while it would give each reader its own copy of a torch tensor.
 """
 
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,11 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import ray
 import torch
+from ray.exceptions import ActorDiedError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from farm.draft.checkpoint import trunk_digest
 from farm.fleet.session import NAMESPACE
+
+OPEN_ATTEMPTS = 10
 
 
 class TrunkChanged(RuntimeError):
@@ -72,10 +76,17 @@ def ensure_trunk(revision: str, path: Path | str) -> str:
 
     `revision` must name the content (an artifact key): a second call with it finds the first actor.
     """
-    actor = TrunkStore.options(  # type: ignore[attr-defined]
-        name=_actor_name(revision), namespace=NAMESPACE, lifetime="detached", get_if_exists=True
-    ).remote(str(path))
-    return str(ray.get(actor.ref.remote())[1])
+    for attempt in range(OPEN_ATTEMPTS):
+        actor = TrunkStore.options(  # type: ignore[attr-defined]
+            name=_actor_name(revision), namespace=NAMESPACE, lifetime="detached", get_if_exists=True
+        ).remote(str(path))
+        try:
+            return str(ray.get(actor.ref.remote())[1])
+        except ActorDiedError:  # found under its name while `close_trunk` was ending it
+            if attempt == OPEN_ATTEMPTS - 1:
+                raise
+            time.sleep(1.0)
+    raise AssertionError("unreachable")
 
 
 def open_trunk(revision: str) -> tuple[dict[str, Tensor], str]:

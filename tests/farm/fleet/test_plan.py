@@ -1,0 +1,141 @@
+"""The plan: what is keyed by what, what is reused, which mistake concerns whom. Needs no Ray."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from farm.artifacts import Artifacts
+from farm.config import Manifest, TargetSpec, UserError
+from farm.fleet.answers import ANSWERS, decode_prompts, encode_prompts, missing_shards
+from farm.fleet.estimate import estimate_target, plan_table, read_rates
+from farm.fleet.plan import ADAPT, TRUNK, Plan, make_plan
+from farm.store import open_store
+
+
+def _digest(spec: TargetSpec) -> str:
+    return f"digest of {spec.model}"
+
+
+def _manifest(root: Path, *names: str, **sections: object) -> Manifest:
+    for name in names:
+        lines = [json.dumps({"prompt": f"{name} {row}"}) for row in range(20)]
+        (root / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    targets = tuple(TargetSpec(name=name, model=name, prompts=str(root / f"{name}.jsonl")) for name in names)
+    sections = {"evaluate": {"prompts": 4}, "regenerate": {"shard_rows": 5}, **sections}
+    return Manifest(base="base", store=(root / "store").as_uri(), targets=targets, **sections)
+
+
+def _plan(root: Path, manifest: Manifest) -> Plan:
+    return make_plan(manifest, Artifacts(open_store(manifest.store)), _digest)
+
+
+def test_held_out_rows_are_neither_adapted_on_nor_seen_by_the_trunk(tmp_path: Path) -> None:
+    plan = _plan(tmp_path, _manifest(tmp_path, "a", "b"))
+    for target in plan.targets:
+        assert {p.row for p in target.held_out} == {16, 17, 18, 19}
+        assert {p.row for p in target.answers.prompts} == set(range(16))
+        assert target.answers.num_shards == 4
+    assert plan.trunk.answers is not None
+    texts = [prompt.messages[0]["content"] for prompt in plan.trunk.answers.prompts]
+    assert len(texts) == len({p.row for p in plan.trunk.answers.prompts}) == 32
+    assert not {"a 16", "b 19"} & set(texts)
+
+
+def test_prompts_of_the_trunk_are_split_too(tmp_path: Path) -> None:
+    manifest = _manifest(tmp_path, "a", "general")
+    own = {"prompts": str(tmp_path / "general.jsonl")}
+    plan = _plan(
+        tmp_path, manifest.model_copy(update={"train_trunk": manifest.train_trunk.model_copy(update=own)})
+    )
+    assert plan.trunk.answers is not None
+    assert {p.row for p in plan.trunk.answers.prompts} == set(range(16))
+    assert {p.row for p in plan.trunk.held_out} == {16, 17, 18, 19}
+
+
+def test_an_added_target_changes_no_other_key(tmp_path: Path) -> None:
+    one, two = (_plan(tmp_path, _manifest(tmp_path, *names)) for names in ("a", "ab"))
+    assert one.trunk.key == two.trunk.key
+    assert one.targets[0].adapt_key == two.targets[0].adapt_key
+
+
+@pytest.mark.parametrize(
+    ("section", "changes_answers", "changes_trunk"),
+    [
+        ({"regenerate": {"shard_rows": 5, "temperature": 0.1}}, True, False),
+        ({"regenerate": {"shard_rows": 5, "memory_bytes": 1}}, False, False),
+        ({"adapt": {"lr": 0.5}}, False, False),
+        ({"train_trunk": {"lr": 0.5}}, False, True),
+    ],
+)
+def test_a_setting_changes_the_keys_of_what_it_decides(
+    tmp_path: Path, section: dict[str, object], changes_answers: bool, changes_trunk: bool
+) -> None:
+    before, after = (_plan(tmp_path, _manifest(tmp_path, "a", **s)) for s in ({}, section))
+    assert (before.targets[0].answers.key != after.targets[0].answers.key) == changes_answers
+    assert (before.trunk.key != after.trunk.key) == changes_trunk
+    decides = changes_answers or changes_trunk or "adapt" in section
+    assert (before.targets[0].adapt_key != after.targets[0].adapt_key) == decides
+
+
+def test_how_often_a_checkpoint_is_written_changes_no_key(tmp_path: Path) -> None:
+    before, after = (_plan(tmp_path, _manifest(tmp_path, "a", adapt={"save_every": n})) for n in (1, 2))
+    assert before.targets[0].adapt_key == after.targets[0].adapt_key
+
+
+def test_a_target_without_usable_prompts_is_refused_alone(tmp_path: Path) -> None:
+    manifest = _manifest(tmp_path, "a", "b")
+    (tmp_path / "b.jsonl").write_text("\n")
+    plan = _plan(tmp_path, manifest)
+    assert [target.name for target in plan.targets] == ["a"]
+    assert "no prompts" in plan.refused["b"]
+
+
+def test_a_broken_line_is_counted_and_the_rest_goes_on(tmp_path: Path) -> None:
+    manifest = _manifest(tmp_path, "a")
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"prompt": \n' + file.read_text())
+    (target,) = _plan(tmp_path, manifest).targets
+    assert len(target.answers.prompts) == 16  # 21 rows, 4 held out, 1 broken
+    assert [error["row"] for error in target.answers.source["row_errors"]] == [0]
+
+
+def test_a_given_trunk_without_its_files_is_a_mistake_of_the_whole_manifest(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"draft\.json does not exist"):
+        _plan(tmp_path, _manifest(tmp_path, "a", trunk=str(tmp_path / "nothing")))
+
+
+def test_a_finished_shard_is_not_missing_and_a_finished_artifact_has_none(tmp_path: Path) -> None:
+    manifest = _manifest(tmp_path, "a")
+    artifacts = Artifacts(open_store(manifest.store))
+    job = _plan(tmp_path, manifest).targets[0].answers
+    artifacts.put_file(ANSWERS, job.key, "tokens-00001.parquet", b"without its card a shard is not finished")
+    assert missing_shards(artifacts, job) == [0, 1, 2, 3]
+    artifacts.put_file(ANSWERS, job.key, "shard-00001.json", b"{}")
+    assert missing_shards(artifacts, job) == [0, 2, 3]
+    artifacts.finish(ANSWERS, job.key, {})
+    assert missing_shards(artifacts, job) == []
+
+
+def test_prompts_survive_the_way_to_an_actor(tmp_path: Path) -> None:
+    prompts = _plan(tmp_path, _manifest(tmp_path, "a")).targets[0].answers.prompts
+    assert tuple(decode_prompts(encode_prompts(prompts))) == prompts
+
+
+def test_the_plan_says_what_is_reused_and_costs_nothing_again(tmp_path: Path) -> None:
+    manifest = _manifest(tmp_path, "a", "b")
+    artifacts = Artifacts(open_store(manifest.store))
+    plan = _plan(tmp_path, manifest)
+    artifacts.finish(TRUNK, plan.trunk.key, {})
+    artifacts.finish(ANSWERS, plan.targets[0].answers.key, {"seconds": 8.0, "answer_tokens": 16})
+    artifacts.finish(ADAPT, plan.targets[0].adapt_key, {"seconds": 3.0, "trained_tokens": 300})
+    plan = _plan(tmp_path, manifest)
+    assert plan.trunk.reused
+    assert [target.reused for target in plan.targets] == [(ANSWERS, ADAPT), ()]
+    rates = read_rates(plan, artifacts)
+    assert (rates.decode_s, rates.train_s) == (0.5, 0.01)
+    assert estimate_target(plan, plan.targets[0], rates).seconds == 0
+    costs = estimate_target(plan, plan.targets[1], rates)
+    assert costs.rows == 16
+    assert costs.seconds > 16 * manifest.regenerate.max_new_tokens * 0.5
+    assert plan_table(plan, artifacts).row_count == 4  # trunk, two targets, together

@@ -1,0 +1,46 @@
+"""The trunk stage: the base answers, a vocabulary is chosen, trunk and base expert are trained and found again."""
+
+from pathlib import Path
+
+import pytest
+
+from farm.artifacts import Artifacts
+from farm.draft.checkpoint import load_expert, read_config, read_tensors, split_vocabulary
+from farm.fleet.plan import TRUNK, make_plan
+from farm.fleet.prepare import prepare_trunk
+from farm.fleet.run import Run
+from farm.fleet.trainers import Attempts
+from farm.store import open_store
+from farm.target.load import target_digest
+from tests.farm.fleet.family import Family
+
+
+def _run(family: Family, store: Path, *names: str) -> Run:
+    manifest = family.manifest(*names, store=store, trunk=False, draft={"vocabulary": 30, "shared_width": 32})
+    opened = open_store(manifest.store)
+    lines: list[str] = []
+    return Run(
+        "r1", make_plan(manifest, Artifacts(opened), target_digest), opened, lines.append, Attempts(0, 0)
+    )
+
+
+@pytest.mark.ray
+def test_a_trunk_is_trained_once_and_serves_targets_that_are_added_later(
+    ray_cluster: object, family: Family, store: Path
+) -> None:
+    first = _run(family, store, "alpha")
+    trunk = prepare_trunk(first)
+    folder = first.artifacts.path(trunk, "draft.json").parent
+    config = read_config(folder)
+    assert config.shared_width == 32
+    vocabulary = split_vocabulary(read_tensors(folder / "trunk.safetensors"))[1]
+    assert vocabulary is not None
+    assert len(vocabulary) == 30
+    load_expert(config, folder / "expert.safetensors")
+    assert trunk.manifest["steps"] == 2
+    assert not list((store / "train").glob("*/checkpoint*"))  # optimizer states do not stay
+
+    later = _run(family, store, "alpha", "beta")
+    assert later.trunk.reused
+    assert prepare_trunk(later) == trunk
+    assert later.artifacts.find(TRUNK, later.trunk.key) == trunk
