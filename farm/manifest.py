@@ -1,5 +1,6 @@
 """The raw tree of a manifest before it is checked: overrides, `${name}` placeholders, paths made absolute."""
 
+import importlib.util
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import yaml
 from farm.errors import UserError
 
 _PLACEHOLDER = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+_PACKAGE = "package:"
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _HUB_DATASET = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 
@@ -115,6 +117,18 @@ def _fill_node(node: Any, values: Mapping[str, str], used: set[str], field: str)
     )
 
 
+def package_file(value: str, field: str) -> Path:
+    """The file that `package:NAME/FILE` means: one that an installed Python package ships."""
+    name, _, file = value.removeprefix(_PACKAGE).partition("/")
+    found = importlib.util.find_spec(name) if name.isidentifier() else None
+    if found is None or not found.submodule_search_locations:
+        raise UserError(f"{field}: {value!r}: no package {name!r} is installed; install it with pip")
+    path = Path(found.submodule_search_locations[0]) / file
+    if ".." in Path(file).parts or not path.is_file():
+        raise UserError(f"{field}: {value!r}: {path} does not exist; give a file that the package ships")
+    return path
+
+
 class PathResolver:
     """Turns the paths of a dumped manifest into absolute ones; `folder` is the manifest's."""
 
@@ -145,6 +159,8 @@ class PathResolver:
         return self._absolute(value, "store").as_uri()
 
     def _model(self, value: str, field: str, *, must_exist: bool) -> str:
+        if value.startswith(_PACKAGE):
+            return str(package_file(value, field))
         if "://" in value and not value.startswith("file://"):
             return value
         if _HUB_ID.match(value) and not (self.folder / value).parent.exists():

@@ -42,8 +42,8 @@ class Recipe:
 
 
 BASE = Recipe(steps=600, lr=3e-3, rows=8)
-FULL = {"math": Recipe(120, 1e-3, 8), "code": Recipe(40, 5e-4, 8), "clinical": Recipe(120, 1e-3, 8)}
-LORA = Recipe(60, 5e-3, 8)
+FULL = {"math": Recipe(90, 1e-3, 8), "code": Recipe(40, 5e-4, 8), "clinical": Recipe(90, 1e-3, 8)}
+LORA = Recipe(100, 5e-3, 8)
 
 
 def build_zoo(out: Path, num_lora: int = 1, progress: Progress | None = None) -> Path:

@@ -7,6 +7,7 @@ whatever the ZeRO stage. Without ZeRO they know nothing, and the parameter and t
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,15 @@ def named_weights(engine: Any) -> dict[str, Tensor]:
     }
 
 
-def save_state(engine: Any, folder: Path, step: int, *, writes: bool) -> None:
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: steps taken, and the loss curve so far as (step, loss)."""
+
+    step: int = 0
+    curve: tuple[tuple[int, float], ...] = ()
+
+
+def save_state(engine: Any, folder: Path, progress: Progress, *, writes: bool) -> None:
     """Writes optimizer.safetensors and state.json. Every rank has to call it; the one that `writes` writes."""
     tensors = {}
     for name, parameter in engine.module.named_parameters():
@@ -34,23 +43,31 @@ def save_state(engine: Any, folder: Path, step: int, *, writes: bool) -> None:
             tensors[f"{moment}.{name}"] = _moment(engine, parameter, moment).float().cpu().contiguous()
     if writes:
         save_file(tensors, folder / STATE_FILE)
-        (folder / STEP_FILE).write_text(json.dumps({"step": step}))
+        (folder / STEP_FILE).write_text(json.dumps({"step": progress.step, "curve": progress.curve}))
 
 
-def load_state(engine: Any, folder: Path) -> int:
-    """Restores what `save_state` wrote, at any world size and ZeRO stage; returns the step to go on from."""
+def load_state(engine: Any, folder: Path) -> Progress:
+    """Restores what `save_state` wrote, at any world size and ZeRO stage."""
+    _create_optimizer_state(engine)
     tensors = load_file(folder / STATE_FILE)
-    step = int(json.loads((folder / STEP_FILE).read_text())["step"])
+    state = json.loads((folder / STEP_FILE).read_text())
+    step = int(state["step"])
     optimizer = _base_optimizer(engine)
     for name, parameter in engine.module.named_parameters():
         _set_weight(parameter, tensors[f"weight.{name}"])
-        if not hasattr(parameter, "_hp_mapping"):
-            optimizer.state[parameter]["step"] = torch.tensor(float(step))
         for moment in MOMENTS:
             _set_moment(engine, parameter, moment, tensors[f"{moment}.{name}"])
-    for state in optimizer.state.values():
-        state["step"] = torch.tensor(float(step))
-    return step
+    for moments in optimizer.state.values():
+        moments["step"] = torch.tensor(float(step))
+    return Progress(step, tuple((int(at), float(loss)) for at, loss in state["curve"]))
+
+
+def _create_optimizer_state(engine: Any) -> None:
+    """Takes one step of zero gradients at a rate of zero: ZeRO has no moments to set before its first step."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = 0.0
+    engine.backward(torch.stack([parameter.sum() for parameter in engine.module.parameters()]).sum() * 0.0)
+    engine.step()
 
 
 def _base_optimizer(engine: Any) -> Any:

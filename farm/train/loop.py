@@ -23,7 +23,7 @@ from farm.draft.config import DraftConfig
 from farm.draft.model import Draft, DraftHead, new_draft
 from farm.target.load import load_model
 from farm.train.batches import Schedule, collate
-from farm.train.checkpoint import load_state, named_weights, save_state
+from farm.train.checkpoint import Progress, load_state, named_weights, save_state
 from farm.train.module import DraftLoss, Sums, weighted
 
 CURVE_POINTS = 100
@@ -80,35 +80,33 @@ def fit(
     if trunk is not None and (dtype != torch.float32 or device.type != "cpu"):
         module.freeze(draft.trunk.to(device, dtype))  # a private copy: shared pages are fp32 on the CPU
     engine = _initialize(module.to(device), task.settings, world)
-    start = 0 if resume is None else load_state(engine, resume)
+    done = Progress() if resume is None else load_state(engine, resume)
+    curve, num_steps = list(done.curve), schedule.num_steps
+    every = max(1, num_steps // CURVE_POINTS)
+    step = done.step
 
     def save(folder: Path) -> None:
-        save_state(engine, folder, step + 1, writes=rank == 0)
+        save_state(engine, folder, Progress(step, tuple(curve)), writes=rank == 0)
         _save_result(task, engine, folder, writes=rank == 0)
 
-    curve: list[tuple[int, float]] = []
-    every = max(1, schedule.num_steps // CURVE_POINTS)
-    for step in range(start, schedule.num_steps):
-        _set_lr(engine, task.settings, step, schedule.num_steps)
+    metrics: dict[str, float] = {"loss": curve[-1][1] if curve else math.nan}
+    while step < num_steps:
+        _set_lr(engine, task.settings, step, num_steps)
         batch = collate([samples[row] for row in schedule.rows(step, rank, world)]).to(device, dtype)
-        metrics = _train_step(engine, batch, world, log=step % every == 0 or step + 1 == schedule.num_steps)
-        if metrics is not None:
+        logged = _train_step(engine, batch, world, log=step % every == 0 or step + 1 == num_steps)
+        if logged is not None:
+            metrics = logged
             curve.append((step, metrics["loss"]))
-        if (step + 1) % task.settings.save_every == 0 and step + 1 < schedule.num_steps:
-            report({"step": float(step + 1), "loss": curve[-1][1]}, save)
+        step += 1
+        if step % task.settings.save_every == 0 and step < num_steps:
+            report({"step": float(step), **metrics}, save)
     after = "" if trunk is None else trunk_digest(trunk)
     if before != after:
         raise RuntimeError(
             f"the frozen trunk changed while adapting {task.target.name}: {before[:12]} to {after[:12]}"
         )
-    step = schedule.num_steps - 1
-    final = {
-        "step": float(schedule.num_steps),
-        "loss": curve[-1][1] if curve else math.nan,
-        **(metrics or {}),
-    }
-    report(final, save)
-    return FitResult(schedule.num_steps, tuple(curve), before, after)
+    report({"step": float(num_steps), **metrics}, save)
+    return FitResult(num_steps, tuple(curve), before, after)
 
 
 def lr_at(settings: TrainSettings, step: int, num_steps: int) -> float:

@@ -1,0 +1,118 @@
+# B rows, T tokens, V vocabulary
+"""Makes a target: a checkpoint fine-tuned on prompts with answers, whole or as a LoRA. For trying the farm out."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from farm.config import TargetSpec, UserError
+from farm.data.chat import encode_pair, read_template
+from farm.data.prompts import Prompt
+from farm.target.load import load_model, load_tokenizer
+
+IGNORED = -100
+LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """A fixed number of steps of `rows` conversations, each cut to `max_tokens` tokens."""
+
+    steps: int = 80
+    lr: float = 3e-4
+    rows: int = 8
+    max_tokens: int = 256
+    lora_rank: int | None = None  # None trains every weight
+    seed: int = 0
+    dtype: str = "float32"
+
+
+def finetune(
+    spec: TargetSpec,
+    prompts: Sequence[Prompt],
+    settings: FinetuneSettings,
+    out: Path,
+    progress: Callable[[int, int], None],
+) -> float:
+    """Trains `spec.model` on the answers and writes it to `out`: a checkpoint, or a LoRA folder; returns the last loss.
+
+    Raises UserError when no row has an answer.
+    """
+    tokenizer = load_tokenizer(spec.model)
+    template = read_template(spec.chat_template)
+    with_answer = [prompt for prompt in prompts if prompt.answer]
+    if not with_answer:
+        raise UserError(
+            'no row has an answer to train on; give rows such as {"prompt": "...", "answer": "..."}'
+        )
+    encoded = [
+        encode_pair(tokenizer, prompt.messages, prompt.answer or "", template) for prompt in with_answer
+    ]
+    model = load_model(spec, settings.dtype).requires_grad_(True)
+    if settings.lora_rank is not None:
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(
+            r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, target_modules=LORA_MODULES
+        )
+        model = get_peft_model(model, config)
+    loss = _train(model, _batches(encoded, settings), settings, progress)
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(out)
+    model.save_pretrained(out)
+    return loss
+
+
+def _train(
+    model: Any,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    settings: FinetuneSettings,
+    progress: Callable[[int, int], None],
+) -> float:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, settings.steps, pct_start=0.1)
+    model.train()
+    last = float("nan")
+    for step, (tokens_BT, labels_BT) in enumerate(batches):
+        hidden_BTH = model.get_decoder()(tokens_BT).last_hidden_state[:, :-1]
+        chosen_BT = labels_BT[:, 1:] != IGNORED
+        # The head over answer tokens only: over a large vocabulary it costs as much as the layers.
+        logits_MV = model.get_output_embeddings()(hidden_BTH[chosen_BT]).float()
+        loss = functional.cross_entropy(logits_MV, labels_BT[:, 1:][chosen_BT])
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        last = loss.item()
+        progress(step + 1, settings.steps)
+    model.eval()
+    return last
+
+
+def _batches(
+    encoded: Sequence[tuple[list[int], int]], settings: FinetuneSettings
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Token ids and labels [B, T] of every step; prompts and padding are ignored in the labels."""
+    rng, order = random.Random(settings.seed), list[int]()
+    for _ in range(settings.steps):
+        while len(order) < settings.rows:
+            order += rng.sample(range(len(encoded)), len(encoded))
+        chosen = [encoded[order.pop()] for _ in range(settings.rows)]
+        length = min(settings.max_tokens, max(len(ids) for ids, _ in chosen))
+        tokens_BT = torch.zeros(settings.rows, length, dtype=torch.int64)
+        labels_BT = torch.full((settings.rows, length), IGNORED)
+        for row, (ids, num_prompt) in enumerate(chosen):
+            kept = torch.tensor(ids[:length])
+            tokens_BT[row, : len(kept)] = kept
+            labels_BT[row, num_prompt : len(kept)] = kept[num_prompt:]
+        yield tokens_BT, labels_BT

@@ -1,0 +1,77 @@
+"""Trunk and expert on disk: strict by name, shared pages kept, a changed byte seen."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from farm.config import UserError
+from farm.draft.checkpoint import (
+    EXPERT_FILE,
+    TRUNK_FILE,
+    build_trunk,
+    load_expert,
+    read_config,
+    read_tensors,
+    trunk_digest,
+    trunk_files,
+)
+from farm.draft.config import DraftConfig
+from farm.draft.model import Draft, new_draft
+
+CONFIG = DraftConfig(16, 2, 1, 8, 24, 12, 1e-5, 1e4, 32)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    draft = new_draft(CONFIG, seed=0)
+    files = trunk_files(CONFIG, draft.trunk.state_dict(), draft.expert.state_dict(), torch.tensor([3, 1, 4]))
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    return tmp_path
+
+
+def test_a_draft_comes_back_as_it_was_saved(folder: Path) -> None:
+    draft = new_draft(CONFIG, seed=0)
+    trunk = build_trunk(read_config(folder), read_tensors(folder / TRUNK_FILE))
+    again = Draft(trunk, load_expert(CONFIG, folder / EXPERT_FILE))
+    for name, value in draft.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value)
+    assert trunk.vocabulary_C is not None
+    assert trunk.vocabulary_C.tolist() == [3, 1, 4]
+
+
+def test_a_built_trunk_uses_the_very_memory_it_was_given_and_is_frozen(folder: Path) -> None:
+    state = read_tensors(folder / TRUNK_FILE)
+    trunk = build_trunk(CONFIG, state)
+    assert trunk.fc.weight.data_ptr() == state["fc.weight"].data_ptr()
+    assert not any(parameter.requires_grad for parameter in trunk.parameters())
+
+
+def test_a_missing_or_foreign_tensor_is_refused_by_name(folder: Path) -> None:
+    state = read_tensors(folder / TRUNK_FILE)
+    without = {name: value for name, value in state.items() if name != "fc.weight"}
+    with pytest.raises(UserError, match=r"fc\.weight"):
+        build_trunk(CONFIG, without)
+    with pytest.raises(UserError, match="stranger"):
+        build_trunk(CONFIG, {**state, "stranger": torch.zeros(1)})
+
+
+def test_an_expert_of_another_hidden_size_is_refused(folder: Path) -> None:
+    other = DraftConfig(8, 1, 1, 8, 24, 12, 1e-5, 1e4, 32)
+    with pytest.raises(UserError, match="size mismatch"):
+        load_expert(other, folder / EXPERT_FILE)
+
+
+def test_a_truncated_file_is_one_clear_error(folder: Path) -> None:
+    path = folder / EXPERT_FILE
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match="not readable as safetensors"):
+        load_expert(CONFIG, path)
+
+
+def test_one_changed_element_changes_the_digest(folder: Path) -> None:
+    state = read_tensors(folder / TRUNK_FILE)
+    before = trunk_digest(state)
+    state["fc.weight"][0, 0] += 1e-3
+    assert trunk_digest(state) != before
