@@ -38,7 +38,7 @@ def main(
         with connect():
             report, folder = onboard(settled, say=console.print)
     except UserError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False)
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(2) from None
     console.print(terminal_table(report))
     console.print(f"report: {folder}/report.json", markup=False, soft_wrap=True)

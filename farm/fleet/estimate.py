@@ -14,7 +14,8 @@ from rich.text import Text
 
 from farm.artifacts import Artifacts
 from farm.fleet.answers import ANSWERS, AnswersJob
-from farm.fleet.plan import ADAPT, TRUNK, Plan, TargetPlan
+from farm.fleet.plan import ADAPT, EVALUATE, TRUNK, Plan, TargetPlan
+from farm.registry import Registry
 from farm.store import NotFound
 
 # Without history: decoding moves all weights once a step, a row of the batch gets one token of it.
@@ -140,43 +141,36 @@ def plan_table(plan: Plan, artifacts: Artifacts) -> Table:
     )
     for heading in ("target", "runs", "reuses"):
         table.add_column(heading, overflow="fold")
-    for heading in ("rows", "tokens", "bytes", "seconds"):
+    for heading in ("rows", "tokens", "MiB", "seconds"):
         table.add_column(heading, justify="right")
-    table.add_column("problem", overflow="fold")
-    trunk = estimate_trunk(plan, rates)
-    what = "given trunk" if plan.trunk.folder else f"trunk {plan.trunk.key}"
-    _add(
-        table,
-        what,
-        () if plan.trunk.reused else (ANSWERS, TRUNK) if plan.trunk.answers else (TRUNK,),
-        (TRUNK,) if plan.trunk.reused else (),
-        trunk,
-    )
-    total = trunk
+    total = estimate_trunk(plan, rates)
+    if plan.trunk.reused:
+        _add(table, "trunk", (), (TRUNK,), total)
+    else:
+        _add(table, "trunk", ("copy",) if plan.trunk.folder else (ANSWERS, "train"), (), total)
+    registry = Registry(artifacts.store)
     for target in plan.targets:
         cost = estimate_target(plan, target, rates)
-        runs = tuple(
-            stage for stage in (ANSWERS, ADAPT) if stage not in target.reused and ADAPT not in target.reused
-        )
-        _add(table, target.name, (*runs, "evaluate"), target.reused, cost)
         total += cost
+        reused = list(target.reused)
+        if any(version.card["adapt_key"] == target.adapt_key for version in registry.versions(target.name)):
+            reused.append(EVALUATE)
+        runs = [stage for stage in (ANSWERS, ADAPT, EVALUATE) if stage not in reused]
+        _add(table, target.name, runs, reused, cost)
     for name, reason in plan.refused.items():
-        _add(table, name, (), (), Estimate(), reason)
+        table.add_row(Text(name), Text(f"refused: {reason}", style="red"))
     table.add_section()
     _add(table, "together", (), (), total)
     return table
 
 
-def _add(
-    table: Table, name: str, runs: Iterable[str], reuses: Iterable[str], cost: Estimate, problem: str = ""
-) -> None:
+def _add(table: Table, name: str, runs: Iterable[str], reuses: Iterable[str], cost: Estimate) -> None:
     table.add_row(
         Text(name),
         ", ".join(runs) or "–",
         ", ".join(reuses) or "–",
         f"{cost.rows:,}",
         f"{cost.tokens:,}",
-        f"{cost.bytes / 2**20:,.1f} MiB",
+        f"{cost.bytes / 2**20:,.1f}",
         f"{cost.seconds:,.0f}",
-        Text(problem),
     )

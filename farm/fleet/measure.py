@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray.exceptions import RayError
 
 from farm.artifacts import Artifact, Artifacts
-from farm.config import EvaluateSettings, ProbeSettings, TargetSpec
+from farm.config import EvaluateSettings, Manifest, ProbeSettings, TargetSpec
 from farm.data.prompts import Prompt
 from farm.fleet.plan import EVALUATE
+from farm.fleet.pool import cause_of
+from farm.fleet.session import cpus_of_largest_node
 from farm.store import open_store
 
 if TYPE_CHECKING:
@@ -48,6 +51,23 @@ def probe_tau(
     result = probe(target, Path(trunk_folder), prompts, *settings)
     manifest = {"target": target.name, "tau": result.tau, "survival": list(result.survival)}
     return Artifacts(open_store(store)).finish(PROBE, key, manifest)
+
+
+def evaluate_on_cluster(manifest: Manifest, target: str, prompts: str) -> dict[str, Any]:
+    """`farm.evaluate.published.evaluate_published` on a node of its own; raises UserError as it does."""
+    task = _evaluate_published.options(num_cpus=cpus_of_largest_node())
+    try:
+        measured: dict[str, Any] = ray.get(task.remote(manifest, target, prompts))
+    except RayError as error:
+        raise cause_of(error) from error
+    return measured
+
+
+@ray.remote(max_retries=1)
+def _evaluate_published(manifest: Manifest, target: str, prompts: str) -> dict[str, Any]:
+    from farm.evaluate.published import evaluate_published
+
+    return evaluate_published(manifest, target, prompts)
 
 
 @ray.remote(max_retries=1)

@@ -18,7 +18,7 @@ from farm.evaluate import provenance
 from farm.evaluate.records import Report
 from farm.evaluate.report import write_report
 from farm.fleet.estimate import plan_table
-from farm.fleet.plan import Plan, make_plan
+from farm.fleet.plan import TRUNK_FILE, Plan, make_plan
 from farm.fleet.prepare import check_targets, measure_base, prepare_trunk, skip_good_enough
 from farm.fleet.publish import family_record
 from farm.fleet.run import Run
@@ -57,6 +57,19 @@ def onboard(
         _run_stages(run)
     report = _report(run)
     return report, _put_report(store, report)
+
+
+def train_trunk(manifest: Manifest, say: Say) -> tuple[Path, float | None]:
+    """Train the family's trunk, or find it; returns its folder and the base draft's tau on the base.
+
+    Raises UserError for the user's mistakes, and whatever ended the training. Needs a connected cluster.
+    """
+    check_cluster(manifest)
+    store = open_store(manifest.store)
+    run = Run("trunk", _plan(manifest, Artifacts(store)), store, say, Attempts())
+    trunk = prepare_trunk(run)
+    measure_base(run, trunk)
+    return run.artifacts.path(trunk, TRUNK_FILE).parent, run.tau_base_on_base
 
 
 def exit_code(report: Report) -> int:

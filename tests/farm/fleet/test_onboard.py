@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from farm.artifacts import Artifacts
+from farm.draft.checkpoint import read_tensors, trunk_digest
 from farm.evaluate.report import read_report
 from farm.fleet.onboard import exit_code, onboard
 from farm.fleet.trainers import RUN_VARIABLE, Attempts
@@ -78,6 +80,16 @@ def test_a_report_has_what_a_reader_decides_by(farmed: Farmed) -> None:
     assert list(row.stage_seconds) == ["regenerate", "adapt", "evaluate"]
     assert row.speedup_adapted is not None
     assert farmed.report.curves["alpha"]
+
+
+def test_adapting_leaves_the_trunk_as_it_was_and_no_optimizer_state_behind(farmed: Farmed) -> None:
+    store = open_store(str(farmed.store))
+    (key,) = {name.split("/")[2] for name in store.list("artifacts/adapt/")}
+    adapted = Artifacts(store).find("adapt", key)
+    assert adapted is not None
+    given = trunk_digest(read_tensors(farmed.family.trunk / "trunk.safetensors"))
+    assert adapted.manifest["trunk_digest_before"] == adapted.manifest["trunk_digest_after"] == given
+    assert not list((farmed.store / "train").glob("*/checkpoint*"))
 
 
 def test_a_rerun_starts_no_work_and_ends_with_the_same_registry(
