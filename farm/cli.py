@@ -63,6 +63,56 @@ def zoo(
 
 
 @app.command()
+def finetune(
+    base: Annotated[str, typer.Option(help="Checkpoint folder, .gguf file or package:NAME/FILE.")],
+    data: Annotated[Path, typer.Option(help="Prompts with answers: JSONL, Parquet or a folder.")],
+    out: Annotated[Path, typer.Option(help="Folder of the new target.")],
+    rows: Annotated[str, typer.Option(help="Row range of the data, as START:STOP.")] = "0:1000",
+    steps: Annotated[int, typer.Option(help="Optimizer steps of 8 conversations.", min=1)] = 80,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-4,
+    lora_rank: Annotated[
+        int | None, typer.Option(help="Train a LoRA of this rank instead of every weight.")
+    ] = None,
+) -> None:
+    """Make a target: fine-tune a checkpoint on prompts with answers."""
+    from farm.config import TargetSpec
+    from farm.data.prompts import load_prompts
+    from farm.manifest import model_path
+    from farm.target.finetune import FinetuneSettings
+    from farm.target.finetune import finetune as run
+
+    first, _, last = rows.partition(":")
+    try:
+        chosen = (int(first or 0), int(last) if last else None)
+    except ValueError:
+        raise UserError(f"--rows {rows}: is no range; write START:STOP, for instance 0:1000") from None
+    prompts = load_prompts(str(data), chosen).prompts
+    spec = TargetSpec(name=out.name, model=model_path(base), prompts=str(data))
+    with _progress() as progress:
+        loss = run(
+            spec,
+            prompts,
+            FinetuneSettings(steps, lr, lora_rank=lora_rank),
+            out,
+            lambda s, n: progress(out.name, s, n),
+        )
+    console.print(f"{out}: {steps} steps on {len(prompts)} rows, last loss {loss:.3f}", soft_wrap=True)
+
+
+@app.command("train-trunk")
+def train_trunk(manifest: ManifestPath, overrides: Overrides = None) -> None:
+    """Train the family's trunk alone; an onboarding finds it in the store."""
+    from farm.fleet.onboard import train_trunk as run
+    from farm.fleet.session import connect
+
+    with connect():
+        folder, tau = run(load_manifest(manifest, overrides or ()), console.print)
+    if tau is not None:
+        console.print(f"tau of the base draft on the base: {tau:.2f}", highlight=False)
+    console.print(f"trunk: {folder}", markup=False, soft_wrap=True)
+
+
+@app.command()
 def onboard(manifest: ManifestPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Regenerate, adapt, evaluate and publish every target that is not done yet."""
     settled = load_manifest(manifest, overrides or ())
@@ -178,11 +228,20 @@ def registry_rollback(target: str, store: StorePath = ".farm/store") -> None:
 
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit code 2."""
+    _quiet_libraries()
     try:
         app()
     except UserError as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(2)
+
+
+def _quiet_libraries() -> None:
+    """Their bars and notices would bury the farm's own lines; an error still shows."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not any(Path("/dev").glob("nvidia*")):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed says on every import that it looked
 
 
 def _onboard(manifest: Manifest) -> str:

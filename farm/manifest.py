@@ -129,6 +129,11 @@ def package_file(value: str, field: str) -> Path:
     return path
 
 
+def model_path(value: str, folder: Path | None = None) -> str:
+    """A model named on the command line, resolved as a manifest in `folder` (the working directory) would."""
+    return PathResolver(folder or Path.cwd(), in_job=False).model(value, "--base", must_exist=True)
+
+
 class PathResolver:
     """Turns the paths of a dumped manifest into absolute ones; `folder` is the manifest's."""
 
@@ -137,18 +142,18 @@ class PathResolver:
 
     def resolve(self, tree: dict[str, Any]) -> dict[str, Any]:
         tree["store"] = self._store(tree["store"])
-        tree["base"] = self._model(tree["base"], "base", must_exist=True)
+        tree["base"] = self.model(tree["base"], "base", must_exist=True)
         if tree["trunk"] is not None:
-            tree["trunk"] = self._model(tree["trunk"], "trunk", must_exist=True)
+            tree["trunk"] = self.model(tree["trunk"], "trunk", must_exist=True)
         if tree["train_trunk"]["prompts"] is not None:
             tree["train_trunk"]["prompts"] = self._prompts(
                 tree["train_trunk"]["prompts"], "train_trunk.prompts"
             )
         for index, target in enumerate(tree["targets"]):
             field = f"targets.{index} ({target['name']})"
-            target["model"] = self._model(target["model"], f"{field}.model", must_exist=False)
+            target["model"] = self.model(target["model"], f"{field}.model", must_exist=False)
             if target["lora"] is not None:
-                target["lora"] = self._model(target["lora"], f"{field}.lora", must_exist=False)
+                target["lora"] = self.model(target["lora"], f"{field}.lora", must_exist=False)
             target["prompts"] = self._prompts(target["prompts"], f"{field}.prompts")
             target["chat_template"] = self._template(target["chat_template"], f"{field}.chat_template")
         return tree
@@ -158,7 +163,7 @@ class PathResolver:
             return value
         return self._absolute(value, "store").as_uri()
 
-    def _model(self, value: str, field: str, *, must_exist: bool) -> str:
+    def model(self, value: str, field: str, *, must_exist: bool) -> str:
         if value.startswith(_PACKAGE):
             return str(package_file(value, field))
         if "://" in value and not value.startswith("file://"):

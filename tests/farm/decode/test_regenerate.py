@@ -1,0 +1,76 @@
+"""A target's answers: one a prompt, in order, reproducible; a prompt that cannot be answered is an error row."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from farm.config import RegenerateSettings, TargetSpec
+from farm.data.prompts import Prompt
+from farm.decode.regenerate import prefill_rows, regenerate_rows, sampling_of
+from farm.layers.cache import Rows
+from farm.target import zoo
+from farm.target.load import LoadedTarget, load_target
+from tests.farm.models import tiny_model
+
+SETTINGS = RegenerateSettings(max_new_tokens=12, batch_rows=4)
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> LoadedTarget:
+    folder: Path = tmp_path_factory.mktemp("target")
+    zoo.save(tiny_model(vocab=1024), zoo.train_tokenizer(), folder)
+    return load_target(TargetSpec(name="t", model=str(folder), prompts=""))
+
+
+def prompts(num: int) -> list[Prompt]:
+    return [
+        Prompt(i, f"id{i}", ({"role": "user", "content": f"tell {i} stories"},), "a fox") for i in range(num)
+    ]
+
+
+def test_answers_come_in_order_and_again_the_same(target: LoadedTarget) -> None:
+    first, second = (
+        regenerate_rows(target, prompts(7), SETTINGS),
+        regenerate_rows(target, prompts(7), SETTINGS),
+    )
+    assert [answer.row for answer in first] == list(range(7))
+    assert [answer.answer_ids for answer in first] == [answer.answer_ids for answer in second]
+    assert {answer.finish_reason for answer in first} <= {"stop", "length"}
+
+
+def test_an_answer_does_not_depend_on_which_rows_share_its_batch(target: LoadedTarget) -> None:
+    together = regenerate_rows(target, prompts(7), SETTINGS)
+    assert regenerate_rows(target, prompts(7)[5:6], SETTINGS)[0].answer_ids == together[5].answer_ids
+
+
+def test_features_belong_to_the_tokens_they_are_stored_with(target: LoadedTarget) -> None:
+    for answer in regenerate_rows(target, prompts(3), SETTINGS):
+        ids = torch.tensor([[*answer.prompt_ids, *answer.answer_ids][:-1]])
+        expected = target.forward.forward(ids, Rows([0]), target.forward.new_cache(1, 128))[0]
+        assert answer.features is not None
+        torch.testing.assert_close(answer.features.float(), expected, atol=0.05, rtol=0.02)  # bf16
+
+
+def test_a_prompt_longer_than_the_target_is_an_error_row_and_the_others_are_answered(
+    target: LoadedTarget,
+) -> None:
+    rows = prompts(3)
+    rows[1] = Prompt(1, "long", ({"role": "user", "content": "fox " * 400},), None)
+    answers = regenerate_rows(target, rows, SETTINGS)
+    assert [answer.finish_reason == "error" for answer in answers] == [False, True, False]
+    assert "prompt tokens leave no room" in (answers[1].error or "")
+
+
+def test_the_greedy_share_follows_from_the_rows_id_alone() -> None:
+    greedy = [sampling_of(prompt, SETTINGS).temperature == 0 for prompt in prompts(400)]
+    assert 150 < sum(greedy) < 250
+    assert sampling_of(prompts(5)[4], SETTINGS) == sampling_of(prompts(400)[4], SETTINGS)
+
+
+def test_prefilled_answers_are_the_datasets_own_with_their_end_token(target: LoadedTarget) -> None:
+    (answer,) = prefill_rows(target, prompts(1), SETTINGS)
+    assert target.tokenizer.decode(list(answer.answer_ids)) == "a fox<|end|>"
+    assert answer.finish_reason == "stop"
+    assert answer.features is not None
+    assert len(answer.features) == len(answer.prompt_ids) + len(answer.answer_ids) - 1

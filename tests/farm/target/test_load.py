@@ -1,0 +1,81 @@
+"""What cannot serve as a target is refused alone and by name; a LoRA is merged; a digest follows the files."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from farm.config import Refused, TargetSpec
+from farm.layers.cache import Rows
+from farm.target import zoo
+from farm.target.load import check_family, load_target, target_digest
+from tests.farm.models import tiny_model
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> object:
+    return zoo.train_tokenizer()
+
+
+def checkpoint(folder: Path, tokenizer: object, **options: object) -> TargetSpec:
+    folder.mkdir(parents=True)
+    zoo.save(tiny_model(vocab=1024, **options), tokenizer, folder)  # type: ignore[arg-type]
+    return TargetSpec(name=folder.name, model=str(folder), prompts="")
+
+
+def test_a_lora_target_computes_base_plus_delta(tmp_path: Path, tokenizer: object) -> None:
+    base = checkpoint(tmp_path / "base", tokenizer)
+    model = get_peft_model(tiny_model(vocab=1024), LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(tmp_path / "lora")
+    target = load_target(base.model_copy(update={"name": "l", "lora": str(tmp_path / "lora")}))
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    got = target.forward.logits(target.forward.forward(tokens, Rows([0]), target.forward.new_cache(1, 8)))
+    with torch.no_grad():
+        torch.testing.assert_close(got, model(tokens).logits, atol=1e-3, rtol=1e-3)
+
+
+def test_a_missing_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="gone.*give a checkpoint's folder"):
+        load_target(TargetSpec(name="gone", model=str(tmp_path / "gone"), prompts=""))
+
+
+def test_corrupt_weights_are_refused_by_name(tmp_path: Path, tokenizer: object) -> None:
+    spec = checkpoint(tmp_path / "broken", tokenizer)
+    weights = tmp_path / "broken" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(Refused, match="broken.*cannot be loaded"):
+        load_target(spec)
+
+
+def test_a_pickled_checkpoint_is_refused(tmp_path: Path, tokenizer: object) -> None:
+    spec = checkpoint(tmp_path / "pickled", tokenizer)
+    (tmp_path / "pickled" / "model.safetensors").rename(tmp_path / "pickled" / "pytorch_model.bin")
+    with pytest.raises(Refused, match="safetensors"):
+        load_target(spec)
+
+
+def test_another_hidden_size_or_tokenizer_is_no_member_of_the_family(
+    tmp_path: Path, tokenizer: object
+) -> None:
+    base = load_target(checkpoint(tmp_path / "base", tokenizer))
+    wide = load_target(checkpoint(tmp_path / "wide", tokenizer, hidden=64))
+    with pytest.raises(Refused, match="wide: hidden_size is 64, the base's is 32"):
+        check_family(base, wide)
+    other = load_target(checkpoint(tmp_path / "other", tokenizer))
+    other.tokenizer.add_tokens(["<new>"])
+    with pytest.raises(Refused, match="other: its tokenizer differs"):
+        check_family(base, other)
+
+
+def test_the_digest_follows_weights_and_template_but_not_the_folders_name(
+    tmp_path: Path, tokenizer: object
+) -> None:
+    one, two = checkpoint(tmp_path / "one", tokenizer), checkpoint(tmp_path / "two", tokenizer)
+    other = checkpoint(tmp_path / "other", tokenizer, seed=1)
+    assert target_digest(one) == target_digest(two)
+    assert target_digest(one) != target_digest(other)
+    assert target_digest(one) != target_digest(one.model_copy(update={"chat_template": "{{ messages }}"}))
