@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -59,28 +60,37 @@ def terminal_table(report: Report) -> Table:
     setting = f"k = {report.k} · T = {report.temperature:g} · {report.prompts} prompts a target"
     table = Table(
         title=Text(f"run {report.run_id} · {setting}"),
-        caption=Text(f"tau of the base draft on the base: {figure(report.tau_base_on_base)}"),
+        caption=Text("\n".join(_notes(report))),
+        box=box.SIMPLE_HEAD,
         title_justify="left",
         caption_justify="left",
     )
-    table.add_column("target", overflow="fold")
-    table.add_column("decision")
-    for heading in ("tau base draft", "tau adapted", "retention", "speed-up", "tok/s", "seconds"):
-        table.add_column(heading, justify="right")
-    table.add_column("version")
-    table.add_column("reason", overflow="fold", max_width=48)
+    table.add_column("target", overflow="fold", min_width=8)
+    table.add_column("decision", no_wrap=True)
+    for heading in ("base", "adapted", "kept", "speed-up", "tok/s", "s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("version", no_wrap=True)
     for row in report.targets:
         retention = None if row.retention is None else 100 * row.retention
         table.add_row(
-            Text(f"{row.name} ({row.kind})"),
+            Text(row.name),
             Text(row.decision, style=DECISION_STYLES[row.decision]),
             figure(row.tau_base_draft),
             figure(row.tau_adapted),
             figure(retention, 0, " %"),
             figure(row.speedup_adapted, suffix="×"),
-            figure(row.tokens_per_s_adapted, 1),
+            figure(row.tokens_per_s_adapted, 0),
             figure(row.total_seconds, 0),
             Text(row.adapter_version or "–"),
-            Text(row.reason),
         )
     return table
+
+
+def _notes(report: Report) -> list[str]:
+    """Lines below the table: what its columns mean, and the reason of each decision."""
+    base = figure(report.tau_base_on_base)
+    return [
+        f"tau of the base draft (on the base: {base}) and adapted; kept: base draft, of that",
+        "speed-up: adapted draft over our plain decoding, batch 1; s: all stages",
+        *(f"{row.name}: {row.reason}" for row in report.targets if row.reason),
+    ]

@@ -119,7 +119,7 @@ def lr_at(settings: TrainSettings, step: int, num_steps: int) -> float:
 
 
 def _train_step(engine: Any, batch: Any, world: int, *, log: bool) -> dict[str, float] | None:
-    sums: Sums = engine(batch)
+    sums: Sums = engine(batch, measure=log)
     counts_S = sums.counts_S.clone()
     if world > 1:
         distributed.all_reduce(counts_S)

@@ -22,7 +22,7 @@ class Sums:
 
     losses: tuple[Tensor, ...]
     counts_S: Tensor  # int64
-    accepted_S: Tensor
+    accepted_S: Tensor  # zeros unless measured
 
 
 class DraftLoss(nn.Module):
@@ -49,8 +49,8 @@ class DraftLoss(nn.Module):
         """Uses another copy of the frozen trunk, of another device or dtype."""
         self._frozen = (trunk,)
 
-    def forward(self, batch: Batch) -> Sums:
-        """Sums over the batch's masked positions, one for each unrolled step."""
+    def forward(self, batch: Batch, *, measure: bool) -> Sums:
+        """Sums over the batch's masked positions, one for each unrolled step; acceptances only if asked for."""
         head = self._head[0]
         trunk = self.trunk if self.trunk is not None else self._frozen[0]
         predicted = unroll(
@@ -68,7 +68,7 @@ class DraftLoss(nn.Module):
                 soft_cross_entropy(draft_MC, target_MC) + HIDDEN_WEIGHT * smooth_l1(predicted_MH, hidden_MH)
             )
             counts.append(mask_BT.sum())
-            accepted.append(acceptance(draft_MC, target_MC))
+            accepted.append(acceptance(draft_MC, target_MC) if measure else draft_MC.new_zeros(()))
         return Sums(tuple(losses), torch.stack(counts), torch.stack(accepted))
 
 
