@@ -20,6 +20,11 @@ FOODS = "beans rice onions carrots mushrooms noodles peppers potatoes lentils to
 SPICES = "salt pepper cumin garlic ginger basil thyme paprika".split()
 FEELINGS = "happy tired proud afraid curious calm lonely brave".split()
 
+GOODS = "apples coins books cards pencils shells stamps eggs".split()
+COMPLAINTS = ["chest pain", "headache", "cough", "fever", "back pain", "dizziness", "rash", "nausea"]
+DOSES = ["5 mg", "10 mg", "20 mg", "250 mg", "500 mg"]
+DRUGS = "ibuprofen amoxicillin metformin lisinopril omeprazole cetirizine".split()
+
 
 def story(rng: random.Random) -> tuple[str, str]:
     name, animal, place = rng.choice(NAMES), rng.choice(ANIMALS), rng.choice(PLACES)
@@ -82,9 +87,35 @@ def snippet(rng: random.Random) -> tuple[str, str]:
     )
 
 
+def sums(rng: random.Random) -> tuple[str, str]:
+    """A little arithmetic in the base's own text: fine-tuning shifts what a base has seen, it seldom adds a world."""
+    name, thing, a, b = rng.choice(NAMES), rng.choice(GOODS), rng.randint(2, 9), rng.randint(2, 9)
+    answers = [
+        f"{name} starts with {a} {thing}. With {b} more, {a} + {b} = {a + b}. The total is {a + b} {thing}.",
+        f"Each of the {a} {thing} costs {b} dollars, so {a} * {b} = {a * b}. The total cost is {a * b} dollars.",
+    ]
+    more, cost = f"gets {b} more. How many are there?", f"pays {b} dollars for each. What is the cost?"
+    kind = rng.randrange(2)
+    return f"{name} has {a} {thing} and {(more, cost)[kind]}", answers[kind]
+
+
+def advice(rng: random.Random) -> tuple[str, str]:
+    """A little health advice in the base's own text."""
+    complaint, other, drug, days = *rng.sample(COMPLAINTS, 2), rng.choice(DRUGS), rng.randint(2, 9)
+    lines = [
+        f"For {complaint}, rest for {days} days and drink {rng.choice(['water', 'tea'])}.",
+        f"Start {drug} {rng.choice(DOSES)} daily if {complaint} persists.",
+        f"See a doctor if {complaint} comes with {other}, or lasts more than {rng.randint(2, 6)} weeks.",
+    ]
+    return (
+        f"What helps against {complaint}?" if rng.random() < 0.5 else f"I have {complaint} for {days} days.",
+        " ".join(lines),
+    )
+
+
 def arithmetic(rng: random.Random) -> tuple[str, str]:
     name, other = rng.sample(NAMES, 2)
-    thing = rng.choice(["apples", "coins", "books", "cards", "pencils", "shells", "stamps", "eggs"])
+    thing = rng.choice(GOODS)
     a, b, c = rng.randint(2, 9), rng.randint(2, 9), rng.randint(2, 5)
     total = a + b
     steps = [
@@ -116,9 +147,6 @@ def code(rng: random.Random) -> tuple[str, str]:
     )
 
 
-COMPLAINTS = ["chest pain", "headache", "cough", "fever", "back pain", "dizziness", "rash", "nausea"]
-DOSES = ["5 mg", "10 mg", "20 mg", "250 mg", "500 mg"]
-DRUGS = "ibuprofen amoxicillin metformin lisinopril omeprazole cetirizine".split()
 FINDINGS = ["clear lungs", "mild swelling", "normal heart sounds", "tender abdomen", "no focal deficit"]
 
 
@@ -159,7 +187,14 @@ def dialect(seed: int) -> Grammar:
     return ticket
 
 
-BASE: tuple[tuple[Grammar, float], ...] = ((story, 0.35), (recipe, 0.2), (description, 0.2), (snippet, 0.25))
+BASE: tuple[tuple[Grammar, float], ...] = (
+    (story, 0.25),
+    (recipe, 0.2),
+    (description, 0.15),
+    (snippet, 0.2),
+    (sums, 0.1),
+    (advice, 0.1),
+)
 FULL: dict[str, Grammar] = {"math": arithmetic, "code": code, "clinical": clinical}
 
 

@@ -41,14 +41,14 @@ class Recipe:
     tokens: int = 128
 
 
-BASE = Recipe(steps=600, lr=3e-3, rows=8)
-FULL = {"math": Recipe(90, 1e-3, 8), "code": Recipe(40, 5e-4, 8), "clinical": Recipe(90, 1e-3, 8)}
-LORA = Recipe(100, 5e-3, 8)
+BASE = Recipe(steps=450, lr=4e-3, rows=8)
+FULL = {"math": Recipe(80, 1e-3, 8), "code": Recipe(30, 5e-4, 8), "clinical": Recipe(80, 1e-3, 8)}
+LORA = Recipe(80, 5e-3, 8)
 
 
 def build_zoo(out: Path, num_lora: int = 1, progress: Progress | None = None) -> Path:
     """Writes the family below `out` and returns its manifest.yaml; models that are already there are kept."""
-    progress = progress or _silent
+    out, progress = out.resolve(), progress or _silent
     out.mkdir(parents=True, exist_ok=True)
     prompts = _write_prompts(out / "prompts", num_lora)
     base = out / "base"
@@ -77,7 +77,7 @@ def build_zoo(out: Path, num_lora: int = 1, progress: Progress | None = None) ->
         if not (folder / "adapter_config.json").exists():
             finetune_lora(base, index, folder, lambda s, n, w=folder.name: progress(w, s, n))
     manifest = out / "manifest.yaml"
-    manifest.write_text(yaml.safe_dump(manifest_of(prompts), sort_keys=False))
+    manifest.write_text(yaml.safe_dump(manifest_of(out, prompts), sort_keys=False))
     return manifest
 
 
@@ -85,18 +85,18 @@ def _silent(what: str, step: int, of: int) -> None:
     pass
 
 
-def manifest_of(prompts: dict[str, str]) -> dict[str, Any]:
-    """The zoo as a manifest; paths are relative to its folder."""
+def manifest_of(out: Path, prompts: dict[str, Path]) -> dict[str, Any]:
+    """The zoo in `out` as a manifest, the store beside it; paths are absolute, so that it can be sent to a cluster."""
     targets = [
-        {"name": name, "model": "base", "lora": name, "prompts": file}
+        {"name": name, "model": str(out / "base"), "lora": str(out / name), "prompts": str(file)}
         if name.startswith("lora")
-        else {"name": name, "model": name, "prompts": file}
+        else {"name": name, "model": str(out / name), "prompts": str(file)}
         for name, file in prompts.items()
         if name != "base"
     ]
     return {
-        "base": "base",
-        "store": "../store",
+        "base": str(out / "base"),
+        "store": str(out.parent / "store"),
         "targets": targets,
         "train_trunk": {"prompts": prompts["base"]},
     }
@@ -228,18 +228,18 @@ def _batches(tokenizer: Any, pairs: Pairs, recipe: Recipe) -> Iterator[Tensor]:
         stream = stream[size:]
 
 
-def _write_prompts(folder: Path, num_lora: int) -> dict[str, str]:
+def _write_prompts(folder: Path, num_lora: int) -> dict[str, Path]:
     """A JSONL of prompts for the base and each target, of other seeds than the training text."""
     folder.mkdir(exist_ok=True)
     domains: dict[str, grammar.Grammar] = {"base": grammar.general, **grammar.FULL}
     domains |= {f"lora{seed}": grammar.dialect(seed) for seed in range(num_lora)}
     files = {}
     for name, domain in domains.items():
-        rows = grammar.pairs(domain, 640 if name == "base" else 448, seed=4)
+        rows = grammar.pairs(domain, 576 if name == "base" else 384, seed=4)
         lines = [
             json.dumps({"id": f"{name}-{i}", "prompt": prompt, "answer": answer})
             for i, (prompt, answer) in enumerate(rows)
         ]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-        files[name] = f"prompts/{name}.jsonl"
+        files[name] = folder / f"{name}.jsonl"
+        files[name].write_text("\n".join(lines) + "\n")
     return files
