@@ -4,6 +4,7 @@ Exit code 0 when every target was promoted, kept or skipped, 1 when one was refu
 in the manifest. The last line names the report.
 """
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,8 @@ from farm.config import UserError, load_manifest
 from farm.evaluate.report import terminal_table
 from farm.fleet.onboard import exit_code, onboard, plan_onboarding
 from farm.fleet.session import connect
+
+LOG_WIDTH = 150  # of a job's log, where no terminal says how wide it is
 
 app = typer.Typer(add_completion=False)
 
@@ -29,7 +32,7 @@ def main(
     ] = False,
 ) -> None:
     """Regenerate, adapt, evaluate and publish every target of the manifest that is not done yet."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
     try:
         settled = load_manifest(manifest, overrides or ())
         if dry_run:

@@ -84,16 +84,19 @@ def _plan(manifest: Manifest, artifacts: Artifacts) -> Plan:
 
 
 def _run_stages(run: Run) -> None:
-    """The stages from the trunk on. What breaks the trunk fails every target that waited for it."""
+    """The stages from the trunk on. What breaks the trunk fails every target that waited for it.
+
+    A mistake of the user in what all share is raised after that, since no target can be onboarded.
+    """
     try:
         trunk = prepare_trunk(run)
         measure_base(run, trunk)
         skip_good_enough(run, trunk)
-    except UserError:
-        raise
-    except Exception as error:  # noqa: BLE001 - the report says for each target why it could not start
+    except Exception as error:
         for target in run.remaining:
             run.fail(target.name, error)
+        if isinstance(error, UserError):
+            raise
         return
     _put_family(run, trunk)
     regenerate_answers(run)

@@ -13,7 +13,7 @@ from farm.fleet import measure
 from farm.fleet.answers import feature_shards, finish_answers
 from farm.fleet.datasets import regenerate
 from farm.fleet.plan import TRUNK, TRUNK_FILES, TargetPlan, TrunkPlan
-from farm.fleet.pool import run_bounded
+from farm.fleet.pool import cause_of, run_bounded
 from farm.fleet.run import Run
 from farm.fleet.trainers import TrainJob, train
 from farm.fleet.vocabulary import choose_vocabulary, token_files
@@ -81,7 +81,7 @@ def _train_trunk(run: Run) -> Artifact:
     run.say(f"trunk: training on {answers.manifest['answer_tokens']} tokens")
     (outcome,) = run_bounded({"trunk": (fitted,)}, train, 1, max_retries=run.attempts.driver)
     if outcome.error is not None:
-        raise outcome.error
+        raise cause_of(outcome.error)
     trained: Artifact = outcome.value
     return trained
 
@@ -168,7 +168,7 @@ def _probe(
         if outcome.error is None:
             taus[outcome.name] = float(outcome.value.manifest["tau"])
         elif outcome.name == run.trunk.base.name:
-            raise outcome.error
+            raise cause_of(outcome.error)
         else:
             run.fail(outcome.name, outcome.error)
     return taus

@@ -4,6 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from farm.artifacts import Artifacts
@@ -48,6 +49,38 @@ def test_two_targets_on_one_actor_load_once_each_and_a_corrupt_one_fails_alone(
     assert missing_shards(artifacts, jobs[1]) == [2]
     assert regenerate(jobs[:2], manifest.store, RegenerateResources(), results.append) == {}
     assert [(result.target, result.shard) for result in results] == [("beta", 2)]
+
+
+@pytest.mark.ray
+def test_a_killed_actor_costs_a_shard_and_changes_no_answer(
+    ray_cluster: object, family: Family, tmp_path: Path
+) -> None:
+    tokens = []
+    for kill in (False, True):
+        manifest = family.manifest("alpha", store=tmp_path / f"store-{kill}")
+        artifacts = Artifacts(open_store(manifest.store))
+        job = make_plan(manifest, artifacts, target_digest).targets[0].answers
+        killed: list[int] = []
+
+        def on_shard(result: ShardResult, kill: bool = kill, killed: list[int] = killed) -> None:
+            if kill and not killed:
+                killed.extend(_kill_actors())
+
+        assert regenerate([job], manifest.store, RegenerateResources(), on_shard) == {}
+        assert len(killed) == int(kill)
+        shards = feature_shards(finish_answers(artifacts, job), artifacts)
+        tokens.append([s.tokens_T.tolist() for s in read_shards([Path(path) for path in shards])])
+    assert tokens[0] == tokens[1]
+
+
+def _kill_actors() -> list[int]:
+    """SIGKILL for every regeneration actor of this process's own cluster."""
+    victims = [
+        p for p in psutil.Process().children(recursive=True) if "RegenerateActor" in " ".join(p.cmdline())
+    ]
+    for victim in victims:
+        victim.kill()
+    return [victim.pid for victim in victims]
 
 
 def _fake_target(name: str, num_bytes: int) -> Any:
