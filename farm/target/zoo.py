@@ -98,7 +98,7 @@ def manifest_of(out: Path, prompts: dict[str, Path]) -> dict[str, Any]:
         "base": str(out / "base"),
         "store": str(out.parent / "store"),
         "targets": targets,
-        "train_trunk": {"prompts": prompts["base"]},
+        "train_trunk": {"prompts": str(prompts["base"])},
     }
 
 
