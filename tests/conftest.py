@@ -24,6 +24,7 @@ def ray_cluster() -> Iterator[dict[str, Any]]:
     import ray
 
     ray.init(
+        address="local",  # never a cluster that happens to run on this machine
         num_cpus=8,
         include_dashboard=False,
         namespace="farm-tests",

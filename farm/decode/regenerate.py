@@ -77,7 +77,10 @@ def sampling_of(prompt: Prompt, settings: RegenerateSettings) -> SamplingParams:
 def _prefilled(target: LoadedTarget, prompt: Prompt, settings: RegenerateSettings) -> Answer:
     if prompt.answer is None:
         return _failed(prompt, "the row has no answer to prefill")
-    ids, num_prompt = encode_pair(target.tokenizer, prompt.messages, prompt.answer, target.chat_template)
+    try:
+        ids, num_prompt = encode_pair(target.tokenizer, prompt.messages, prompt.answer, target.chat_template)
+    except UserError as error:
+        return _failed(prompt, str(error))
     ids = ids[: min(num_prompt + settings.max_new_tokens, target.max_positions)]
     if len(ids) <= num_prompt:
         return _failed(

@@ -98,7 +98,11 @@ def manifest_of(out: Path, prompts: dict[str, Path]) -> dict[str, Any]:
         "base": str(out / "base"),
         "store": str(out.parent / "store"),
         "targets": targets,
-        "train_trunk": {"prompts": str(prompts["base"])},
+        "train_trunk": {"prompts": str(prompts["base"]), "epochs": 6},
+        # Models this small are bound by operators, not by bytes: wide batches cost little more than narrow ones.
+        "regenerate": {"batch_rows": 64, "shard_rows": 128},
+        "evaluate": {"speed_prompts": 3},
+        "resources": {"regenerate": {"max_actors": 2}},
     }
 
 
