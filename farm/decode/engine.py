@@ -19,6 +19,7 @@ from farm.decode.propose import DraftProposal, Pending, propose, run_draft
 from farm.decode.sampling import ACCEPT, NEXT, SamplingBatch, SamplingParams, distribution, draw
 from farm.decode.stats import DecodeStats
 from farm.decode.verify import Verdict, verify_greedy, verify_sampled
+from farm.draft.lean import LeanDraft
 from farm.draft.model import Draft, DraftHead
 from farm.layers.cache import Rows, SlotCache
 from farm.target.forward import TargetForward
@@ -94,10 +95,11 @@ class Engine:
     ) -> None:
         if max_length > target.max_positions:
             raise ValueError(f"max_length {max_length} exceeds the target's {target.max_positions} positions")
-        self.target, self.stop_ids, self.draft, self.capture = target, stop_ids, draft, capture
+        self.target, self.stop_ids, self.capture = target, stop_ids, capture
+        self.draft = None if draft is None else LeanDraft(draft)
         self.num_slots, self.max_length = num_slots, max_length
         self.k = k if draft is not None else 0
-        vocabulary_C = None if draft is None else draft.trunk.vocabulary_C
+        vocabulary_C = None if self.draft is None else self.draft.vocabulary_C
         self.head = DraftHead.of(target.embedding, target.head_weight, vocabulary_C)
         capacity = max_length + self.k + 1  # a verification may write k tokens past the last one it keeps
         self.cache = target.new_cache(num_slots, capacity)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from farm.decode.sampling import DRAFT, SamplingBatch, distribution, draw
+from farm.draft.lean import LeanDraft
 from farm.draft.model import Draft, DraftHead
 from farm.layers.attention import causal_mask
 from farm.layers.cache import Rows, SlotCache
@@ -33,12 +34,19 @@ class DraftProposal:
 
 
 def run_draft(
-    draft: Draft, head: DraftHead, tokens_BT: Tensor, hidden_BTH: Tensor, rows: Rows, cache: SlotCache
+    draft: Draft | LeanDraft,
+    head: DraftHead,
+    tokens_BT: Tensor,
+    hidden_BTH: Tensor,
+    rows: Rows,
+    cache: SlotCache,
 ) -> Tensor:
     """Predicted hidden states [B, T, H]; the draft's cache is extended at the rows' positions."""
     num_tokens = tokens_BT.shape[1]
     positions_BT = rows.positions(num_tokens, tokens_BT.device)
-    mask_B1TS = causal_mask(positions_BT, rows.context(num_tokens))
+    mask_B1TS = causal_mask(
+        positions_BT, rows.context(num_tokens), draft.config.num_heads // draft.config.num_kv_heads
+    )
 
     def remember(k_BTGD: Tensor, v_BTGD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         return *cache.update(0, rows, k_BTGD, v_BTGD), mask_B1TS
@@ -49,7 +57,12 @@ def run_draft(
 
 @torch.inference_mode()
 def propose(
-    draft: Draft, head: DraftHead, pending: Pending, cache: SlotCache, k: int, batch: SamplingBatch
+    draft: Draft | LeanDraft,
+    head: DraftHead,
+    pending: Pending,
+    cache: SlotCache,
+    k: int,
+    batch: SamplingBatch,
 ) -> DraftProposal:
     """A chain of `k` tokens a row.
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from farm.draft.config import DraftConfig
 from farm.draft.expert import Expert
-from farm.layers.attention import attend, plain_frequencies, rotary_tables, rotate
+from farm.layers.attention import attend, plain_frequencies, rotary_tables, rotate, signed
 
 MAX_POSITIONS = 32_768
 
@@ -54,26 +54,27 @@ class Trunk(nn.Module):
         """Residual with the shared expert added, and its normed input, both [B, T, H].
 
         `remember(k_BTGD, v_BTGD)` stores this step's keys and values and returns what may be read: keys and values
-        [B, S, G, D] and a boolean mask [B, 1, T, S] or None. Serving passes the slot cache, training the unrolled
+        [B, S, G, D] and a boolean mask [B, 1, R * T, S] or None. Serving passes the slot cache, training the unrolled
         form of it, so that one forward serves both.
         """
         b, t, _ = embedded_BTH.shape
         n, g, d = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
         u_BTH = self.fc(torch.cat((embedded_BTH, hidden_BTH), dim=-1))
-        cos_BTD, sin_BTD = self._rotary(positions_BT, u_BTH.dtype)
-        q_BTND = rotate(self.q_proj(u_BTH).view(b, t, n, d), cos_BTD, sin_BTD)
-        k_BTGD = rotate(self.k_proj(u_BTH).view(b, t, g, d), cos_BTD, sin_BTD)
-        k_BSGD, v_BSGD, mask_B1TS = remember(k_BTGD, self.v_proj(u_BTH).view(b, t, g, d))
-        a_BTH = u_BTH + self.o_proj(attend(q_BTND, k_BSGD, v_BSGD, mask_B1TS))
+        cos_BT1D, sin_BT1D = self.rotary(positions_BT, u_BTH.dtype)
+        q_BTND = rotate(self.q_proj(u_BTH).view(b, t, n, d), cos_BT1D, sin_BT1D)
+        k_BTGD = rotate(self.k_proj(u_BTH).view(b, t, g, d), cos_BT1D, sin_BT1D)
+        k_BSGD, v_BSGD, mask = remember(k_BTGD, self.v_proj(u_BTH).view(b, t, g, d))
+        a_BTH = u_BTH + self.o_proj(attend(q_BTND, k_BSGD, v_BSGD, mask))
         n_BTH = self.post_attention_layernorm(a_BTH)
         return a_BTH + self.shared_expert(n_BTH), n_BTH
 
-    def _rotary(self, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def rotary(self, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         # Kept outside the state dict: the tables follow from the config, and a trunk built on meta has none yet.
         if self._tables is None or self._tables[0].device != positions_BT.device:
             frequencies = plain_frequencies(self.config.head_dim, self.config.rope_theta).to(
                 positions_BT.device
             )
-            self._tables = rotary_tables(frequencies, MAX_POSITIONS)
+            cos, sin = rotary_tables(frequencies, MAX_POSITIONS)
+            self._tables = cos, signed(sin)
         cos, sin = self._tables
-        return cos[positions_BT].to(dtype), sin[positions_BT].to(dtype)
+        return cos[positions_BT].unsqueeze(2).to(dtype), sin[positions_BT].unsqueeze(2).to(dtype)

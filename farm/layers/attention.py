@@ -21,22 +21,36 @@ def plain_frequencies(head_dim: int, theta: float) -> Tensor:
     return 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
 
 
-def rotate(x_BTND: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> Tensor:
-    """x rotated by its position; cos and sin are [B, T, D] or broadcast to it."""
+def rotate(x_BTND: Tensor, cos_BT1D: Tensor, sin_BT1D: Tensor) -> Tensor:
+    """x rotated by its position; `sin` is negated in its first half (see `signed`), which saves a negation here."""
     first, second = x_BTND.chunk(2, dim=-1)
-    turned_BTND = torch.cat((-second, first), dim=-1)
-    return x_BTND * cos_BTD.unsqueeze(-2) + turned_BTND * sin_BTD.unsqueeze(-2)
+    return torch.addcmul(x_BTND * cos_BT1D, torch.cat((second, first), dim=-1), sin_BT1D)
 
 
-def causal_mask(positions_BT: Tensor, context: int) -> Tensor | None:
-    """Boolean mask [B, 1, T, S]: a query sees the positions up to its own. None where everything is visible."""
+def signed(sin_SD: Tensor) -> Tensor:
+    """sin with its first half negated, as `rotate` takes it."""
+    first, second = sin_SD.chunk(2, dim=-1)
+    return torch.cat((-first, second), dim=-1)
+
+
+def causal_mask(positions_BT: Tensor, context: int, group: int) -> Tensor | None:
+    """Boolean mask [B, 1, R * T, S] for `attend`: a query sees the positions up to its own; R = `group`.
+
+    None where everything is visible: one row, one token.
+    """
     if positions_BT.shape == (1, 1):
         return None
-    return (torch.arange(context, device=positions_BT.device) <= positions_BT[..., None])[:, None]
+    mask_BTS = torch.arange(context, device=positions_BT.device) <= positions_BT[..., None]
+    return fold_mask(mask_BTS[:, None], group)
 
 
-def attend(q_BTND: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, mask_B1TS: Tensor | None) -> Tensor:
-    """Softmax attention, [B, T, N * D].
+def fold_mask(mask_B1TS: Tensor, group: int) -> Tensor:
+    """The mask repeated for the R query heads that share a key/value head, [B, 1, R * T, S]."""
+    return mask_B1TS if group == 1 else mask_B1TS.repeat(1, 1, group, 1)
+
+
+def attend(q_BTND: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax attention, [B, T, N * D]; `mask` is [B, 1, R * T, S] (see `fold_mask`).
 
     Heads of one group are folded into rows, so that each key/value head is read once and a batch stays one product.
     """
@@ -44,9 +58,7 @@ def attend(q_BTND: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, mask_B1TS: Tensor | N
     g = k_BSGD.shape[2]
     r = n // g
     q_BGRTD = q_BTND.view(b, t, g, r, d).permute(0, 2, 3, 1, 4)
-    if mask_B1TS is not None and r > 1:
-        mask_B1TS = mask_B1TS.repeat(1, 1, r, 1)
     out_BGND = functional.scaled_dot_product_attention(
-        q_BGRTD.reshape(b, g, r * t, d), k_BSGD.transpose(1, 2), v_BSGD.transpose(1, 2), attn_mask=mask_B1TS
+        q_BGRTD.reshape(b, g, r * t, d), k_BSGD.transpose(1, 2), v_BSGD.transpose(1, 2), attn_mask=mask
     )
     return out_BGND.view(b, g, r, t, d).permute(0, 3, 1, 2, 4).reshape(b, t, n * d)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from farm.layers.attention import attend, causal_mask, rotary_tables, rotate
+from farm.layers.attention import attend, causal_mask, rotary_tables, rotate, signed
 from farm.layers.cache import Rows, SlotCache
 
 SUPPORTED = ("llama", "qwen2", "qwen3")
@@ -69,7 +69,7 @@ class TargetForward:
         rope = decoder.rotary_emb
         # Slack for the drafted tokens that one verification may run past the last position.
         tables = rotary_tables(rope.inv_freq, self.max_positions + 64, rope.attention_scaling)
-        self.cos, self.sin = (table.to(self.dtype) for table in tables)
+        self.cos, self.sin = tables[0].to(self.dtype), signed(tables[1]).to(self.dtype)
 
     def new_cache(self, num_slots: int, capacity: int) -> SlotCache:
         """A cache for `num_slots` sequences of at most `capacity` positions."""
@@ -81,11 +81,11 @@ class TargetForward:
         """Post-norm hidden states [B, T, H] of the tokens, each at its row's start + index; the cache is extended."""
         num_tokens = tokens_BT.shape[1]
         positions_BT = rows.positions(num_tokens, self.device)
-        cos_BTD, sin_BTD = self.cos[positions_BT], self.sin[positions_BT]
-        mask_B1TS = causal_mask(positions_BT, rows.context(num_tokens))
+        cos_BT1D, sin_BT1D = self.cos[positions_BT].unsqueeze(2), self.sin[positions_BT].unsqueeze(2)
+        mask = causal_mask(positions_BT, rows.context(num_tokens), self.num_heads // self.num_kv_heads)
         x_BTH = functional.embedding(tokens_BT, self.embedding)
         for index, layer in enumerate(self.layers):
-            x_BTH = self._layer(x_BTH, index, layer, (cos_BTD, sin_BTD, mask_B1TS, rows, cache))
+            x_BTH = self._layer(x_BTH, index, layer, (cos_BT1D, sin_BT1D, mask, rows, cache))
         return functional.rms_norm(x_BTH, (self.hidden_size,), self.norm_H, self.eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class TargetForward:
         layer: Layer,
         context: tuple[Tensor, Tensor, Tensor | None, Rows, SlotCache],
     ) -> Tensor:
-        cos_BTD, sin_BTD, mask_B1TS, rows, cache = context
+        cos_BT1D, sin_BT1D, mask, rows, cache = context
         b, t, _ = x_BTH.shape
         n, g, d = self.num_heads, self.num_kv_heads, self.head_dim
         normed_BTH = functional.rms_norm(x_BTH, (self.hidden_size,), layer.input_norm_H, self.eps)
@@ -109,9 +109,9 @@ class TargetForward:
             q_BTND = functional.rms_norm(qk_BTND[:, :, :n], (d,), layer.q_norm_D, self.eps)
             k_BTGD = functional.rms_norm(qk_BTND[:, :, n:], (d,), layer.k_norm_D, self.eps)
             qk_BTND = torch.cat((q_BTND, k_BTGD), dim=2)
-        qk_BTND = rotate(qk_BTND, cos_BTD, sin_BTD)
+        qk_BTND = rotate(qk_BTND, cos_BT1D, sin_BT1D)
         k_BSGD, v_BSGD = cache.update(index, rows, qk_BTND[:, :, n:], v_BTGD)
-        mixed = attend(qk_BTND[:, :, :n], k_BSGD, v_BSGD, mask_B1TS)
+        mixed = attend(qk_BTND[:, :, :n], k_BSGD, v_BSGD, mask)
         x_BTH = x_BTH + functional.linear(mixed, layer.out_weight, layer.out_bias)
         normed_BTH = functional.rms_norm(x_BTH, (self.hidden_size,), layer.post_norm_H, self.eps)
         gate, up = functional.linear(normed_BTH, layer.gate_up_weight).chunk(2, dim=-1)

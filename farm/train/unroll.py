@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from farm.draft.model import Draft
+from farm.layers.attention import fold_mask
 
 
 def unroll(draft: Draft, embedded_BTH: Tensor, hidden_BTH: Tensor, num_steps: int) -> list[Tensor]:
@@ -29,6 +30,7 @@ def unroll(draft: Draft, embedded_BTH: Tensor, hidden_BTH: Tensor, num_steps: in
     index_T = torch.arange(length, device=embedded_BTH.device)
     causal_TT = index_T <= index_T[:, None]
     own_TT = index_T == index_T[:, None]
+    group = draft.config.num_heads // draft.config.num_kv_heads
     keys: list[Tensor] = []
     values: list[Tensor] = []
 
@@ -37,7 +39,7 @@ def unroll(draft: Draft, embedded_BTH: Tensor, hidden_BTH: Tensor, num_steps: in
         values.append(v_BTGD)
         mask_TS = torch.cat((causal_TT, *[own_TT] * (len(keys) - 1)), dim=1)
         mask_B1TS = mask_TS.expand(num_rows, 1, length, mask_TS.shape[1])
-        return torch.cat(keys, dim=1), torch.cat(values, dim=1), mask_B1TS
+        return torch.cat(keys, dim=1), torch.cat(values, dim=1), fold_mask(mask_B1TS, group)
 
     predicted: list[Tensor] = []
     for step in range(num_steps):
