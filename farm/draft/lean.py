@@ -47,20 +47,22 @@ class LeanTrunk:
 
     @classmethod
     def of(cls, trunk: Trunk) -> LeanTrunk:
-        projections = (trunk.q_proj, trunk.k_proj, trunk.v_proj)
-        return cls(
-            trunk, torch.cat([p.weight.detach() for p in projections]), LeanExpert.of(trunk.shared_expert)
-        )
+        """The fused form of a trunk, made once; move the trunk to its device before."""
+        if trunk.fused is None:
+            projections = (trunk.q_proj, trunk.k_proj, trunk.v_proj)
+            qkv_weight = torch.cat([p.weight.detach() for p in projections])
+            trunk.fused = cls(trunk, qkv_weight, LeanExpert.of(trunk.shared_expert))
+        fused: LeanTrunk = trunk.fused
+        return fused
 
 
 class LeanDraft:
     """Predicted hidden states of one draft; called like `Draft`, without gradients."""
 
-    def __init__(self, draft: Draft, trunk: LeanTrunk | None = None) -> None:
-        """`trunk` is the fused form of the draft's trunk, where another draft has made it already."""
+    def __init__(self, draft: Draft) -> None:
         self.config = draft.config
         self.vocabulary_C = draft.trunk.vocabulary_C
-        self._lean = trunk or LeanTrunk.of(draft.trunk)
+        self._lean = LeanTrunk.of(draft.trunk)
         self._expert = LeanExpert.of(draft.expert)
 
     def __call__(

@@ -12,6 +12,7 @@ EDA, arXiv 2603.09527, with one shared and one private expert, so that there is 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,7 @@ class Trunk(nn.Module):
         self.o_proj = nn.Linear(config.num_heads * d, h, bias=False)
         self.post_attention_layernorm = nn.RMSNorm(h, eps=config.rms_eps)
         self.shared_expert = Expert(h, config.shared_width)
+        self.fused: Any = None  # the LeanTrunk that every draft of this trunk decodes with
         self._tables: tuple[Tensor, Tensor] | None = None
 
     def forward(

@@ -1,0 +1,25 @@
+"""The fused draft that decodes must be the draft that was trained."""
+
+import torch
+
+from farm.draft.lean import LeanDraft, LeanTrunk
+from farm.draft.model import Draft
+from farm.layers.attention import causal_mask
+from tests.farm.models import tiny_pair
+
+
+def test_the_fused_draft_predicts_what_the_module_predicts() -> None:
+    draft = tiny_pair()[1].double()
+    generator = torch.Generator().manual_seed(0)
+    embedded, hidden = torch.randn(2, 3, 9, 32, generator=generator, dtype=torch.float64)
+    positions = torch.arange(9).expand(3, 9) + torch.tensor([[0], [5], [2]])
+    mask = causal_mask(torch.arange(9).expand(3, 9), 9, group=2)
+    expected = draft(embedded, hidden, positions, lambda k, v: (k, v, mask))
+    got = LeanDraft(draft)(embedded, hidden, positions, lambda k, v: (k, v, mask))
+    torch.testing.assert_close(got, expected, atol=1e-10, rtol=0)
+
+
+def test_drafts_of_one_trunk_share_its_fused_weights() -> None:
+    first, second = tiny_pair()[1], tiny_pair(seed=1)[1]
+    fused = LeanTrunk.of(first.trunk)
+    assert LeanTrunk.of(Draft(first.trunk, second.expert).trunk) is fused
