@@ -18,7 +18,7 @@ from farm.draft.model import Draft
 from farm.evaluate.gate import PromptCounts
 from farm.target.load import LoadedTarget
 
-NUM_SLOTS = 16
+NUM_SLOTS = 32
 ARMS = ("transformers", "autoregressive", "base_draft", "adapted")
 
 PromptIds = tuple[int, ...]

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from farm.config import Refused, TargetSpec
 from farm.data.chat import read_template
 from farm.target.forward import TargetForward
 
 WEIGHT_SUFFIXES = (".safetensors", ".gguf")
+ENDS = ("model.embed_tokens.weight", "lm_head.weight")
 DIGESTED_SUFFIXES = (*WEIGHT_SUFFIXES, ".json", ".jinja", ".model", ".txt")
 
 
@@ -77,6 +80,39 @@ def load_model(spec: TargetSpec, dtype: str = "float32") -> Any:
         check_folder(spec.name, Path(spec.lora), "adapter_config.json")
         model = PeftModel.from_pretrained(model, spec.lora).merge_and_unload()
     return model.eval().requires_grad_(False)
+
+
+def load_embedding_and_head(spec: TargetSpec) -> tuple[Tensor, Tensor]:
+    """A target's embedding and head, fp32 [V, H] each: all of it that training a draft needs.
+
+    Read straight from the checkpoint where nothing but these two tensors decides them; else the model is loaded.
+    """
+    folder = Path(spec.model)
+    if not folder.is_dir() or not _lora_leaves_ends(spec.lora):
+        model = load_model(spec)
+        return model.get_input_embeddings().weight.detach(), model.get_output_embeddings().weight.detach()
+    check_folder(spec.name, folder)
+    found: dict[str, Tensor] = {}
+    try:
+        for file in sorted(folder.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as tensors:
+                found |= {name: tensors.get_tensor(name).float() for name in ENDS if name in tensors.keys()}
+    except (OSError, SafetensorError) as error:
+        raise Refused(f"{spec.name}: {folder} cannot be read ({error}); copy the checkpoint again") from error
+    embedding, head = (found.get(name) for name in ENDS)
+    if embedding is None:
+        raise Refused(
+            f"{spec.name}: {folder} has no {ENDS[0]}; only Llama and Qwen type checkpoints can be adapted"
+        )
+    return embedding, embedding if head is None else head
+
+
+def _lora_leaves_ends(lora: str | None) -> bool:
+    if lora is None:
+        return True
+    config = json.loads((Path(lora) / "adapter_config.json").read_text())
+    changed = [*(config.get("target_modules") or ["all-linear"]), *(config.get("modules_to_save") or ())]
+    return not any("embed" in name or "lm_head" in name or name == "all-linear" for name in changed)
 
 
 def load_tokenizer(model: str) -> Any:

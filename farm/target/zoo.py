@@ -41,8 +41,8 @@ class Recipe:
     tokens: int = 128
 
 
-BASE = Recipe(steps=450, lr=4e-3, rows=8)
-FULL = {"math": Recipe(80, 1e-3, 8), "code": Recipe(40, 5e-4, 8), "clinical": Recipe(80, 1e-3, 8)}
+BASE = Recipe(steps=420, lr=4e-3, rows=8)
+FULL = {"math": Recipe(80, 1e-3, 8), "code": Recipe(55, 5e-4, 8), "clinical": Recipe(80, 1e-3, 8)}
 LORA = Recipe(80, 5e-3, 8)
 
 
@@ -98,10 +98,11 @@ def manifest_of(out: Path, prompts: dict[str, Path]) -> dict[str, Any]:
         "base": str(out / "base"),
         "store": str(out.parent / "store"),
         "targets": targets,
-        "train_trunk": {"prompts": str(prompts["base"]), "epochs": 6},
+        "train_trunk": {"prompts": str(prompts["base"]), "epochs": 5},
         # Models this small are bound by operators, not by bytes: wide batches cost little more than narrow ones.
         "regenerate": {"batch_rows": 64, "shard_rows": 128},
-        "evaluate": {"speed_prompts": 3},
+        "adapt": {"epochs": 5},
+        "evaluate": {"speed_prompts": 3, "max_new_tokens": 48},
         "resources": {"regenerate": {"max_actors": 2}},
     }
 

@@ -21,7 +21,7 @@ from farm.data.features import Sample, read_shards
 from farm.draft.checkpoint import EXPERT_FILE, build_trunk, load_expert, trunk_digest, trunk_files
 from farm.draft.config import DraftConfig
 from farm.draft.model import Draft, DraftHead, new_draft
-from farm.target.load import load_model
+from farm.target.load import load_embedding_and_head
 from farm.train.batches import Schedule, collate
 from farm.train.checkpoint import Progress, load_state, named_weights, save_state
 from farm.train.module import DraftLoss, Sums, weighted
@@ -153,9 +153,7 @@ def _draft(task: FitTask, trunk: Mapping[str, Tensor] | None) -> Draft:
 
 
 def _head(task: FitTask, device: torch.device, dtype: torch.dtype) -> DraftHead:
-    model = load_model(task.target)
-    embedding = model.get_input_embeddings().weight.detach().to(device, dtype)
-    weight = model.get_output_embeddings().weight.detach().to(device, dtype)
+    embedding, weight = (tensor.to(device, dtype) for tensor in load_embedding_and_head(task.target))
     vocabulary = None if task.vocabulary is None else torch.tensor(task.vocabulary, device=device)
     return DraftHead.of(embedding, weight, vocabulary)
 

@@ -9,7 +9,13 @@ from peft import LoraConfig, get_peft_model
 from farm.config import Refused, TargetSpec
 from farm.layers.cache import Rows
 from farm.target import zoo
-from farm.target.load import check_family, load_target, target_digest
+from farm.target.load import (
+    check_family,
+    load_embedding_and_head,
+    load_model,
+    load_target,
+    target_digest,
+)
 from tests.farm.models import tiny_model
 
 
@@ -36,6 +42,24 @@ def test_a_lora_target_computes_base_plus_delta(tmp_path: Path, tokenizer: objec
     got = target.forward.logits(target.forward.forward(tokens, Rows([0]), target.forward.new_cache(1, 8)))
     with torch.no_grad():
         torch.testing.assert_close(got, model(tokens).logits, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_embedding_and_head_read_alone_are_the_models(tmp_path: Path, tokenizer: object, tied: bool) -> None:
+    spec = checkpoint(tmp_path / "base", tokenizer, tie_word_embeddings=tied)
+    model = load_model(spec)
+    embedding, head = load_embedding_and_head(spec)
+    assert torch.equal(embedding, model.get_input_embeddings().weight)
+    assert torch.equal(head, model.get_output_embeddings().weight)
+
+
+def test_a_lora_on_the_head_is_part_of_the_head(tmp_path: Path, tokenizer: object) -> None:
+    base = checkpoint(tmp_path / "base", tokenizer)
+    model = get_peft_model(tiny_model(vocab=1024), LoraConfig(r=4, target_modules=["lm_head"]))
+    torch.nn.init.normal_(model.base_model.model.lm_head.lora_B["default"].weight)
+    model.save_pretrained(tmp_path / "lora")
+    _, head = load_embedding_and_head(base.model_copy(update={"lora": str(tmp_path / "lora")}))
+    assert not torch.allclose(head, load_embedding_and_head(base)[1])
 
 
 def test_a_missing_checkpoint_is_refused_by_name(tmp_path: Path) -> None:

@@ -1,0 +1,50 @@
+"""Shards of answers: what was written comes back, and a damaged shard is one clear error."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from farm.artifacts import Artifacts
+from farm.config import UserError
+from farm.data.features import Answer, answer_tokens, read_shards, shard_names, write_shard
+from farm.store import open_store
+
+
+def answer(row: int, num_tokens: int) -> Answer:
+    features = torch.full((2 + num_tokens - 1, 4), float(row))
+    return Answer(row, f"id{row}", (1, 2), tuple(range(num_tokens)), "stop", 7, 0.5, features)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    failed = Answer(1, "id1", (), (), "error", 0, 0.0, None, "no room")
+    artifacts = Artifacts(open_store(tmp_path.as_uri()))
+    write_shard(artifacts, "answers", "key", 0, [answer(0, 3), failed, answer(2, 5)])
+    return tmp_path / "artifacts" / "answers" / "key"
+
+
+def test_samples_come_back_in_order_without_the_error_rows(folder: Path) -> None:
+    tokens_name, features_name = shard_names(0)
+    first, second = read_shards([folder / features_name])
+    assert first.tokens_T.tolist() == [1, 2, 0, 1, 2]
+    assert second.features_TH.shape == (6, 4)
+    assert second.features_TH.unique().tolist() == [2.0]
+    assert first.num_prompt_tokens == 2
+    assert [len(ids) for ids in answer_tokens([folder / tokens_name])] == [3, 0, 5]
+
+
+@pytest.mark.parametrize("name", shard_names(0))
+def test_a_truncated_shard_is_the_users_to_delete(folder: Path, name: str) -> None:
+    path = folder / name
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match="delete its artifact and run again"):
+        read_shards([folder / shard_names(0)[1]])
+
+
+def test_tokens_and_features_of_different_shards_are_not_mixed(folder: Path) -> None:
+    artifacts = Artifacts(open_store(folder.parents[2].as_uri()))
+    write_shard(artifacts, "answers", "key", 1, [answer(0, 9)])
+    (folder / shard_names(1)[1]).replace(folder / shard_names(0)[1])
+    with pytest.raises(UserError, match="features for"):
+        read_shards([folder / shard_names(0)[1]])
