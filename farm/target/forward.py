@@ -1,12 +1,13 @@
 # B rows, T tokens, S positions read, H hidden, V vocab, N query heads, G key/value heads, D head size, F mlp width
 """A lean forward for Llama, Qwen2 and Qwen3 checkpoints: post-norm hidden states out of a slot cache.
 
-`transformers` is the reference (a test compares the two); it loads the weights, this module runs them. q/k/v and
+`transformers` is the reference (a test compares the two). q/k/v and
 gate/up are fused, rotary tables are made once, and a row is addressed by slot and position (farm/layers/cache.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from farm.layers.attention import attend, causal_mask, rotary_tables, rotate, signed
+from farm.layers.attention import (
+    attend,
+    causal_mask,
+    plain_frequencies,
+    rotary_tables,
+    rotate,
+    signed,
+)
 from farm.layers.cache import Rows, SlotCache
 
 SUPPORTED = ("llama", "qwen2", "qwen3")
@@ -42,12 +50,12 @@ class TargetForward:
     Attributes: `embedding` [V, H], `head_weight` [V, H], sizes, `dtype`, `device`.
     """
 
-    def __init__(self, model: Any, max_positions: int | None = None) -> None:
-        """`model` is a loaded `transformers` causal LM of a supported type; its weights are referenced or fused.
+    def __init__(self, config: Any, weights: Mapping[str, Tensor], device: str = "cpu") -> None:
+        """`config` is a `transformers` config of a supported type, `weights` its checkpoint's tensors by name.
 
-        Raises ValueError for an architecture that this forward does not compute exactly.
+        Raises ValueError for an architecture that this forward does not compute exactly, KeyError for a missing
+        tensor, RuntimeError for one of a wrong shape.
         """
-        config = model.config
         reason = unsupported_reason(config)
         if reason:
             raise ValueError(reason)
@@ -59,17 +67,34 @@ class TargetForward:
         self.hidden_size: int = config.hidden_size
         self.vocab_size: int = config.vocab_size
         self.eps: float = config.rms_norm_eps
-        self.max_positions: int = max_positions or config.max_position_embeddings
-        decoder = model.model
-        self.embedding: Tensor = decoder.embed_tokens.weight.detach()
-        self.head_weight: Tensor = model.lm_head.weight.detach()
+        self.max_positions: int = config.max_position_embeddings
+        placed = {name: value.detach().to(device) for name, value in weights.items()}
+        self.embedding: Tensor = placed["model.embed_tokens.weight"].view(self.vocab_size, self.hidden_size)
+        tied = config.tie_word_embeddings or "lm_head.weight" not in placed
+        self.head_weight: Tensor = self.embedding if tied else placed["lm_head.weight"]
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
-        self.norm_H: Tensor = decoder.norm.weight.detach()
-        self.layers = [_fuse(layer) for layer in decoder.layers]
-        rope = decoder.rotary_emb
+        self.norm_H: Tensor = placed["model.norm.weight"]
+        self.layers = [_fuse(placed, f"model.layers.{i}.") for i in range(config.num_hidden_layers)]
+        inv_freq, scaling = _rope(config, self.head_dim)
         # Slack for the drafted tokens that one verification may run past the last position.
-        tables = rotary_tables(rope.inv_freq, self.max_positions + 64, rope.attention_scaling)
-        self.cos, self.sin = tables[0].to(self.dtype), signed(tables[1]).to(self.dtype)
+        cos, sin = rotary_tables(inv_freq.to(device), self.max_positions + 64, scaling)
+        self.cos, self.sin = cos.to(self.dtype), signed(sin).to(self.dtype)
+
+    @classmethod
+    def of(cls, model: Any) -> TargetForward:
+        """The forward of a loaded `transformers` model."""
+        return cls(model.config, model.state_dict(), str(model.device))
+
+    @property
+    def num_bytes(self) -> int:
+        """Of weights in memory."""
+        tensors = [
+            self.embedding,
+            self.norm_H,
+            *([] if self.head_weight is self.embedding else [self.head_weight]),
+        ]
+        tensors += [value for layer in self.layers for value in vars(layer).values() if value is not None]
+        return sum(value.nbytes for value in tensors)
 
     def new_cache(self, num_slots: int, capacity: int) -> SlotCache:
         """A cache for `num_slots` sequences of at most `capacity` positions."""
@@ -132,20 +157,30 @@ def unsupported_reason(config: Any) -> str | None:
     return None
 
 
-def _fuse(layer: Any) -> Layer:
-    attention, mlp = layer.self_attn, layer.mlp
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    biases = [p.bias.detach() for p in projections if p.bias is not None]
-    q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+def _rope(config: Any, head_dim: int) -> tuple[Tensor, float]:
+    """Inverse frequencies [D / 2] and the factor on cos and sin."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        return plain_frequencies(head_dim, float(rope.get("rope_theta", 10_000.0))), 1.0
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    return inv_freq, float(scaling)
+
+
+def _fuse(weights: Mapping[str, Tensor], prefix: str) -> Layer:
+    attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+    biases = [weights[f"{attention}{p}_proj.bias"] for p in "qkv" if f"{attention}{p}_proj.bias" in weights]
     return Layer(
-        input_norm_H=layer.input_layernorm.weight.detach(),
-        qkv_weight=torch.cat([p.weight.detach() for p in projections]),
+        input_norm_H=weights[f"{prefix}input_layernorm.weight"],
+        qkv_weight=torch.cat([weights[f"{attention}{p}_proj.weight"] for p in "qkv"]),
         qkv_bias=torch.cat(biases) if biases else None,
-        q_norm_D=None if q_norm is None else q_norm.weight.detach(),
-        k_norm_D=None if k_norm is None else k_norm.weight.detach(),
-        out_weight=attention.o_proj.weight.detach(),
-        out_bias=None if attention.o_proj.bias is None else attention.o_proj.bias.detach(),
-        post_norm_H=layer.post_attention_layernorm.weight.detach(),
-        gate_up_weight=torch.cat([mlp.gate_proj.weight.detach(), mlp.up_proj.weight.detach()]),
-        down_weight=mlp.down_proj.weight.detach(),
+        q_norm_D=weights.get(f"{attention}q_norm.weight"),
+        k_norm_D=weights.get(f"{attention}k_norm.weight"),
+        out_weight=weights[f"{attention}o_proj.weight"],
+        out_bias=weights.get(f"{attention}o_proj.bias"),
+        post_norm_H=weights[f"{prefix}post_attention_layernorm.weight"],
+        gate_up_weight=torch.cat([weights[f"{mlp}gate_proj.weight"], weights[f"{mlp}up_proj.weight"]]),
+        down_weight=weights[f"{mlp}down_proj.weight"],
     )

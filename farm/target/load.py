@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from farm.config import Refused, TargetSpec
 from farm.data.chat import read_template
 from farm.target.forward import TargetForward
+from farm.target.weights import read_weights
 
 WEIGHT_SUFFIXES = (".safetensors", ".gguf")
 ENDS = ("model.embed_tokens.weight", "lm_head.weight")
@@ -39,26 +41,41 @@ class LoadedTarget:
 def load_target(spec: TargetSpec, *, dtype: str = "float32", device: str = "cpu") -> LoadedTarget:
     """Loads weights and tokenizer; a LoRA is merged. Raises Refused, naming the reason, for this target alone."""
     try:
-        model = load_model(spec, dtype).to(device)
+        config, weights = _config_and_weights(spec, getattr(torch, dtype))
         tokenizer = load_tokenizer(spec.model)
-        forward = TargetForward(model)
+        forward = TargetForward(config, weights, device)
     except Refused:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise Refused(
             f"{spec.name}: {spec.model} cannot be loaded ({type(error).__name__}: {error})"
         ) from error
-    num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     return LoadedTarget(
         name=spec.name,
         forward=forward,
         tokenizer=tokenizer,
-        stop_ids=stop_ids(model, tokenizer),
-        num_bytes=num_bytes,
+        stop_ids=stop_ids(spec, config, tokenizer),
+        num_bytes=forward.num_bytes,
         chat_template=read_template(spec.chat_template),
         max_positions=forward.max_positions,
-        config=model.config,
+        config=config,
     )
+
+
+def _config_and_weights(spec: TargetSpec, dtype: torch.dtype) -> tuple[Any, Mapping[str, Tensor]]:
+    """Read from the files where they say everything, else through the libraries' own models."""
+    from transformers import AutoConfig
+
+    folder = Path(spec.model)
+    if folder.suffix != ".gguf":
+        check_folder(spec.name, folder)
+        if spec.lora is not None:
+            check_folder(spec.name, Path(spec.lora), "adapter_config.json")
+        weights = read_weights(folder, None if spec.lora is None else Path(spec.lora), dtype)
+        if weights is not None:
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False), weights
+    model = load_model(spec, str(dtype).removeprefix("torch."))
+    return model.config, model.state_dict()
 
 
 def load_model(spec: TargetSpec, dtype: str = "float32") -> Any:
@@ -124,15 +141,12 @@ def load_tokenizer(model: str) -> Any:
     return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
-def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+def stop_ids(spec: TargetSpec, config: Any, tokenizer: Any) -> frozenset[int]:
     """End tokens by generation config, model config and tokenizer together."""
+    generation = Path(spec.model) / "generation_config.json"
+    says = json.loads(generation.read_text()) if generation.is_file() else {}
     found: set[int] = set()
-    generation = getattr(model, "generation_config", None)
-    for value in (
-        getattr(generation, "eos_token_id", None),
-        model.config.eos_token_id,
-        tokenizer.eos_token_id,
-    ):
+    for value in (says.get("eos_token_id"), config.eos_token_id, tokenizer.eos_token_id):
         if value is not None:
             found.update([value] if isinstance(value, int) else value)
     return frozenset(found)

@@ -51,4 +51,4 @@ def tiny_pair(kind: str = "llama", *, seed: int = 0, **options: Any) -> tuple[Ta
     """A target and an unrelated random draft, the adversarial case of every losslessness test."""
     model = tiny_model(kind, seed=seed, **options)
     draft = new_draft(DraftConfig.for_base(model.config), seed=seed + 1, std=0.3)
-    return TargetForward(model), draft.requires_grad_(False)
+    return TargetForward.of(model), draft.requires_grad_(False)

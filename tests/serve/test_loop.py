@@ -23,7 +23,7 @@ class Mailbox(queue.Queue[Progress]):
 
 
 def engine(seed: int = 0) -> Engine:
-    forward = TargetForward(tiny_model(tiny_tokenizer(), seed).eval())
+    forward = TargetForward.of(tiny_model(tiny_tokenizer(), seed).eval())
     return Engine(forward, frozenset(), None, num_slots=2, max_length=128, k=0)
 
 

@@ -62,7 +62,7 @@ def test_long_accepted_runs_stay_lossless() -> None:
     """A target whose head knows one token is always drafted right: every round commits k + 1 tokens."""
     model = tiny_model()
     model.lm_head.weight.zero_()
-    target, draft = TargetForward(model), tiny_pair()[1]
+    target, draft = TargetForward.of(model), tiny_pair()[1]
     requests = [
         Request(str(i), ids, SamplingParams(max_new_tokens=30)) for i, ids in enumerate(prompts(4, 1))
     ]
@@ -73,7 +73,7 @@ def test_long_accepted_runs_stay_lossless() -> None:
 
 def test_neighbours_never_change_a_requests_tokens() -> None:
     """fp64, so that batch shapes cannot round differently; one request alone, and among seven others."""
-    target = TargetForward(tiny_model().double())
+    target = TargetForward.of(tiny_model().double())
     draft = tiny_pair()[1].double()
     requests = [
         Request(str(i), ids, SamplingParams(temperature=0.9, top_p=0.9, seed=i, max_new_tokens=12))

@@ -21,8 +21,8 @@ from farm.target.forward import TargetForward
 from tests.farm.models import tiny_model, tiny_pair
 
 NUM_SAMPLES, VOCAB, DEPTH, BATCH = 200_000, 4, 4, 20_000
-NUM_BAD_SAMPLES = 40_000  # enough to reject every decoder below
-SAMPLING = {"temperature": 0.8, "top_p": 0.95, "top_k": 3}
+NUM_BAD_SAMPLES = 100_000  # enough to reject every decoder below
+SAMPLING = {"temperature": 0.5, "top_p": 0.98, "top_k": 3}
 SIZES = {"vocab": VOCAB, "hidden": 16, "layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
 
 Small = tuple[Any, TargetForward, Draft, Tensor]
@@ -32,7 +32,7 @@ Small = tuple[Any, TargetForward, Draft, Tensor]
 def small() -> Small:
     model = tiny_model(**SIZES)
     model.lm_head.weight.mul_(0.4)
-    return model, TargetForward(model), tiny_pair(**SIZES)[1], exact_joint(model)
+    return model, TargetForward.of(model), tiny_pair(**SIZES)[1], exact_joint(model)
 
 
 def sampled_counts(target: TargetForward, draft: Draft, num: int) -> Tensor:
@@ -114,7 +114,7 @@ def unprocessed_bonus(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def bonus(num: Tensor, p: Tensor, q: Tensor) -> Tensor:
         full = (num == q.shape[1])[:, None]
-        return torch.where(full, p[torch.arange(len(num)), num] ** 0.8, real(num, p, q))
+        return torch.where(full, p[torch.arange(len(num)), num] ** 0.5, real(num, p, q))
 
     monkeypatch.setattr(verify_module, "next_distribution", bonus)
 

@@ -23,7 +23,7 @@ def test_logits_equal_transformers_in_one_pass_and_token_by_token(
     kind: str, options: dict[str, object]
 ) -> None:
     model = tiny_model(kind, **options)
-    forward = TargetForward(model)
+    forward = TargetForward.of(model)
     tokens_BT = torch.randint(0, 32, (3, 17), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = model(tokens_BT).logits
@@ -37,7 +37,7 @@ def test_logits_equal_transformers_in_one_pass_and_token_by_token(
 
 def test_rows_of_different_lengths_in_one_batch_do_not_see_each_other() -> None:
     model = tiny_model()
-    forward = TargetForward(model)
+    forward = TargetForward.of(model)
     generator = torch.Generator().manual_seed(2)
     rows = [torch.randint(0, 32, (length,), generator=generator) for length in (5, 11, 8)]
     cache = forward.new_cache(4, 32)
@@ -54,4 +54,4 @@ def test_rows_of_different_lengths_in_one_batch_do_not_see_each_other() -> None:
 def test_architectures_that_would_be_computed_wrongly_are_refused() -> None:
     model = tiny_model(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
     with pytest.raises(ValueError, match="dynamic"):
-        TargetForward(model)
+        TargetForward.of(model)

@@ -33,7 +33,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> FitTask:
     model = tiny_model(hidden=16, layers=1, num_attention_heads=2, num_key_value_heads=1)
     (root / "target").mkdir()
     zoo.save(model, zoo.train_tokenizer(), root / "target")
-    forward = TargetForward(model)
+    forward = TargetForward.of(model)
     answers = []
     for row in range(12):
         ids = torch.randint(0, 32, (14 + row,), generator=torch.Generator().manual_seed(row))

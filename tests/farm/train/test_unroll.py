@@ -32,7 +32,7 @@ def serving_predictions(
 
 def test_unrolled_predictions_equal_the_engines_with_the_proposals_forced() -> None:
     """In fp64, where nothing but a different computation makes a difference."""
-    target, draft = TargetForward(tiny_model().double()), tiny_pair()[1].double()
+    target, draft = TargetForward.of(tiny_model().double()), tiny_pair()[1].double()
     head = DraftHead.of(target.embedding, target.head_weight, None)
     tokens_L = torch.randint(0, 32, (LENGTH + 1,), generator=torch.Generator().manual_seed(3))
     hidden_TH = target.forward(tokens_L[None, :LENGTH], Rows([0]), target.new_cache(1, LENGTH))[0]

@@ -1,0 +1,66 @@
+"""A checkpoint's tensors by name, and a LoRA merged into them, without building the model.
+
+Importing a model's code and PEFT's costs more seconds than loading a small target; files say all that is needed.
+What they do not say plainly (GGUF, an unusual LoRA) goes through the libraries instead: None here means "ask them".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+LORA_PREFIX = "base_model.model."
+
+
+def read_weights(folder: Path, lora: Path | None, dtype: torch.dtype) -> dict[str, Tensor] | None:
+    """Every tensor of a folder's safetensors files with the LoRA's deltas added; None if that is not plain LoRA.
+
+    Raises SafetensorError or OSError when a file is truncated, corrupt or missing.
+    """
+    deltas = {} if lora is None else read_deltas(lora)
+    if deltas is None:
+        return None
+    weights: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        weights |= load_file(file)
+    if not deltas.keys() <= weights.keys():
+        return None
+    return {
+        name: (value.float() + deltas[name]).to(dtype) if name in deltas else value.to(dtype)
+        for name, value in weights.items()
+    }
+
+
+def read_deltas(lora: Path) -> dict[str, Tensor] | None:
+    """alpha / r B A of every adapted weight (LoRA, 2106.09685), fp32, by the weight's name; None if there is more."""
+    config = json.loads((lora / "adapter_config.json").read_text())
+    if not is_plain(config):
+        return None
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(lora.glob("*.safetensors")):
+        tensors |= load_file(file)
+    scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
+    deltas = {}
+    for name, a in tensors.items():
+        if not name.endswith(".lora_A.weight"):
+            continue
+        b = tensors[name.replace("lora_A", "lora_B")]
+        weight = name.removeprefix(LORA_PREFIX).replace(".lora_A.weight", ".weight")
+        deltas[weight] = scale * (b.float() @ a.float())
+    return deltas if 2 * len(deltas) == len(tensors) else None
+
+
+def is_plain(config: Mapping[str, Any]) -> bool:
+    """Whether a PEFT config says W + alpha / r B A and nothing else."""
+    unusual = ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias")
+    return (
+        config.get("peft_type") == "LORA"
+        and config.get("bias", "none") == "none"
+        and not any(config.get(option) for option in unusual)
+    )
