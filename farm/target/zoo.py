@@ -102,7 +102,7 @@ def manifest_of(out: Path, prompts: dict[str, Path]) -> dict[str, Any]:
         # Models this small are bound by operators, not by bytes: wide batches cost little more than narrow ones.
         "regenerate": {"batch_rows": 64, "shard_rows": 128},
         "adapt": {"epochs": 5},
-        "evaluate": {"speed_prompts": 3, "max_new_tokens": 48},
+        "evaluate": {"speed_prompts": 2, "max_new_tokens": 48},
         "resources": {"regenerate": {"max_actors": 2}},
     }
 
