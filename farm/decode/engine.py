@@ -214,7 +214,7 @@ class Engine:
         logits_BTV = self.target.logits(hidden_BTH)
         if batch.greedy:
             return hidden_BTH, verify_greedy(drafted.tokens_BK, logits_BTV.argmax(dim=-1))
-        p_BTV = torch.stack([distribution(logits_BV, batch) for logits_BV in logits_BTV.unbind(1)], dim=1)
+        p_BTV = distribution(logits_BTV.flatten(0, 1), batch.repeat(logits_BTV.shape[1])).view_as(logits_BTV)
         k = drafted.tokens_BK.shape[1]
         q_BKV = p_BTV[:, :0] if drafted.q_BKV is None else drafted.q_BKV
         accept_BK = torch.stack([batch.uniform(i, ACCEPT) for i in range(k)], dim=1) if k else p_BTV[:, :0, 0]

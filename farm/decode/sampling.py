@@ -57,6 +57,11 @@ class SamplingBatch:
             filtered=any(p.top_k > 0 or p.top_p < 1 for p in params),
         )
 
+    def repeat(self, num: int) -> SamplingBatch:
+        """Every request `num` times in a row, for `num` positions of it at once."""
+        columns = (self.temperature_B, self.top_p_B, self.top_k_B, self.seed_B, self.round_B)
+        return SamplingBatch(*(c.repeat_interleave(num) for c in columns), self.greedy, self.filtered)
+
     def uniform(self, index: int, use: int) -> Tensor:
         """u in [0, 1) as float64 [B], a function of (seed, round, index in the round, use) alone."""
         return uniform(self.seed_B, self.round_B, index, use)
