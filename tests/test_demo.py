@@ -20,6 +20,8 @@ from farm.store import open_store
 from farm.target import grammar
 from farm.target.load import load_target
 
+pytestmark = pytest.mark.timeout(1800)  # the first test waits for the whole demo
+
 FULL = ("math", "code", "clinical")
 NUM_GREEDY_PROMPTS = 16
 
