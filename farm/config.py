@@ -17,6 +17,7 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 Rows = tuple[int, int | None]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
+Dtype = Literal["auto", "float32", "bfloat16"]
 
 
 class Strict(BaseModel):
@@ -55,6 +56,7 @@ class TrainSettings(Strict):
     zero_stage: int = Field(default=0, ge=0, le=2)
     dtype: Literal["float32", "bfloat16"] = "float32"
     save_every: Positive = 200  # steps
+    prompt_tokens: bool = False  # learn from the tokens of the prompts too, not from the answers alone
     seed: int = 0
 
 
@@ -152,6 +154,7 @@ class Manifest(Strict):
     trunk: str | None = None  # a trunk's folder; None: trained as the first stage
     store: str
     shared_filesystem: bool = False  # every node sees the same files under a file:// store
+    dtype: Dtype = "auto"  # what targets decode in; auto: bfloat16 on a GPU, else float32
     targets: tuple[TargetSpec, ...] = Field(min_length=1)
     draft: DraftSettings = DraftSettings()
     train_trunk: TrainTrunkSettings = TrainTrunkSettings()

@@ -1,12 +1,10 @@
 """The Serve application: `serve run serve.app:build store=STORE [num_slots=8 ...]`, from the checkout."""
 
-from typing import Literal
-
 from pydantic import Field
 from ray import serve
 from ray.serve import Application
 
-from farm.config import ServeResources, ServeSettings
+from farm.config import Dtype, ServeResources, ServeSettings
 from farm.registry import Registry
 from farm.store import open_store
 from serve.ingress import Gateway
@@ -18,7 +16,7 @@ class BuildArgs(ServeSettings, ServeResources):
 
     store: str
     num_cpus: float = Field(default=1, gt=0)  # of a replica; also its number of torch threads
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype | None = None  # None: the dtype that the family was onboarded in
 
 
 def build(args: BuildArgs) -> Application:

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 
 from farm.artifacts import Artifacts
-from farm.config import TargetSpec, UserError
+from farm.config import Dtype, TargetSpec, UserError
 from farm.draft.checkpoint import (
     CONFIG_FILE,
     EXPERT_FILE,
@@ -50,11 +50,13 @@ class ServedDraft:
 class Family:
     """The family of one store, on one device. Raises UserError when the store holds none."""
 
-    def __init__(self, store: str, dtype: str = "float32", device: str = "cpu") -> None:
+    def __init__(self, store: str, dtype: Dtype | None = None, device: str = "cpu") -> None:
         opened = open_store(store)
         self._registry, self._artifacts = Registry(opened), Artifacts(opened)
-        self._dtype, self._device = dtype, device
         self._record = self._registry.family()
+        wanted = dtype or self._record.get("dtype", "auto")
+        self._dtype = ("float32" if device == "cpu" else "bfloat16") if wanted == "auto" else wanted
+        self._device = device
         self.trunk = self._load_trunk()
 
     def targets(self) -> Iterator[LoadedTarget]:

@@ -9,7 +9,7 @@ from functools import partial
 
 from ray import serve
 
-from farm.config import ServeSettings, UserError
+from farm.config import Dtype, ServeSettings, UserError
 from farm.data.chat import encode_chat
 from farm.decode.engine import Engine, Request
 from farm.decode.sampling import SamplingParams
@@ -28,7 +28,7 @@ log = logging.getLogger("ray.serve")
 class EngineHost:
     """Routes each request to its target's engine; engines step in one thread beside the event loop."""
 
-    def __init__(self, store: str, settings: ServeSettings, dtype: str, device: str) -> None:
+    def __init__(self, store: str, settings: ServeSettings, dtype: Dtype | None, device: str) -> None:
         self._settings = settings
         self._family = Family(store, dtype, device)
         self._engines = EngineLoop()

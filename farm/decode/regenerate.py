@@ -1,4 +1,4 @@
-# T tokens, H hidden
+# B rows, T tokens, H hidden
 """The target answers its prompts; what its decoding saw is kept as features, so that no second prefill is needed.
 
 The task without the fleet: a loaded target and prompts in, answers out. EDA's regeneration (arXiv 2603.09527): a draft
@@ -11,12 +11,13 @@ import hashlib
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from farm.config import RegenerateSettings, UserError
 from farm.data.chat import encode_chat, encode_pair
 from farm.data.features import FEATURE_DTYPE, Answer
 from farm.data.prompts import Prompt
-from farm.decode.engine import Completion, Engine, Request
+from farm.decode.engine import Completion, Engine, FinishReason, Request
 from farm.decode.sampling import SamplingParams
 from farm.layers.cache import Rows
 from farm.target.load import LoadedTarget
@@ -58,8 +59,25 @@ def regenerate_rows(
 def prefill_rows(
     target: LoadedTarget, prompts: Sequence[Prompt], settings: RegenerateSettings
 ) -> list[Answer]:
-    """The prompts' own answers with the target's hidden states: one prefill a row, far cheaper than decoding."""
-    return [_prefilled(target, prompt, settings) for prompt in prompts]
+    """The prompts' own answers with the target's hidden states: prefills of `batch_rows`, far cheaper than decoding."""
+    encoded: list[
+        tuple[int, list[int], int]
+    ] = []  # index of the prompt, its ids with the answer's, prompt tokens
+    answers: dict[int, Answer] = {}
+    for index, prompt in enumerate(prompts):
+        try:
+            encoded.append((index, *_encode_answer(target, prompt, settings)))
+        except UserError as error:
+            answers[index] = _failed(prompt, str(error))
+    encoded.sort(key=lambda item: len(item[1]))  # rows of one length waste no padding
+    for start in range(0, len(encoded), settings.batch_rows):
+        batch = encoded[start : start + settings.batch_rows]
+        features = _prefill(target, [ids[:-1] for _, ids, _ in batch])
+        for (index, ids, num_prompt), hidden_TH in zip(batch, features, strict=True):
+            reason: FinishReason = "stop" if ids[-1] in target.stop_ids else "length"
+            prompt, tokens = prompts[index], (tuple(ids[:num_prompt]), tuple(ids[num_prompt:]))
+            answers[index] = Answer(prompt.row, prompt.id, *tokens, reason, 0, 0.0, hidden_TH)
+    return [answers[index] for index in range(len(prompts))]
 
 
 def sampling_of(prompt: Prompt, settings: RegenerateSettings) -> SamplingParams:
@@ -74,25 +92,28 @@ def sampling_of(prompt: Prompt, settings: RegenerateSettings) -> SamplingParams:
     )
 
 
-def _prefilled(target: LoadedTarget, prompt: Prompt, settings: RegenerateSettings) -> Answer:
+def _encode_answer(
+    target: LoadedTarget, prompt: Prompt, settings: RegenerateSettings
+) -> tuple[list[int], int]:
+    """Ids of prompt and answer, cut to the settings' limit, and how many belong to the prompt."""
     if prompt.answer is None:
-        return _failed(prompt, "the row has no answer to prefill")
-    try:
-        ids, num_prompt = encode_pair(target.tokenizer, prompt.messages, prompt.answer, target.chat_template)
-    except UserError as error:
-        return _failed(prompt, str(error))
+        raise UserError("the row has no answer to prefill")
+    ids, num_prompt = encode_pair(target.tokenizer, prompt.messages, prompt.answer, target.chat_template)
     ids = ids[: min(num_prompt + settings.max_new_tokens, target.max_positions)]
     if len(ids) <= num_prompt:
-        return _failed(
-            prompt, f"{num_prompt} prompt tokens leave no room in {target.max_positions} positions"
-        )
-    tokens_BT = torch.tensor([ids[:-1]], device=target.forward.device)
-    cache = target.forward.new_cache(1, len(ids))
-    hidden_TH = target.forward.forward(tokens_BT, Rows([0]), cache)[0].to(FEATURE_DTYPE).cpu()
-    reason = "stop" if ids[-1] in target.stop_ids else "length"
-    return Answer(
-        prompt.row, prompt.id, tuple(ids[:num_prompt]), tuple(ids[num_prompt:]), reason, 0, 0.0, hidden_TH
-    )  # fmt: skip
+        raise UserError(f"{num_prompt} prompt tokens leave no room in {target.max_positions} positions")
+    return ids, num_prompt
+
+
+def _prefill(target: LoadedTarget, rows: Sequence[list[int]]) -> list[Tensor]:
+    """Hidden states [T, H] of every row; padding comes last, where causal attention never sees it."""
+    length = max(map(len, rows))
+    tokens_BT = torch.tensor(
+        [[*ids, *[0] * (length - len(ids))] for ids in rows], device=target.forward.device
+    )
+    cache = target.forward.new_cache(len(rows), length)
+    hidden_BTH = target.forward.forward(tokens_BT, Rows([0] * len(rows)), cache).to(FEATURE_DTYPE).cpu()
+    return [hidden_TH[: len(ids)] for hidden_TH, ids in zip(hidden_BTH, rows, strict=True)]
 
 
 def _check_room(ids: Sequence[int], target: LoadedTarget) -> None:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from farm.config import EvaluateSettings, ProbeSettings, TargetSpec
+from farm.config import Dtype, EvaluateSettings, ProbeSettings, TargetSpec
 from farm.data.prompts import Prompt
 from farm.decode.sampling import SamplingParams
 from farm.evaluate.bench import measure_tau
-from farm.evaluate.target import OpenTrunk, encode_prompts
+from farm.evaluate.target import OpenTrunk, encode_prompts, open_target
 from farm.target.load import check_family, load_target
 
 
@@ -33,9 +33,11 @@ def probe(
     prompts: Sequence[Prompt],
     settings: ProbeSettings,
     evaluate: EvaluateSettings,
+    dtype: Dtype,
 ) -> TauOfBaseDraft:
     """tau of the base's draft on a few of the target's prompts, or of the base's own: what retention is made of."""
-    loaded, opened = load_target(target), OpenTrunk.of(trunk_folder)
+    loaded = open_target(target, dtype)
+    opened = OpenTrunk.of(trunk_folder, loaded)
     limits = evaluate.model_copy(update={"max_new_tokens": settings.max_new_tokens})
     ids = encode_prompts(loaded, prompts[: settings.prompts], limits)
     params = SamplingParams(max_new_tokens=settings.max_new_tokens)

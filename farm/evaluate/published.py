@@ -11,6 +11,7 @@ from farm.evaluate.provenance import hardware
 from farm.evaluate.target import EvaluateTask, evaluate_target
 from farm.registry import Registry
 from farm.store import open_store
+from farm.target.load import placement
 
 TRUNK_STAGE, EXPERT_FILE = "trunk", "expert.safetensors"
 BASE = "base"
@@ -35,13 +36,16 @@ def evaluate_published(manifest: Manifest, target: str, prompts: str) -> dict[st
     adapted = None if live is None else str(registry.path(live, EXPERT_FILE))
     chosen = load_prompts(prompts).prompts
     trunk_folder = str(artifacts.path(trunk, EXPERT_FILE).parent)
-    row = evaluate_target(EvaluateTask(spec, manifest.evaluate, trunk_folder, adapted, None, chosen))
+    row = evaluate_target(
+        EvaluateTask(spec, manifest.evaluate, trunk_folder, adapted, None, chosen, manifest.dtype)
+    )
     record = {
         "k": manifest.evaluate.k,
         "temperature": manifest.evaluate.temperatures[0],
         "prompts": len(chosen),
         "prompts_file": prompts,
         "adapter_version": None if live is None else live.version,
+        "dtype": placement(manifest.dtype)[0],
         "hardware": hardware(),
     }
     return {**record, **row}

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from farm.config import EvaluateSettings, TargetSpec
+from farm.config import Dtype, EvaluateSettings, TargetSpec
 from farm.data.chat import encode_chat
 from farm.data.prompts import Prompt
 from farm.decode.sampling import SamplingParams
@@ -25,7 +25,7 @@ from farm.draft.model import Draft
 from farm.draft.trunk import Trunk
 from farm.evaluate.bench import PromptIds, TauResult, measure_speed, measure_tau
 from farm.evaluate.gate import gain_interval, tau_of
-from farm.target.load import LoadedTarget, load_model, load_target
+from farm.target.load import LoadedTarget, load_model, load_target, placement
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class EvaluateTask:
     adapted: str | None  # the adapted expert; None measures the base draft alone
     live: str | None  # the live version's expert; None: the base draft is live
     prompts: tuple[Prompt, ...]
+    dtype: Dtype
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,23 @@ class OpenTrunk:
     base_expert_path: Path
 
     @classmethod
-    def of(cls, folder: Path) -> OpenTrunk:
+    def of(cls, folder: Path, target: LoadedTarget) -> OpenTrunk:
+        """The trunk in the target's dtype, on its device."""
         trunk = build_trunk(read_config(folder), read_tensors(folder / TRUNK_FILE))
-        return cls(trunk, folder / EXPERT_FILE)
+        return cls(trunk.to(target.forward.device, target.forward.dtype), folder / EXPERT_FILE)
 
     def draft(self, expert: str | None) -> Draft:
         """The draft with an expert's file, or with the base's."""
         path = self.base_expert_path if expert is None else Path(expert)
-        return Draft(self.trunk, load_expert(self.trunk.config, path)).requires_grad_(False)
+        placed = self.trunk.fc.weight
+        expert = load_expert(self.trunk.config, path).to(placed.device, placed.dtype)
+        return Draft(self.trunk, expert).requires_grad_(False)
+
+
+def open_target(spec: TargetSpec, dtype: Dtype) -> LoadedTarget:
+    """The target on this process's device, in the dtype that is meant."""
+    resolved, device = placement(dtype)
+    return load_target(spec, dtype=resolved, device=device)
 
 
 def evaluate_target(task: EvaluateTask) -> dict[str, Any]:
@@ -64,8 +74,8 @@ def evaluate_target(task: EvaluateTask) -> dict[str, Any]:
     tau at the first of `settings.temperatures` decides and stands at the top; temperature 1 is reported beside it.
     """
     torch.set_num_threads(task.settings.threads or torch.get_num_threads())
-    target = load_target(task.target)
-    opened = OpenTrunk.of(Path(task.trunk_folder))
+    target = open_target(task.target, task.dtype)
+    opened = OpenTrunk.of(Path(task.trunk_folder), target)
     prompts = encode_prompts(target, task.prompts, task.settings)
     row: dict[str, Any] = {"name": task.target.name, "kind": "full" if task.target.lora is None else "lora"}
     drafts = {"base_draft": opened.draft(None)}
@@ -134,8 +144,9 @@ def _speed_fields(
     task: EvaluateTask,
 ) -> dict[str, Any]:
     settings = task.settings
+    dtype, device = placement(task.dtype)
     speed = measure_speed(
-        target, load_model(task.target), drafts, prompts[: settings.speed_prompts],
+        target, load_model(task.target, dtype).to(device), drafts, prompts[: settings.speed_prompts],
         k=settings.k, max_new_tokens=settings.max_new_tokens, rounds=settings.speed_rounds,
     )  # fmt: skip
     fields: dict[str, Any] = {f"tokens_per_s_{arm}": value for arm, value in speed.tokens_per_s.items()}

@@ -6,10 +6,11 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from farm.artifacts import Artifacts
-from farm.config import TargetSpec
+from farm.config import Dtype, TargetSpec
 from farm.fleet.answers import ANSWERS, AnswersJob, card_name, decode_prompts
 from farm.store import open_store
 
@@ -25,6 +26,7 @@ class ActorConfig:
     jobs: Mapping[str, AnswersJob]  # by target name, without their prompts
     memory_bytes: int  # budget of live targets in one actor
     num_threads: int  # of torch, one actor
+    dtype: Dtype
 
 
 class LiveTargets:
@@ -82,7 +84,7 @@ class RegenerateActor:
         self._config = config
         self._artifacts = Artifacts(open_store(config.store))
         self._failures: dict[str, str] = {}
-        self._targets = LiveTargets(config.memory_bytes, _load)
+        self._targets = LiveTargets(config.memory_bytes, partial(_load, config.dtype))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         rows = [
@@ -129,13 +131,11 @@ class RegenerateActor:
         return len(answers)
 
 
-def _load(spec: TargetSpec) -> "LoadedTarget":
-    import torch
+def _load(dtype: Dtype, spec: TargetSpec) -> "LoadedTarget":
+    from farm.target.load import load_target, placement
 
-    from farm.target.load import load_target
-
-    on_gpu = torch.cuda.is_available()
-    return load_target(spec, dtype="bfloat16" if on_gpu else "float32", device="cuda" if on_gpu else "cpu")
+    resolved, device = placement(dtype)
+    return load_target(spec, dtype=resolved, device=device)
 
 
 def _release_device_memory() -> None:

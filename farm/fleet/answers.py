@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from farm.artifacts import Artifact, Artifacts, key_of
-from farm.config import Refused, RegenerateSettings, TargetSpec, dump
+from farm.config import Dtype, Refused, RegenerateSettings, TargetSpec, dump
 from farm.data.chat import read_template
 from farm.data.prompts import Prompt
 
@@ -30,6 +30,7 @@ class AnswersJob:
     key: str
     prompts: tuple[Prompt, ...]
     mode: Literal["regenerate", "dataset"] = "regenerate"
+    dtype: Dtype = "auto"
     source: Mapping[str, Any] = field(default_factory=dict)  # goes into the manifest: digests, broken rows
 
     @property
@@ -54,12 +55,17 @@ def answers_key(
     spec: TargetSpec,
     settings: RegenerateSettings,
     mode: str,
+    dtype: str,
     target_digest: str,
     prompts: Sequence[Prompt],
     prompts_digest: str,
 ) -> str:
     """The key of a target's answers: checkpoint, template, prompts and their rows, settings."""
-    config = settings_key(settings) | {"mode": mode, "template": read_template(spec.chat_template)}
+    config = settings_key(settings) | {
+        "mode": mode,
+        "dtype": dtype,
+        "template": read_template(spec.chat_template),
+    }
     config["rows"] = [prompt.row for prompt in prompts]
     return key_of(ANSWERS, config, [target_digest, prompts_digest])
 

@@ -81,6 +81,7 @@ def _run(
         store=artifacts.store.uri,
         jobs={job.name: job.without_prompts() for job in jobs},
         memory_bytes=jobs[0].settings.memory_bytes,
+        dtype=jobs[0].dtype,
         num_threads=max(1, int(resources.num_cpus), (os.cpu_count() or 1) // int(pool.max_size)),
     )
     with _data_context():

@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import RayError
 
 from farm.artifacts import Artifact, Artifacts
-from farm.config import EvaluateSettings, Manifest, ProbeSettings, TargetSpec
+from farm.config import Dtype, EvaluateSettings, Manifest, ProbeSettings, TargetSpec
 from farm.data.prompts import Prompt
 from farm.fleet.plan import EVALUATE
 from farm.fleet.pool import cause_of
@@ -44,18 +44,21 @@ def probe_tau(
     trunk_folder: str,
     prompts: tuple[Prompt, ...],
     settings: tuple[ProbeSettings, EvaluateSettings],
+    dtype: Dtype,
 ) -> Artifact:
     """tau of the base draft on a few prompts, in the artifact's manifest."""
     from farm.evaluate.probe import probe
 
-    result = probe(target, Path(trunk_folder), prompts, *settings)
+    result = probe(target, Path(trunk_folder), prompts, *settings, dtype)
     manifest = {"target": target.name, "tau": result.tau, "survival": list(result.survival)}
     return Artifacts(open_store(store)).finish(PROBE, key, manifest)
 
 
 def evaluate_on_cluster(manifest: Manifest, target: str, prompts: str) -> dict[str, Any]:
     """`farm.evaluate.published.evaluate_published` on a node of its own; raises UserError as it does."""
-    task = _evaluate_published.options(num_cpus=cpus_of_largest_node())
+    task = _evaluate_published.options(
+        num_cpus=cpus_of_largest_node(), num_gpus=manifest.resources.regenerate.num_gpus
+    )
     try:
         measured: dict[str, Any] = ray.get(task.remote(manifest, target, prompts))
     except RayError as error:
@@ -75,6 +78,7 @@ def evaluate(store: str, key: str, task: "EvaluateTask", record: Mapping[str, An
     """Measure base draft, live and adapted draft on the held-out prompts; asks for a whole node's CPUs."""
     from farm.evaluate.records import TargetRow
     from farm.evaluate.target import evaluate_target
+    from farm.target.load import placement
 
     started = time.monotonic()
     threads = task.settings.threads or os.cpu_count() or 1
@@ -85,6 +89,7 @@ def evaluate(store: str, key: str, task: "EvaluateTask", record: Mapping[str, An
         **record,
         "row": row.model_dump(mode="json", exclude_unset=True, exclude={"decision"}),
         "threads": threads,
+        "dtype": placement(task.dtype)[0],
         "seconds": time.monotonic() - started,
     }
     return Artifacts(open_store(store)).finish(EVALUATE, key, manifest)

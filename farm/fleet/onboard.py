@@ -119,7 +119,7 @@ def _report(run: Run) -> Report:
         k=settings.k,
         temperature=settings.temperatures[0],
         threads=settings.threads or os.cpu_count() or 1,
-        dtype="float32",
+        dtype=run.dtype,
         prompts=max((len(target.held_out) for target in run.plan.targets), default=settings.prompts),
         tau_base_on_base=run.tau_base_on_base,
         targets=tuple(run.ended[spec.name] for spec in run.manifest.targets),

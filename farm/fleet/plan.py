@@ -103,7 +103,7 @@ def _plan_answers(manifest: Manifest, spec: TargetSpec, digest: str) -> TargetPl
         raise Refused(
             f"{spec.prompts}: no usable row {'to adapt on' if not prompts else 'held out'}; repair its rows"
         )
-    key = answers_key(spec, manifest.regenerate, "regenerate", digest, prompts, found.digest)
+    key = answers_key(spec, manifest.regenerate, "regenerate", manifest.dtype, digest, prompts, found.digest)
     source = {
         "target_digest": digest,
         "prompts": found.source,
@@ -112,7 +112,7 @@ def _plan_answers(manifest: Manifest, spec: TargetSpec, digest: str) -> TargetPl
             {"row": error.row, "reason": error.reason} for error in found.errors if error.row in used
         ],
     }
-    answers = AnswersJob(spec, manifest.regenerate, key, prompts, source=source)
+    answers = AnswersJob(spec, manifest.regenerate, key, prompts, dtype=manifest.dtype, source=source)
     return TargetPlan(spec, digest, answers, kept, found.digest, adapt_key="", reused=())
 
 
@@ -141,15 +141,20 @@ def _plan_trunk(
         settings = manifest.train_trunk
         config = {name: value for name, value in dump(settings).items() if name not in _NOT_IN_KEY}
         regenerate = _base_regenerate(manifest)
-        config |= {"draft": dump(manifest.draft), "regenerate": settings_key(regenerate)}
+        config |= {
+            "draft": dump(manifest.draft),
+            "regenerate": settings_key(regenerate),
+            "dtype": manifest.dtype,
+        }
         # Without prompts of its own, a trunk is trained once on those of the targets known then: a target
         # that is added later must not change the trunk that all others were adapted to.
         own = [*digests, settings.rows] if settings.prompts else []
         key = key_of(TRUNK, config | {"own": own}, [base_digest])
         joined = key_of("prompts", {}, digests)
         source = {"target_digest": base_digest, "prompts_digest": joined, "row_errors": []}
-        answers_id = answers_key(base, regenerate, settings.answers, base_digest, prompts, joined)
-        answers = AnswersJob(base, regenerate, answers_id, prompts, mode=settings.answers, source=source)
+        mode, dtype = settings.answers, manifest.dtype
+        answers_id = answers_key(base, regenerate, mode, dtype, base_digest, prompts, joined)
+        answers = AnswersJob(base, regenerate, answers_id, prompts, mode, dtype, source)
     reused = artifacts.find(TRUNK, key) is not None
     return TrunkPlan(
         key, base, base_digest, folder, answers if prompts and not reused else None, held_out, reused

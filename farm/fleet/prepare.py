@@ -147,13 +147,14 @@ def _probe(
     """tau of the base draft by target; a target that cannot be measured is decided and left out."""
     folder = str(run.artifacts.path(trunk, TRUNK_FILES[0]).parent)
     specs, taus = {}, {}
+    num_gpus = run.manifest.resources.regenerate.num_gpus
     for name, (plan, settings) in plans.items():
         if isinstance(plan, TrunkPlan):
             spec, digest = plan.base, plan.base_digest
         else:
             spec, digest = plan.spec, plan.digest
         prompts = plan.held_out[: settings.prompts]
-        config = {"settings": dump(settings), "k": run.manifest.evaluate.k}
+        config = {"settings": dump(settings), "k": run.manifest.evaluate.k, "dtype": run.manifest.dtype}
         # As with the trunk: a target that is added later must not change what all others are compared with.
         if isinstance(plan, TargetPlan) or run.manifest.train_trunk.prompts:
             config["prompts"] = [asdict(prompt) for prompt in prompts]
@@ -163,8 +164,16 @@ def _probe(
             continue
         if isinstance(plan, TargetPlan):
             run.board.update(name, stage="probe")
-        specs[name] = (run.store.uri, key, spec, folder, prompts, (settings, run.manifest.evaluate))
-    for outcome in run_bounded(specs, measure.probe_tau, CHECKS_AT_ONCE):
+        specs[name] = (
+            run.store.uri,
+            key,
+            spec,
+            folder,
+            prompts,
+            (settings, run.manifest.evaluate),
+            run.manifest.dtype,
+        )
+    for outcome in run_bounded(specs, measure.probe_tau, CHECKS_AT_ONCE, num_gpus=num_gpus):
         if outcome.error is None:
             taus[outcome.name] = float(outcome.value.manifest["tau"])
         elif outcome.name == run.trunk.base.name:

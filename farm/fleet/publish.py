@@ -94,6 +94,7 @@ def family_record(plan: Plan, draft: Mapping[str, Any], leave_out: Mapping[str, 
     fields = ("model", "lora", "revision", "chat_template")
     return {
         "base": plan.manifest.base,
+        "dtype": plan.manifest.dtype,
         "trunk_key": plan.trunk.key,
         "draft": dict(draft),
         "targets": {

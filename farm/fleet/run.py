@@ -29,6 +29,7 @@ class Run:
     ended: dict[str, TargetRow] = field(default_factory=dict)
     answers: dict[str, Artifact] = field(default_factory=dict)
     curves: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "float32"  # that the evaluation decoded in
     stage_seconds: dict[str, float | None] = field(default_factory=dict)  # of what all targets share
     tau_base_on_base: float | None = None
 

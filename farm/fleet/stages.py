@@ -164,13 +164,18 @@ def evaluate(run: Run, trunk: Artifact) -> None:
         run.board.update(name, stage="evaluate")
         run.say(f"{name}: evaluating")
 
-    for outcome in run_bounded(specs, measure.evaluate, 1, started, num_cpus=cpus_of_largest_node()):
+    for outcome in run_bounded(specs, measure.evaluate, 1, started, **_whole_node(run)):
         if outcome.error is not None:
             run.fail(outcome.name, outcome.error)
         else:
             found[outcome.name] = outcome.value
     for target in run.remaining:
         _conclude(run, target, found[target.name])
+
+
+def _whole_node(run: Run) -> dict[str, float]:
+    """What an evaluation asks of Ray: every CPU of a node, and the GPU share that a target decodes on."""
+    return {"num_cpus": cpus_of_largest_node(), "num_gpus": run.manifest.resources.regenerate.num_gpus}
 
 
 def _evaluation(run: Run, target: TargetPlan, trunk: Artifact) -> tuple[Any, ...]:
@@ -186,6 +191,7 @@ def _evaluation(run: Run, target: TargetPlan, trunk: Artifact) -> tuple[Any, ...
     config = {
         name: value for name, value in dump(settings).items() if name not in ("min_gain", "rows", "prompts")
     }
+    config["dtype"] = run.manifest.dtype
     key = key_of(EVALUATE, config | {"held_out": prompts}, [target.adapt_key, against, target.digest])
     task = EvaluateTask(
         target=target.spec,
@@ -194,6 +200,7 @@ def _evaluation(run: Run, target: TargetPlan, trunk: Artifact) -> tuple[Any, ...
         adapted=str(run.artifacts.path(adapted, EXPERT_FILE)),
         live=str(run.registry.path(opponent, EXPERT_FILE)) if opponent else None,
         prompts=target.held_out,
+        dtype=run.manifest.dtype,
     )
     record = {"target": target.name, "opponent": opponent.version if opponent else None}
     return run.store.uri, key, task, record
@@ -204,6 +211,7 @@ def _conclude(run: Run, target: TargetPlan, evaluation: Artifact) -> None:
     fields = run.fields[target.name]
     fields |= {name: value for name, value in evaluation.manifest["row"].items() if name != "stage_seconds"}
     run.took(target.name, EVALUATE, evaluation)
+    run.dtype = evaluation.manifest["dtype"]
     tau = fields.get("tau_base_draft")
     if tau is not None and run.tau_base_on_base:
         fields["retention"] = tau / run.tau_base_on_base

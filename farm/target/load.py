@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from farm.config import Refused, TargetSpec
+from farm.config import Dtype, Refused, TargetSpec
 from farm.data.chat import read_template
 from farm.target.forward import TargetForward
 from farm.target.weights import read_weights
@@ -36,6 +36,14 @@ class LoadedTarget:
     chat_template: str | None  # text of the manifest's template; None: the tokenizer's own
     max_positions: int
     config: Any  # the transformers config
+
+
+def placement(dtype: Dtype) -> tuple[str, str]:
+    """The dtype that `auto` stands for in this process, and the device that targets decode on."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype != "auto":
+        return dtype, device
+    return ("bfloat16" if device == "cuda" else "float32"), device
 
 
 def load_target(spec: TargetSpec, *, dtype: str = "float32", device: str = "cpu") -> LoadedTarget:

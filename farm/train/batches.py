@@ -18,7 +18,7 @@ class Batch:
 
     next_tokens_BT: Tensor  # x_{t+1}, int64, 0 where padded
     hidden_BTH: Tensor  # h_t
-    first_B: Tensor  # first index that is trained on: the last prompt token's
+    first_B: Tensor  # first index that is trained on: the last prompt token's, or 0
     last_B: Tensor  # L - 3, the last index whose prediction has a true hidden state
 
     def mask(self, step: int) -> Tensor:
@@ -31,8 +31,8 @@ class Batch:
         return Batch(*move, self.first_B.to(device), self.last_B.to(device))
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
-    """One batch of samples, padded to the longest."""
+def collate(samples: Sequence[Sample], *, prompt_tokens: bool = False) -> Batch:
+    """One batch of samples, padded to the longest; `prompt_tokens` trains on the prompts too."""
     length = max(len(sample.tokens_T) for sample in samples) - 1
     hidden_size = samples[0].features_TH.shape[1]
     tokens_BT = torch.zeros(len(samples), length, dtype=torch.int64)
@@ -40,7 +40,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
     for row, sample in enumerate(samples):
         tokens_BT[row, : len(sample.tokens_T) - 1] = sample.tokens_T[1:]
         hidden_BTH[row, : len(sample.features_TH)] = sample.features_TH
-    first_B = torch.tensor([sample.num_prompt_tokens - 1 for sample in samples])
+    first_B = torch.tensor([0 if prompt_tokens else sample.num_prompt_tokens - 1 for sample in samples])
     last_B = torch.tensor([len(sample.tokens_T) - 3 for sample in samples])
     return Batch(tokens_BT, hidden_BTH, first_B, last_B)
 

@@ -92,7 +92,8 @@ def fit(
     metrics: dict[str, float] = {"loss": curve[-1][1] if curve else math.nan}
     while step < num_steps:
         _set_lr(engine, task.settings, step, num_steps)
-        batch = collate([samples[row] for row in schedule.rows(step, rank, world)]).to(device, dtype)
+        rows = [samples[row] for row in schedule.rows(step, rank, world)]
+        batch = collate(rows, prompt_tokens=task.settings.prompt_tokens).to(device, dtype)
         logged = _train_step(engine, batch, world, log=step % every == 0 or step + 1 == num_steps)
         if logged is not None:
             metrics = logged

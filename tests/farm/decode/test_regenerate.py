@@ -74,3 +74,25 @@ def test_prefilled_answers_are_the_datasets_own_with_their_end_token(target: Loa
     assert answer.finish_reason == "stop"
     assert answer.features is not None
     assert len(answer.features) == len(answer.prompt_ids) + len(answer.answer_ids) - 1
+
+
+def test_prefilled_features_do_not_depend_on_which_rows_share_their_batch(target: LoadedTarget) -> None:
+    rows = [
+        Prompt(i, f"id{i}", ({"role": "user", "content": f"tell {i} stories"},), "fox " * (1 + 5 * (i % 3)))
+        for i in range(7)
+    ]
+    for together, prompt in zip(prefill_rows(target, rows, SETTINGS), rows, strict=True):
+        (alone,) = prefill_rows(target, [prompt], SETTINGS)
+        assert (together.row, together.answer_ids) == (alone.row, alone.answer_ids)
+        assert together.features is not None
+        assert alone.features is not None
+        torch.testing.assert_close(together.features, alone.features, atol=0.02, rtol=0.02)  # bf16
+
+
+def test_bfloat16_targets_answer_and_keep_their_features(tmp_path: Path) -> None:
+    zoo.save(tiny_model(vocab=1024), zoo.train_tokenizer(), tmp_path)
+    target = load_target(TargetSpec(name="t", model=str(tmp_path), prompts=""), dtype="bfloat16")
+    assert target.forward.dtype == torch.bfloat16
+    for answer in regenerate_rows(target, prompts(3), SETTINGS):
+        assert answer.features is not None
+        assert len(answer.features) == len(answer.prompt_ids) + len(answer.answer_ids) - 1

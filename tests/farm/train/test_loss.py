@@ -39,3 +39,5 @@ def test_positions_start_at_the_last_prompt_token_and_end_where_a_true_hidden_st
     assert batch.mask(0)[0].nonzero().flatten().tolist() == [2, 3, 4]
     assert batch.mask(1)[0].nonzero().flatten().tolist() == [2, 3]
     assert batch.mask(0)[1].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5, 6]
+    whole = collate([sample, longer], prompt_tokens=True)
+    assert whole.mask(0)[0].nonzero().flatten().tolist() == [0, 1, 2, 3, 4]
