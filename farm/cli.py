@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -63,7 +63,7 @@ def zoo(
 
 
 @app.command()
-def finetune(
+def finetune(  # noqa: PLR0913 - each option of the command is a parameter
     base: Annotated[str, typer.Option(help="Checkpoint folder, .gguf file or package:NAME/FILE.")],
     data: Annotated[Path, typer.Option(help="Prompts with answers: JSONL, Parquet or a folder.")],
     out: Annotated[Path, typer.Option(help="Folder of the new target.")],
@@ -73,6 +73,9 @@ def finetune(
     lora_rank: Annotated[
         int | None, typer.Option(help="Train a LoRA of this rank instead of every weight.")
     ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="Of the products; weights are float32.")
+    ] = "float32",
 ) -> None:
     """Make a target: fine-tune a checkpoint on prompts with answers."""
     from farm.config import TargetSpec
@@ -92,7 +95,7 @@ def finetune(
         loss = run(
             spec,
             prompts,
-            FinetuneSettings(steps, lr, lora_rank=lora_rank),
+            FinetuneSettings(steps, lr, lora_rank=lora_rank, dtype=dtype),
             out,
             lambda s, n: progress(out.name, s, n),
         )
@@ -272,7 +275,7 @@ def _build_zoo(out: Path, num_lora: int) -> Path:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for each model on a terminal, a line a model elsewhere."""
+    """A bar for each model on a terminal; elsewhere a line at each model's start and at each quarter."""
     columns = (TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         tasks: dict[str, object] = {}
@@ -280,9 +283,9 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
         def show(what: str, step: int, of: int) -> None:
             if what not in tasks:
                 tasks[what] = bars.add_task(f"training {what}", total=of)
-                if not console.is_terminal:
-                    console.print(f"training {what}: {of} steps", highlight=False)
             bars.update(tasks[what], completed=step)  # type: ignore[arg-type]
+            if not console.is_terminal and (step == 1 or step % max(1, of // 4) == 0):
+                console.print(f"training {what}: step {step} of {of}", highlight=False)
 
         yield show
 

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch.nn import functional
 from farm.config import TargetSpec, UserError
 from farm.data.chat import encode_pair, read_template
 from farm.data.prompts import Prompt
-from farm.target.load import load_model, load_tokenizer
+from farm.target.load import load_model, load_tokenizer, placement
 
 IGNORED = -100
 LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -32,7 +32,7 @@ class FinetuneSettings:
     max_tokens: int = 256
     lora_rank: int | None = None  # None trains every weight
     seed: int = 0
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of products; weights are trained in float32
 
 
 def finetune(
@@ -56,7 +56,7 @@ def finetune(
     encoded = [
         encode_pair(tokenizer, prompt.messages, prompt.answer or "", template) for prompt in with_answer
     ]
-    model = load_model(spec, settings.dtype).requires_grad_(True)
+    model = load_model(spec).to(placement("auto")[1]).requires_grad_(True)
     if settings.lora_rank is not None:
         from peft import LoraConfig, get_peft_model
 
@@ -81,13 +81,16 @@ def _train(
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, settings.steps, pct_start=0.1)
     model.train()
+    dtype = getattr(torch, settings.dtype)
     last = float("nan")
-    for step, (tokens_BT, labels_BT) in enumerate(batches):
-        hidden_BTH = model.get_decoder()(tokens_BT).last_hidden_state[:, :-1]
+    for step, batch in enumerate(batches):
+        tokens_BT, labels_BT = (part.to(model.device) for part in batch)
         chosen_BT = labels_BT[:, 1:] != IGNORED
-        # The head over answer tokens only: over a large vocabulary it costs as much as the layers.
-        logits_MV = model.get_output_embeddings()(hidden_BTH[chosen_BT]).float()
-        loss = functional.cross_entropy(logits_MV, labels_BT[:, 1:][chosen_BT])
+        with torch.autocast(tokens_BT.device.type, dtype, enabled=dtype != torch.float32):
+            hidden_BTH = model.get_decoder()(tokens_BT).last_hidden_state[:, :-1]
+            # The head over answer tokens only: over a large vocabulary it costs as much as the layers.
+            logits_MV = model.get_output_embeddings()(hidden_BTH[chosen_BT])
+        loss = functional.cross_entropy(logits_MV.float(), labels_BT[:, 1:][chosen_BT])
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

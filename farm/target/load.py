@@ -93,7 +93,7 @@ def load_model(spec: TargetSpec, dtype: str = "float32") -> Any:
     path = Path(spec.model)
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": False}
     if path.suffix == ".gguf":
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options)
+        model = _plain(AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options))
     else:
         check_folder(spec.name, path)
         model = AutoModelForCausalLM.from_pretrained(
@@ -105,6 +105,16 @@ def load_model(spec: TargetSpec, dtype: str = "float32") -> Any:
         check_folder(spec.name, Path(spec.lora), "adapter_config.json")
         model = PeftModel.from_pretrained(model, spec.lora).merge_and_unload()
     return model.eval().requires_grad_(False)
+
+
+def _plain(model: Any) -> Any:
+    """A model read from GGUF without the mark of quantization: its weights are plain, and it can be saved."""
+    if hasattr(model, "hf_quantizer"):
+        del model.hf_quantizer
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.is_quantized = False
+    return model
 
 
 def load_embedding_and_head(spec: TargetSpec) -> tuple[Tensor, Tensor]:

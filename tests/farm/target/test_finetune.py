@@ -1,0 +1,131 @@
+"""A target made from a checkpoint, a LoRA or a GGUF file learns its answers, and what was saved opens again."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from farm.config import TargetSpec, UserError
+from farm.data.prompts import Prompt
+from farm.layers.cache import Rows
+from farm.target import zoo
+from farm.target.finetune import FinetuneSettings, finetune
+from farm.target.load import LoadedTarget, load_target
+from tests.farm.models import tiny_model
+
+ROWS = [Prompt(i, f"{i}", ({"role": "user", "content": f"tell {i}"},), "a fox and a hen") for i in range(8)]
+SETTINGS = FinetuneSettings(steps=12, lr=1e-2, rows=4)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> TargetSpec:
+    folder: Path = tmp_path_factory.mktemp("base")
+    zoo.save(tiny_model(vocab=1024), zoo.train_tokenizer(), folder)
+    return TargetSpec(name="base", model=str(folder), prompts="")
+
+
+@pytest.fixture(scope="module")
+def gguf_file(base: TargetSpec, tmp_path_factory: pytest.TempPathFactory) -> TargetSpec:
+    """The base's weights as a GGUF file, quantized to 8 bits where GGUF does so."""
+    path = tmp_path_factory.mktemp("gguf") / "base.gguf"
+    write_gguf(tiny_model(vocab=1024), zoo.train_tokenizer(), path)
+    return TargetSpec(name="base", model=str(path), prompts="")
+
+
+def write_gguf(model: object, tokenizer: object, path: Path) -> None:
+    config, writer = model.config, gguf.GGUFWriter(path, "llama")  # type: ignore[attr-defined]
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_vocab_size(config.vocab_size)
+    vocabulary = tokenizer.get_vocab()  # type: ignore[attr-defined]
+    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
+    tokens += [f"<unused{i}>" for i in range(config.vocab_size - len(tokens))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * len(tokens))
+    model_json = json.loads(tokenizer.backend_tokenizer.to_str())["model"]  # type: ignore[attr-defined]
+    writer.add_token_merges([" ".join(pair) for pair in model_json.get("merges") or []])
+    writer.add_eos_token_id(tokenizer.eos_token_id)  # type: ignore[attr-defined]
+    writer.add_chat_template(tokenizer.chat_template)  # type: ignore[attr-defined]
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, value in model.state_dict().items():  # type: ignore[attr-defined]
+        stem, _, suffix = name.rpartition(".")
+        data = value.numpy()
+        if "norm" in name:
+            writer.add_tensor(f"{names.get_name(stem)}.{suffix}", data)
+            continue
+        if ".q_proj." in name or ".k_proj." in name:
+            data = interleaved(data, config.head_dim)
+        kind = gguf.GGMLQuantizationType.Q8_0
+        writer.add_tensor(f"{names.get_name(stem)}.{suffix}", gguf.quantize(data, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def interleaved(weight: np.ndarray, head_dim: int) -> np.ndarray:
+    """GGUF keeps the two halves of a rotary head interleaved."""
+    return weight.reshape(-1, 2, head_dim // 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def loss_of_answers(target: LoadedTarget) -> float:
+    from farm.data.chat import encode_pair
+
+    ids, num_prompt = encode_pair(target.tokenizer, ROWS[0].messages, ROWS[0].answer or "", None)
+    cache = target.forward.new_cache(1, len(ids))
+    logits = target.forward.logits(target.forward.forward(torch.tensor([ids[:-1]]), Rows([0]), cache))[0]
+    return float(torch.nn.functional.cross_entropy(logits[num_prompt - 1 :], torch.tensor(ids[num_prompt:])))
+
+
+def unseen(*_: int) -> None:
+    """Nobody watches the progress."""
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_finetuned_target_opens_and_has_learned_its_answers(
+    base: TargetSpec, tmp_path: Path, rank: int | None, dtype: str
+) -> None:
+    settings = FinetuneSettings(steps=30, lr=1e-2, rows=4, lora_rank=rank, dtype=dtype)  # type: ignore[arg-type]
+    finetune(base, ROWS, settings, tmp_path / "made", unseen)
+    made = {"lora": str(tmp_path / "made")} if rank else {"model": str(tmp_path / "made")}
+    target = load_target(base.model_copy(update={"name": "made", **made}))
+    assert loss_of_answers(target) < 0.5 * loss_of_answers(load_target(base))
+
+
+def test_a_target_of_a_gguf_file_is_saved_as_a_plain_checkpoint(
+    gguf_file: TargetSpec, tmp_path: Path
+) -> None:
+    finetune(gguf_file, ROWS, SETTINGS, tmp_path / "made", unseen)
+    made = load_target(TargetSpec(name="made", model=str(tmp_path / "made"), prompts=""))
+    assert loss_of_answers(made) < 0.5 * loss_of_answers(load_target(gguf_file))
+
+
+def test_a_gguf_file_opens_as_the_model_it_was_written_from(base: TargetSpec, gguf_file: TargetSpec) -> None:
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    forwards: list[Callable[[], torch.Tensor]] = []
+    for spec in (base, gguf_file):
+        forward = load_target(spec).forward
+        forwards.append(lambda f=forward: f.logits(f.forward(tokens, Rows([0]), f.new_cache(1, 8))))  # type: ignore[misc]
+    plain, quantized = (forward() for forward in forwards)
+    assert torch.equal(plain.argmax(dim=-1), quantized.argmax(dim=-1))
+    torch.testing.assert_close(plain, quantized, atol=0.05 * float(plain.abs().max()), rtol=0)
+
+
+def test_rows_without_answers_are_the_users_mistake(base: TargetSpec, tmp_path: Path) -> None:
+    rows = [Prompt(0, "0", ROWS[0].messages, None)]
+    with pytest.raises(UserError, match="no row has an answer"):
+        finetune(base, rows, SETTINGS, tmp_path / "made", unseen)
