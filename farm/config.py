@@ -54,7 +54,7 @@ class TrainSettings(Strict):
     clip: float = Field(default=1.0, gt=0)
     unroll: Positive = 2
     zero_stage: int = Field(default=0, ge=0, le=2)
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of products; weights and optimizer are float32
     save_every: Positive = 200  # steps
     prompt_tokens: bool = False  # learn from the tokens of the prompts too, not from the answers alone
     seed: int = 0

@@ -26,8 +26,9 @@ class Batch:
         index_T = torch.arange(self.next_tokens_BT.shape[1], device=self.first_B.device)
         return (index_T >= self.first_B[:, None]) & (index_T + step <= self.last_B[:, None])
 
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> Batch:
-        move = (self.next_tokens_BT.to(device), self.hidden_BTH.to(device, dtype))
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on a device, hidden states in float32."""
+        move = (self.next_tokens_BT.to(device), self.hidden_BTH.to(device, torch.float32))
         return Batch(*move, self.first_B.to(device), self.last_B.to(device))
 
 

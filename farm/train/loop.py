@@ -65,7 +65,7 @@ def fit(
     a frozen trunk changed.
     """
     rank, world = distributed.get_rank(), distributed.get_world_size()
-    device, dtype = _device(), getattr(torch, task.settings.dtype)
+    device = _device()
     samples = _trainable(task)
     schedule = Schedule(len(samples), task.settings.batch_rows, task.settings.epochs, task.settings.seed)
     if world > schedule.batch_rows:
@@ -75,10 +75,10 @@ def fit(
     before = "" if trunk is None else trunk_digest(trunk)
     draft = _draft(task, trunk)
     module = DraftLoss(
-        draft.trunk, draft.expert, _head(task, device, dtype), task.settings.unroll, train_trunk=trunk is None
+        draft.trunk, draft.expert, _head(task, device), task.settings.unroll, train_trunk=trunk is None
     )
-    if trunk is not None and (dtype != torch.float32 or device.type != "cpu"):
-        module.freeze(draft.trunk.to(device, dtype))  # a private copy: shared pages are fp32 on the CPU
+    if trunk is not None and device.type != "cpu":
+        module.freeze(draft.trunk.to(device))  # a private copy: shared pages are on the CPU
     engine = _initialize(module.to(device), task.settings, world)
     done = Progress() if resume is None else load_state(engine, resume)
     curve, num_steps = list(done.curve), schedule.num_steps
@@ -93,8 +93,11 @@ def fit(
     while step < num_steps:
         _set_lr(engine, task.settings, step, num_steps)
         rows = [samples[row] for row in schedule.rows(step, rank, world)]
-        batch = collate(rows, prompt_tokens=task.settings.prompt_tokens).to(device, dtype)
-        logged = _train_step(engine, batch, world, log=step % every == 0 or step + 1 == num_steps)
+        batch = collate(rows, prompt_tokens=task.settings.prompt_tokens).to(device)
+        log = step % every == 0 or step + 1 == num_steps
+        with torch.autocast(device.type, torch.bfloat16, enabled=task.settings.dtype == "bfloat16"):
+            sums: Sums = engine(batch, measure=log)
+        logged = _train_step(engine, sums, world, log=log)
         if logged is not None:
             metrics = logged
             curve.append((step, metrics["loss"]))
@@ -119,8 +122,8 @@ def lr_at(settings: TrainSettings, step: int, num_steps: int) -> float:
     return settings.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _train_step(engine: Any, batch: Any, world: int, *, log: bool) -> dict[str, float] | None:
-    sums: Sums = engine(batch, measure=log)
+def _train_step(engine: Any, sums: Sums, world: int, *, log: bool) -> dict[str, float] | None:
+    """Backward and update from one forward's sums; the global means where they are logged."""
     counts_S = sums.counts_S.clone()
     if world > 1:
         distributed.all_reduce(counts_S)
@@ -153,8 +156,8 @@ def _draft(task: FitTask, trunk: Mapping[str, Tensor] | None) -> Draft:
     return Draft(build_trunk(task.draft, trunk), load_expert(task.draft, Path(task.expert)))
 
 
-def _head(task: FitTask, device: torch.device, dtype: torch.dtype) -> DraftHead:
-    embedding, weight = (tensor.to(device, dtype) for tensor in load_embedding_and_head(task.target))
+def _head(task: FitTask, device: torch.device) -> DraftHead:
+    embedding, weight = (tensor.to(device) for tensor in load_embedding_and_head(task.target))
     vocabulary = None if task.vocabulary is None else torch.tensor(task.vocabulary, device=device)
     return DraftHead.of(embedding, weight, vocabulary)
 
@@ -179,7 +182,6 @@ def _initialize(module: DraftLoss, settings: TrainSettings, world: int) -> Any:
         "gradient_clipping": settings.clip,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": settings.zero_stage},
-        "bf16": {"enabled": settings.dtype == "bfloat16"},
         "wall_clock_breakdown": False,
         "steps_per_print": 10**9,
     }
