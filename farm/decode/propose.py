@@ -1,13 +1,14 @@
 # B rows, T pending tokens, K drafted tokens, H hidden, C draft vocabulary, V vocabulary
-"""Propose: a draft extends each row by a chain of k tokens."""
+"""Propose: a draft extends each row by a chain of tokens."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from farm.decode.control import Control, Signal
 from farm.decode.sampling import DRAFT, SamplingBatch, distribution, draw
 from farm.draft.lean import LeanDraft
 from farm.draft.model import Draft, DraftHead
@@ -27,10 +28,21 @@ class Pending:
 
 @dataclass(frozen=True)
 class DraftProposal:
-    """A drafted chain and, when it was sampled, the distributions it was drawn from, over the full vocabulary."""
+    """Drafted chains of K columns, of which row b has `lengths[b]`; the rest of a row is padding.
+
+    `q_BKV` are the distributions that sampled tokens were drawn from, over the full vocabulary. `forwards` counts the
+    draft forwards, 0 when the draft has read nothing.
+    """
 
     tokens_BK: Tensor
     q_BKV: Tensor | None
+    lengths: tuple[int, ...]
+    forwards: int
+
+    @classmethod
+    def none(cls, num_rows: int, device: torch.device) -> DraftProposal:
+        """Nothing drafted and nothing read."""
+        return cls(torch.empty(num_rows, 0, dtype=torch.int64, device=device), None, (0,) * num_rows, 0)
 
 
 def run_draft(
@@ -61,10 +73,11 @@ def propose(
     head: DraftHead,
     pending: Pending,
     cache: SlotCache,
-    k: int,
+    limit: int,
+    control: Control,
     batch: SamplingBatch,
 ) -> DraftProposal:
-    """A chain of `k` tokens a row.
+    """A chain of at most `limit` tokens a row, as long as `control` lets it grow.
 
     Entries that the chain writes into `cache` come from predicted hidden states; the next round's pending tokens
     overwrite them with true ones.
@@ -73,22 +86,62 @@ def propose(
     last_B = torch.tensor(pending.count, device=predicted_BTH.device) - 1
     hidden_BH = predicted_BTH[torch.arange(len(pending.count)), last_B]
     starts = [start + count - 1 for start, count in zip(pending.rows.starts, pending.count, strict=True)]
-    tokens: list[Tensor] = []
-    probabilities: list[Tensor] = []
-    for index in range(k):
+    chain = _Chain(head, control, batch, len(starts))
+    forwards = 1
+    for index in range(limit):
         if index:
+            if not control.more(index):
+                break
             rows = Rows([start + index for start in starts], pending.rows.first)
-            hidden_BH = run_draft(draft, head, tokens[-1][:, None], hidden_BH[:, None], rows, cache)[:, 0]
-        logits_BC = head.logits(hidden_BH)
-        if batch.greedy:
-            tokens.append(head.token_ids(logits_BC.argmax(dim=-1)))
-            continue
-        q_BC = distribution(logits_BC, batch)
-        tokens.append(head.token_ids(draw(q_BC, batch.uniform(index, DRAFT))))
-        probabilities.append(_expand(q_BC, head))
-    return DraftProposal(
-        torch.stack(tokens, dim=1), torch.stack(probabilities, dim=1) if probabilities else None
-    )
+            hidden_BH = run_draft(draft, head, chain.tokens[-1][:, None], hidden_BH[:, None], rows, cache)[
+                :, 0
+            ]
+            forwards += 1
+        if not chain.extend(head.logits(hidden_BH)):
+            break
+    return chain.proposal(forwards, hidden_BH.device)
+
+
+class _Chain:
+    """Tokens drafted so far; a row that stopped gets padding while others go on."""
+
+    def __init__(self, head: DraftHead, control: Control, batch: SamplingBatch, num_rows: int) -> None:
+        self._head, self._control, self._batch = head, control, batch
+        self._lengths, self._going = [0] * num_rows, [True] * num_rows
+        self.tokens: list[Tensor] = []
+        self._probabilities: list[Tensor] = []
+
+    def extend(self, logits_BC: Tensor) -> bool:
+        """Adds a position to the rows that keep it; False when none does. What stops a row is seen before drawing."""
+        index, batch = len(self.tokens), self._batch
+        q_BC = None if batch.greedy else distribution(logits_BC, batch)
+        if self._control.signal != "none":
+            # A greedy request's entropy is that of the draft's own distribution: a point mass would never stop.
+            of_BC = logits_BC.float().softmax(dim=-1) if q_BC is None else q_BC
+            kept = self._control.keep(index, _signal(of_BC, self._control.signal))
+            self._going = [going and keep for going, keep in zip(self._going, kept, strict=True)]
+            if not any(self._going):
+                return False
+        self._lengths = [length + going for length, going in zip(self._lengths, self._going, strict=True)]
+        if q_BC is None:
+            self.tokens.append(self._head.token_ids(logits_BC.argmax(dim=-1)))
+        else:
+            self.tokens.append(self._head.token_ids(draw(q_BC, batch.uniform(index, DRAFT))))
+            self._probabilities.append(_expand(q_BC, self._head))
+        return True
+
+    def proposal(self, forwards: int, device: torch.device) -> DraftProposal:
+        if not self.tokens:
+            return replace(DraftProposal.none(len(self._lengths), device), forwards=forwards)
+        q_BKV = torch.stack(self._probabilities, dim=1) if self._probabilities else None
+        return DraftProposal(torch.stack(self.tokens, dim=1), q_BKV, tuple(self._lengths), forwards)
+
+
+def _signal(q_BC: Tensor, what: Signal) -> list[float]:
+    """Of each row's distribution: its entropy in nats, or its largest probability."""
+    values_B = q_BC.amax(dim=-1) if what == "peak" else torch.special.entr(q_BC).sum(dim=-1)
+    values: list[float] = values_B.tolist()
+    return values
 
 
 def _expand(q_BC: Tensor, head: DraftHead) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 # What a random number is for; a number is never used twice.
 DRAFT, ACCEPT, NEXT = 0, 1, 2
+FILTER_WIDTH = 256  # largest logits of a row that top-p looks at before it sorts the whole vocabulary
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,12 @@ class SamplingBatch:
         columns = (self.temperature_B, self.top_p_B, self.top_k_B, self.seed_B, self.round_B)
         return SamplingBatch(*(c.repeat_interleave(num) for c in columns), self.greedy, self.filtered)
 
+    def rows(self, rows: Tensor) -> SamplingBatch:
+        """The settings of some of the requests."""
+        columns = (self.temperature_B, self.top_p_B, self.top_k_B, self.seed_B, self.round_B)
+        rows = rows.to(self.seed_B.device)
+        return SamplingBatch(*(column[rows] for column in columns), self.greedy, self.filtered)
+
     def uniform(self, index: int, use: int) -> Tensor:
         """u in [0, 1) as float64 [B], a function of (seed, round, index in the round, use) alone."""
         return uniform(self.seed_B, self.round_B, index, use)
@@ -77,15 +84,18 @@ def uniform(seed: Tensor, round_: Tensor, index: int, use: int) -> Tensor:
 
 def distribution(logits_BV: Tensor, batch: SamplingBatch) -> Tensor:
     """Probabilities [B, V] float32 of temperature, then top-k, then top-p, renormalised; one-hot where greedy."""
-    hot_B1 = batch.temperature_B.to(logits_BV.device)[:, None]
-    logits_BV = logits_BV.float() / torch.where(hot_B1 > 0, hot_B1, 1.0)
+    hot_B = (batch.temperature_B > 0).to(logits_BV.device)
+    if not bool(hot_B.all()):
+        p_BV = torch.zeros(logits_BV.shape, device=logits_BV.device)
+        p_BV.scatter_(-1, logits_BV.argmax(dim=-1, keepdim=True), 1.0)
+        if bool(hot_B.any()):
+            rows = hot_B.nonzero().squeeze(1)
+            p_BV[rows] = distribution(logits_BV[rows], batch.rows(rows))
+        return p_BV
+    logits_BV = logits_BV.float() / batch.temperature_B.to(logits_BV.device)[:, None]
     if batch.filtered:
         logits_BV = _filter(logits_BV, batch)
-    p_BV = logits_BV.softmax(dim=-1)
-    if bool((batch.temperature_B == 0).any()):
-        peak_BV = torch.zeros_like(p_BV).scatter_(-1, logits_BV.argmax(dim=-1, keepdim=True), 1.0)
-        p_BV = torch.where(hot_B1 > 0, p_BV, peak_BV)
-    return p_BV
+    return logits_BV.softmax(dim=-1)
 
 
 def draw(p_BV: Tensor, u_B: Tensor) -> Tensor:
@@ -101,17 +111,39 @@ def draw(p_BV: Tensor, u_B: Tensor) -> Tensor:
 
 
 def _filter(logits_BV: Tensor, batch: SamplingBatch) -> Tensor:
+    """Logits with -inf outside top-k and top-p. Most rows need only their largest values, the others a whole sort."""
     vocab = logits_BV.shape[-1]
-    ranked_BV, order_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
-    top_k_B1 = torch.where(batch.top_k_B > 0, batch.top_k_B, vocab)[:, None]
-    ranked_BV = ranked_BV.masked_fill(torch.arange(vocab) >= top_k_B1, -torch.inf)
-    p_BV = ranked_BV.softmax(dim=-1)
-    before_BV = p_BV.cumsum(dim=-1) - p_BV
-    # top_p = 1 keeps everything, whatever the rounding of the cumulative sum.
-    dropped_BV = (before_BV >= batch.top_p_B[:, None]) & (batch.top_p_B < 1)[:, None]
-    dropped_BV[:, 0] = False
-    ranked_BV = ranked_BV.masked_fill(dropped_BV, -torch.inf)
-    return torch.empty_like(logits_BV).scatter_(-1, order_BV, ranked_BV)
+    width = min(vocab, FILTER_WIDTH)
+    top_k_B = torch.where(batch.top_k_B > 0, batch.top_k_B, vocab).to(logits_BV.device)
+    top_p_B = torch.where(batch.top_p_B < 1, batch.top_p_B, torch.inf).to(logits_BV.device)
+    ranked_BW, order_BW = logits_BV.topk(width, dim=-1)
+    mass_B = (ranked_BW - logits_BV.logsumexp(dim=-1, keepdim=True)).exp().sum(dim=-1)
+    open_B = (top_k_B >= vocab) & (top_p_B == torch.inf)
+    enough_B = (top_k_B <= width) | ((top_k_B >= vocab) & (mass_B > top_p_B))
+    short_B = ~enough_B & ~open_B & (width < vocab)
+    kept_BV = torch.where(open_B[:, None], logits_BV, -torch.inf)
+    kept_BV.scatter_(-1, order_BW, _cut(ranked_BW, logits_BV, top_k_B, top_p_B))
+    if bool(short_B.any()):
+        rows = short_B.nonzero().squeeze(1)
+        ranked_RV, order_RV = logits_BV[rows].sort(dim=-1, descending=True, stable=True)
+        whole_RV = _cut(ranked_RV, logits_BV[rows], top_k_B[rows], top_p_B[rows])
+        kept_BV[rows] = torch.empty_like(whole_RV).scatter_(-1, order_RV, whole_RV)
+    return kept_BV
+
+
+def _cut(ranked_BW: Tensor, logits_BV: Tensor, top_k_B: Tensor, top_p_B: Tensor) -> Tensor:
+    """The largest logits of each row, descending, with -inf beyond top-k and top-p; the first always stays.
+
+    top-p is a share of what top-k left; `top_p_B` is inf where it is off, whatever the cumulative sum rounds to.
+    """
+    inside_BW = torch.arange(ranked_BW.shape[1], device=ranked_BW.device) < top_k_B[:, None]
+    of_top_k_B = ranked_BW.masked_fill(~inside_BW, -torch.inf).logsumexp(dim=-1)
+    everything_B = top_k_B >= logits_BV.shape[1]
+    total_B = torch.where(everything_B, logits_BV.logsumexp(dim=-1), of_top_k_B)
+    p_BW = (ranked_BW - total_B[:, None]).exp()
+    inside_BW &= p_BW.cumsum(dim=-1) - p_BW < top_p_B[:, None]
+    inside_BW[:, 0] = True
+    return ranked_BW.masked_fill(~inside_BW, -torch.inf)
 
 
 def _mix(z: Tensor) -> Tensor:

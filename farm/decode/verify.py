@@ -24,27 +24,42 @@ class Verdict:
     next_B: Tensor
 
 
-def verify_greedy(drafted_BK: Tensor, best_BK1: Tensor) -> Verdict:
-    """Accepts while the drafted token is the target's argmax; `best_BK1` [B, K + 1] holds the target's choices."""
-    agrees_BK = drafted_BK == best_BK1[:, :-1]
+def verify_greedy(drafted_BK: Tensor, best_BK1: Tensor, lengths_B: Tensor) -> Verdict:
+    """Accepts while the drafted token is the target's argmax; `best_BK1` [B, K + 1] holds the target's choices.
+
+    Row b has drafted `lengths_B[b]` tokens; what follows them is padding.
+    """
+    agrees_BK = (drafted_BK == best_BK1[:, :-1]) & within(lengths_B, drafted_BK)
     num_accepted_B = prefix_length(agrees_BK)
     return Verdict(num_accepted_B, best_BK1.gather(1, num_accepted_B[:, None]).squeeze(1))
 
 
 def verify_sampled(
-    drafted_BK: Tensor, p_BK1V: Tensor, q_BKV: Tensor, accept_BK: Tensor, next_u_B: Tensor
+    drafted_BK: Tensor,
+    p_BK1V: Tensor,
+    q_BKV: Tensor,
+    accept_BK: Tensor,
+    next_u_B: Tensor,
+    lengths_B: Tensor,
 ) -> Verdict:
     """Speculative sampling of a chain.
 
     Args:
-        drafted_BK: proposed tokens, each drawn from its q.
+        drafted_BK: proposed tokens, each drawn from its q; row b's padding begins at `lengths_B[b]`.
         p_BK1V: target probabilities [B, K + 1, V] at every drafted position and after the last.
         q_BKV: draft probabilities [B, K, V]; 0 outside a pruned draft vocabulary.
         accept_BK, next_u_B: uniform numbers in [0, 1), float64.
     """
     ratio_BK = acceptance(drafted_BK, p_BK1V[:, :-1], q_BKV)
-    num_accepted_B = prefix_length(accept_BK.to(ratio_BK.device) < ratio_BK)
-    return Verdict(num_accepted_B, draw(next_distribution(num_accepted_B, p_BK1V, q_BKV), next_u_B))
+    accepted_BK = (accept_BK.to(ratio_BK.device) < ratio_BK) & within(lengths_B, drafted_BK)
+    num_accepted_B = prefix_length(accepted_BK)
+    follow_BV = next_distribution(num_accepted_B, p_BK1V, q_BKV, lengths_B)
+    return Verdict(num_accepted_B, draw(follow_BV, next_u_B))
+
+
+def within(lengths_B: Tensor, drafted_BK: Tensor) -> Tensor:
+    """Which entries [B, K] were drafted; the others are padding."""
+    return torch.arange(drafted_BK.shape[1], device=drafted_BK.device) < lengths_B[:, None]
 
 
 def acceptance(drafted_BK: Tensor, p_BKV: Tensor, q_BKV: Tensor) -> Tensor:
@@ -55,7 +70,7 @@ def acceptance(drafted_BK: Tensor, p_BKV: Tensor, q_BKV: Tensor) -> Tensor:
     return (p_BK / q_BK).clamp(max=1.0)
 
 
-def next_distribution(num_accepted_B: Tensor, p_BK1V: Tensor, q_BKV: Tensor) -> Tensor:
+def next_distribution(num_accepted_B: Tensor, p_BK1V: Tensor, q_BKV: Tensor, lengths_B: Tensor) -> Tensor:
     """Distribution [B, V], not normalised, of the token after the accepted prefix.
 
     It is max(p - q, 0) at a rejected position and p after the last one. Where rounding leaves no residual, p.
@@ -64,7 +79,7 @@ def next_distribution(num_accepted_B: Tensor, p_BK1V: Tensor, q_BKV: Tensor) -> 
     p_BV = p_BK1V[rows_B, num_accepted_B]
     if q_BKV.shape[1] == 0:
         return p_BV
-    rejected_B1 = (num_accepted_B < q_BKV.shape[1])[:, None]
+    rejected_B1 = (num_accepted_B < lengths_B)[:, None]
     q_BV = q_BKV[rows_B, num_accepted_B.clamp(max=q_BKV.shape[1] - 1)]
     residual_BV = (p_BV - torch.where(rejected_B1, q_BV, 0.0)).clamp(min=0.0)
     return torch.where(residual_BV.sum(dim=-1, keepdim=True) > 0, residual_BV, p_BV)

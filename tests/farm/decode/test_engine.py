@@ -1,5 +1,6 @@
 """The real engine: greedy identity, neighbours, joins and leaves, cache and accounting."""
 
+import time
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from farm.decode.control import Fixed, make_control
 from farm.decode.engine import Completion, Engine, Request
 from farm.decode.propose import DraftProposal
 from farm.decode.sampling import SamplingBatch, SamplingParams
@@ -16,6 +18,7 @@ from farm.target.forward import TargetForward
 from tests.farm.models import tiny_model, tiny_pair
 
 NO_STOP: frozenset[int] = frozenset()
+CONTROLS = ["off", "fixed-9", "adaedl", "adaedl-published", "cost"]
 
 
 def prompts(num: int, seed: int, vocab: int = 32) -> list[tuple[int, ...]]:
@@ -39,12 +42,14 @@ def decode(
     k=st.integers(1, 5),
     limit=st.integers(1, 20),
     pruned=st.booleans(),
+    control=st.sampled_from(CONTROLS),
+    prefill_tokens=st.sampled_from([2, 5, 512]),
 )
-@settings(max_examples=20, deadline=None)
-def test_greedy_speculation_emits_the_tokens_of_plain_decoding(
-    seed: int, num: int, num_slots: int, k: int, limit: int, pruned: bool
+@settings(max_examples=30, deadline=None)
+def test_greedy_speculation_emits_the_tokens_of_plain_decoding(  # noqa: PLR0913 - what is drawn
+    seed: int, num: int, num_slots: int, k: int, limit: int, pruned: bool, control: str, prefill_tokens: int
 ) -> None:
-    """Whatever the draft, the slots, the joins and leaves, stop tokens and the context limit inside a block."""
+    """Whatever the draft, its length, the slots, chunks, joins and leaves, stops and the context limit in a block."""
     target, draft = tiny_pair(seed=seed % 7)
     requests = [
         Request(str(i), ids, SamplingParams(max_new_tokens=limit + i))
@@ -53,6 +58,7 @@ def test_greedy_speculation_emits_the_tokens_of_plain_decoding(
     options = {"stop_ids": frozenset({3, 17}), "max_length": 20, "num_slots": num_slots}
     draft.trunk.vocabulary_C = torch.arange(0, 32, 2) if pruned else None
     plain = decode(target, None, requests, **options)
+    options |= {"control": make_control(control, k), "prefill_tokens": prefill_tokens}
     fast = decode(target, draft, requests, k=k, **options)
     assert [done.tokens for done in fast] == [done.tokens for done in plain]
     assert [done.finish_reason for done in fast] == [done.finish_reason for done in plain]
@@ -91,11 +97,11 @@ def test_the_cache_after_rounds_equals_a_fresh_prefill() -> None:
         engine.add(Request(str(i), ids, SamplingParams(temperature=1.0, seed=i, max_new_tokens=40)))
     for _ in range(6):
         engine.step()
-    for slot, sequence in enumerate(engine._live):
+    for slot, sequence in enumerate(engine.scheduler.live):
         known = torch.tensor([sequence.tokens[:-1]])
         fresh = target.new_cache(1, 64)
         target.forward(known, Rows([0]), fresh)
-        for kept, expected in zip(engine.cache.keys, fresh.keys, strict=True):
+        for kept, expected in zip(engine.runner.cache.keys, fresh.keys, strict=True):
             got = kept[slot, : known.shape[1]]
             torch.testing.assert_close(got, expected[0, : known.shape[1]], atol=1e-4, rtol=1e-4)
 
@@ -153,14 +159,91 @@ def test_proposals_of_a_pruned_draft_stay_inside_its_vocabulary(monkeypatch: pyt
     draft.trunk.vocabulary_C = vocabulary = torch.tensor([2, 3, 5, 7, 11])
     seen: list[DraftProposal] = []
     engine = Engine(target, NO_STOP, draft, num_slots=2, max_length=64, k=3)
-    real = engine._propose
+    real = engine.runner._propose
 
-    def recording(batch: SamplingBatch) -> DraftProposal:
-        seen.append(real(batch))
+    def recording(*args: Any) -> DraftProposal:
+        seen.append(real(*args))
         return seen[-1]
 
-    monkeypatch.setattr(engine, "_propose", recording)
+    monkeypatch.setattr(engine.runner, "_propose", recording)
     engine.run([Request("a", (1, 2, 3), SamplingParams(temperature=1.0, max_new_tokens=20))])
     assert torch.isin(torch.cat([proposal.tokens_BK.flatten() for proposal in seen]), vocabulary).all()
     outside = torch.ones(32, dtype=torch.bool).index_fill(0, vocabulary, False)
     assert all(float(proposal.q_BKV[..., outside].sum()) == 0.0 for proposal in seen)
+
+
+def test_a_long_prompt_is_prefilled_in_chunks_while_the_others_decode() -> None:
+    target, draft = tiny_pair()
+    short = Request("short", (1, 2, 3), SamplingParams(max_new_tokens=20))
+    long = Request("long", tuple(range(1, 31)), SamplingParams(max_new_tokens=8))
+    engine = Engine(target, NO_STOP, draft, num_slots=2, max_length=64, k=2, prefill_tokens=8)
+    engine.add(short)
+    engine.step()
+    engine.add(long)
+    emitted = [{out.request_id for out in engine.step()} for _ in range(4)]
+    assert emitted[:3] == [{"short"}] * 3  # 30 prompt tokens in chunks of 8 take four steps
+    assert emitted[3] == {"short", "long"}
+    finished = {}
+    while engine.has_work:
+        finished |= {out.request_id: out.completion for out in engine.step() if out.completion}
+    for request in (short, long):
+        (alone,) = decode(target, None, [request], num_slots=1)
+        assert finished[request.id].tokens == alone.tokens
+
+
+@pytest.mark.parametrize("cancelled", ["long", "short"])
+def test_a_request_cancelled_while_its_prompt_is_prefilled_leaves_the_others_unchanged(
+    cancelled: str,
+) -> None:
+    target, draft = tiny_pair()
+    requests = {
+        "short": Request("short", (1, 2, 3), SamplingParams(max_new_tokens=20)),
+        "long": Request("long", tuple(range(1, 31)), SamplingParams(max_new_tokens=8)),
+    }
+    engine = Engine(target, NO_STOP, draft, num_slots=3, max_length=64, k=2, prefill_tokens=8)
+    for request in requests.values():
+        engine.add(request)
+    engine.step()
+    engine.cancel(cancelled)
+    finished = {}
+    while engine.has_work:
+        finished |= {out.request_id: out.completion for out in engine.step() if out.completion}
+    (kept,) = set(requests) - {cancelled}
+    assert finished[kept].tokens == decode(target, None, [requests[kept]])[0].tokens
+
+
+def test_a_draft_that_rested_for_long_proposes_as_if_it_had_read_all() -> None:
+    """fp64: after 70 plain rounds the pending tokens were read in two forwards; the proposals are the same."""
+    target, draft = TargetForward.of(tiny_model().double()), tiny_pair()[1].double()
+    request = Request("a", (1, 2, 3), SamplingParams(max_new_tokens=90))
+
+    class Rests(Fixed):
+        rounds = 0
+
+        def limit(self, num_rows: int) -> int:
+            self.rounds += 1
+            return 0 if self.rounds <= 70 else super().limit(num_rows)
+
+    def drafted_at_the_end(control: Fixed) -> list[int]:
+        engine = Engine(target, NO_STOP, draft, num_slots=1, max_length=100, k=3, control=control)
+        engine.add(request)
+        while len(engine.scheduler.live[0].tokens if engine.scheduler.live else ()) < 74:
+            engine.step()
+        batch = SamplingBatch.of([request.params], [0])
+        (sequence,) = engine.scheduler.live
+        runner = engine.runner
+        proposal = runner._propose([len(sequence.tokens)], 3, Fixed(3), batch)
+        return [len(sequence.tokens), *proposal.tokens_BK[0].tolist()]
+
+    assert drafted_at_the_end(Rests(3)) == drafted_at_the_end(Fixed(1))
+
+
+def test_seconds_add_up_to_the_time_of_the_steps() -> None:
+    target, draft = tiny_pair()
+    engine = Engine(target, NO_STOP, draft, num_slots=2, max_length=64, k=3)
+    started = time.perf_counter()
+    engine.run([Request(str(i), (1, 2, 3), SamplingParams(max_new_tokens=30)) for i in range(4)])
+    total = time.perf_counter() - started
+    parts = vars(engine.seconds)
+    assert all(value > 0 for value in parts.values())
+    assert 0.8 * total < sum(parts.values()) <= total

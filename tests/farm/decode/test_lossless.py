@@ -10,8 +10,8 @@ import torch
 from scipy.stats import chi2
 from torch import Tensor
 
-import farm.decode.engine as engine_module
 import farm.decode.propose as propose_module
+import farm.decode.runner as runner_module
 import farm.decode.verify as verify_module
 from farm.decode.engine import Engine, Request
 from farm.decode.sampling import SamplingBatch, SamplingParams, distribution, draw
@@ -105,33 +105,35 @@ def raw_q(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def no_residual(monkeypatch: pytest.MonkeyPatch) -> None:
     """After a rejection the token is drawn from p itself."""
-    monkeypatch.setattr(verify_module, "next_distribution", lambda num, p, q: p[torch.arange(len(num)), num])
+    monkeypatch.setattr(verify_module, "next_distribution", lambda num, p, *_: p[torch.arange(len(num)), num])
 
 
 def unprocessed_bonus(monkeypatch: pytest.MonkeyPatch) -> None:
     """After full acceptance the token forgets temperature and filters, as in the published EDA decoder."""
     real = verify_module.next_distribution
 
-    def bonus(num: Tensor, p: Tensor, q: Tensor) -> Tensor:
-        full = (num == q.shape[1])[:, None]
-        return torch.where(full, p[torch.arange(len(num)), num] ** 0.5, real(num, p, q))
+    def bonus(num: Tensor, p: Tensor, q: Tensor, lengths: Tensor) -> Tensor:
+        full = (num == lengths)[:, None]
+        return torch.where(full, p[torch.arange(len(num)), num] ** 0.5, real(num, p, q, lengths))
 
     monkeypatch.setattr(verify_module, "next_distribution", bonus)
 
 
 def token_dependent_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """A drawn token that the draft finds unlikely is dropped unverified and drawn again from p."""
-    real = engine_module.verify_sampled
+    real = runner_module.verify_sampled
 
-    def verify(drafted: Tensor, p: Tensor, q: Tensor, accept: Tensor, following: Tensor) -> Verdict:
+    def verify(
+        drafted: Tensor, p: Tensor, q: Tensor, accept: Tensor, following: Tensor, of: Tensor
+    ) -> Verdict:
         unlikely = q.gather(-1, drafted[..., None]).squeeze(-1) < 0.4
-        verdict = real(drafted, p, q, torch.where(unlikely, 2.0, accept), following)
+        verdict = real(drafted, p, q, torch.where(unlikely, 2.0, accept), following, of)
         rows = torch.arange(len(drafted))
         at = verdict.num_accepted_B.clamp(max=drafted.shape[1] - 1)
         cut = (verdict.num_accepted_B < drafted.shape[1]) & unlikely[rows, at]
         return Verdict(verdict.num_accepted_B, torch.where(cut, draw(p[rows, at], following), verdict.next_B))
 
-    monkeypatch.setattr(engine_module, "verify_sampled", verify)
+    monkeypatch.setattr(runner_module, "verify_sampled", verify)
 
 
 @pytest.mark.parametrize("spoil", [raw_q, no_residual, unprocessed_bonus, token_dependent_cut])
@@ -149,13 +151,15 @@ def test_acceptance_at_the_first_position_is_the_overlap_of_p_and_q(
     """Within 4 sigma of mean sum_v min(p, q)."""
     _, target, draft, _ = small
     overlaps: list[Tensor] = []
-    real = engine_module.verify_sampled
+    real = runner_module.verify_sampled
 
-    def verify(drafted: Tensor, p: Tensor, q: Tensor, accept: Tensor, following: Tensor) -> Verdict:
+    def verify(
+        drafted: Tensor, p: Tensor, q: Tensor, accept: Tensor, following: Tensor, of: Tensor
+    ) -> Verdict:
         overlaps.append(p[:, 0].minimum(q[:, 0]).sum(dim=-1))
-        return real(drafted, p, q, accept, following)
+        return real(drafted, p, q, accept, following, of)
 
-    monkeypatch.setattr(engine_module, "verify_sampled", verify)
+    monkeypatch.setattr(runner_module, "verify_sampled", verify)
     engine = Engine(target, frozenset(), draft, num_slots=BATCH, max_length=8, k=2)
     engine.run(request(seed, 3) for seed in range(BATCH))
     expected = float(torch.cat(overlaps).mean())

@@ -64,6 +64,44 @@ def test_a_token_of_probability_zero_is_never_drawn(weights: list[float], u: flo
     assert weights[token] > 0
 
 
+def filtered_by_definition(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """One row, fp64: sort, keep the first k, then the smallest set whose share reaches top_p."""
+    p, order = (logits.double() / params.temperature).softmax(-1).sort(descending=True, stable=True)
+    if params.top_k:
+        p[params.top_k :] = 0
+    p /= p.sum()
+    kept = p.cumsum(-1) - p < params.top_p if params.top_p < 1 else p > 0
+    kept[0] = True
+    p = torch.where(kept, p, 0)
+    return torch.zeros_like(p).scatter_(-1, order, p / p.sum())
+
+
+@given(
+    seed=st.integers(0, 1000),
+    sharp=st.sampled_from([0.0, 0.5, 3.0]),
+    settings_of=st.lists(
+        st.tuples(st.sampled_from([0, 1, 5, 300, 2000]), st.sampled_from([1.0, 0.999, 0.9, 0.3])), min_size=1
+    ),
+)
+@settings(max_examples=40, deadline=None)
+def test_a_large_vocabulary_is_filtered_by_definition(
+    seed: int, sharp: float, settings_of: list[tuple[int, float]]
+) -> None:
+    """Rows that a few large logits decide, and rows that need the whole sort, side by side."""
+    logits = torch.randn(len(settings_of), 1000, generator=torch.Generator().manual_seed(seed)) * sharp
+    logits += torch.linspace(0, 1e-3, 1000)  # no ties: which of two equal tokens stays is nobody's business
+    params = [SamplingParams(temperature=0.8, top_k=top_k, top_p=top_p) for top_k, top_p in settings_of]
+    rows = distribution(logits, batch(*params))
+    for row, logit, param in zip(rows, logits, params, strict=True):
+        expected = filtered_by_definition(logit, param)
+        # At the edge of the nucleus float32 may decide the other way for one token.
+        different = ((row > 0) != (expected > 0)).sum()
+        assert different <= 1
+        torch.testing.assert_close(
+            row.double(), expected, atol=float(2e-6 + different * expected.max()), rtol=1e-3
+        )
+
+
 def test_draws_follow_the_weights() -> None:
     u = torch.linspace(0, 1, 10_001, dtype=torch.float64)[:-1]
     counts = torch.bincount(draw(torch.tensor([[1.0, 0.0, 3.0]]).expand(10_000, 3), u), minlength=3)

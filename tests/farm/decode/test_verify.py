@@ -45,11 +45,20 @@ def random_world(seed: int, *, sharp: float = 2.0, zeros: bool = False) -> World
 
 
 Accept = Callable[[Tensor, Tensor, Tensor], Tensor]
-Following = Callable[[Tensor, Tensor, Tensor], Tensor]
+Following = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Length = Callable[[Tensor, tuple[int, ...]], int]  # of a chain that was drawn from q [K, V]
+
+
+def all_of_it(q: Tensor, chain: tuple[int, ...]) -> int:
+    del q
+    return len(chain)
 
 
 def output_joint(
-    world: World, accept: Accept = acceptance, following: Following = next_distribution
+    world: World,
+    accept: Accept = acceptance,
+    following: Following = next_distribution,
+    length: Length = all_of_it,
 ) -> Tensor:
     """Joint distribution of the first K + 1 tokens [V] * (K + 1): one round, then the target itself."""
     joint = torch.zeros((V,) * (K + 1), dtype=torch.float64)
@@ -59,12 +68,12 @@ def output_joint(
         drawn = torch.stack([q[0, i, chain[i]] for i in range(K)]).prod()
         if drawn == 0:
             continue
-        ratio = accept(torch.tensor([chain]), p[:, :-1], q)[0]
-        for num in range(K + 1):
-            outcome = drawn * ratio[:num].prod() * (1 - ratio[num] if num < K else 1.0)
+        ratio, drafted = accept(torch.tensor([chain]), p[:, :-1], q)[0], length(q[0], chain)
+        for num in range(drafted + 1):
+            outcome = drawn * ratio[:num].prod() * (1 - ratio[num] if num < drafted else 1.0)
             if outcome <= 0:
                 continue
-            follow = following(torch.tensor([num]), p, q)[0].double()
+            follow = following(torch.tensor([num]), p, q, torch.tensor([drafted]))[0].double()
             for token in range(V):
                 prefix = (*chain[:num], token)
                 _extend(joint, world, prefix, outcome * follow[token] / follow.sum())
@@ -111,7 +120,8 @@ def _raw_q(drafted: Tensor, p: Tensor, q: Tensor) -> Tensor:
     return acceptance(drafted, p, (q**0.5) / (q**0.5).sum(-1, keepdim=True))
 
 
-def _no_residual(num: Tensor, p: Tensor, q: Tensor) -> Tensor:
+def _no_residual(num: Tensor, p: Tensor, q: Tensor, lengths: Tensor) -> Tensor:
+    del q, lengths
     return p[torch.arange(len(num)), num]
 
 
@@ -133,27 +143,66 @@ def test_enumeration_rejects_a_bonus_token_from_unprocessed_logits() -> None:
     """The defect of the published EDA decoder: after a fully accepted path, temperature is forgotten."""
     world = random_world(5, sharp=0.7)
 
-    def unprocessed_bonus(num: Tensor, p: Tensor, q: Tensor) -> Tensor:
-        out = next_distribution(num, p, q)
+    def unprocessed_bonus(num: Tensor, p: Tensor, q: Tensor, lengths: Tensor) -> Tensor:
+        out = next_distribution(num, p, q, lengths)
         return p[:, K].sqrt() if int(num[0]) == K else out
 
     assert total_variation(output_joint(world, acceptance, unprocessed_bonus), target_joint(world)) > 1e-2
+
+
+def stops_by_entropy(q: Tensor, chain: tuple[int, ...]) -> int:
+    """As AdaEDL: a position is drafted while its whole distribution is sure enough."""
+    entropy = torch.special.entr(q).sum(dim=-1)
+    return next((i for i in range(len(chain)) if entropy[i] > 1.0), len(chain))
+
+
+def stops_by_peak_after_what_was_drawn(q: Tensor, chain: tuple[int, ...]) -> int:
+    """What was drawn at position i may decide about i + 1."""
+    return next((i for i in range(1, len(chain)) if q[i].max() < 0.6 or chain[i - 1] == 0), len(chain))
+
+
+def drops_an_unlikely_draw(q: Tensor, chain: tuple[int, ...]) -> int:
+    """Reads the probability of the drawn token: what is verified depends on what was drawn."""
+    return next((i for i, token in enumerate(chain) if q[i, token] < 0.3), len(chain))
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("length", [stops_by_entropy, stops_by_peak_after_what_was_drawn])
+def test_a_length_chosen_by_whole_distributions_changes_nothing(length: Length, seed: int) -> None:
+    world = random_world(seed, sharp=1.5)
+    drafted = {length(torch.stack([world.q[()], world.q[(t,)]]), (t, 0)) for t in range(V)}
+    assert min(drafted) < K
+    assert total_variation(output_joint(world, length=length), target_joint(world)) < 1e-12
+
+
+def test_enumeration_rejects_a_length_that_reads_the_probability_of_what_was_drawn() -> None:
+    world = random_world(5, sharp=1.5)
+    assert total_variation(output_joint(world, length=drops_an_unlikely_draw), target_joint(world)) > 1e-2
+
+
+def test_padding_behind_a_short_row_is_never_accepted() -> None:
+    drafted, best = torch.tensor([[1, 2, 3]] * 3), torch.tensor([[1, 2, 3, 4]] * 3)
+    verdict = verify_greedy(drafted, best, torch.tensor([0, 1, 3]))
+    assert verdict.num_accepted_B.tolist() == [0, 1, 3]
+    assert verdict.next_B.tolist() == [1, 2, 4]
 
 
 def test_verdict_follows_the_uniform_numbers() -> None:
     p = torch.tensor([[[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0], [0.25, 0.25, 0.25, 0.25]]])
     q = torch.tensor([[[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]]])
     drafted = torch.tensor([[0, 2]])
-    taken = verify_sampled(drafted, p, q, torch.tensor([[0.49, 0.99]]).double(), torch.tensor([0.0]).double())
+    two = torch.tensor([2])
+    low, high = torch.tensor([0.0]).double(), torch.tensor([0.9]).double()
+    taken = verify_sampled(drafted, p, q, torch.tensor([[0.49, 0.99]]).double(), low, two)
     assert (taken.num_accepted_B.tolist(), taken.next_B.tolist()) == ([2], [0])
-    refused = verify_sampled(drafted, p, q, torch.tensor([[0.5, 0.0]]).double(), torch.tensor([0.9]).double())
+    refused = verify_sampled(drafted, p, q, torch.tensor([[0.5, 0.0]]).double(), high, two)
     assert (refused.num_accepted_B.tolist(), refused.next_B.tolist()) == ([0], [1])
 
 
 def test_greedy_accepts_the_agreeing_prefix_only() -> None:
     drafted = torch.tensor([[1, 2, 3], [9, 2, 3], [1, 2, 9]])
     best = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]])
-    verdict = verify_greedy(drafted, best)
+    verdict = verify_greedy(drafted, best, torch.tensor([3, 3, 3]))
     assert verdict.num_accepted_B.tolist() == [3, 0, 2]
     assert verdict.next_B.tolist() == [4, 1, 3]
     assert prefix_length(torch.tensor([[True, False, True]])).tolist() == [1]

@@ -1,0 +1,108 @@
+"""Seconds of a round by its number of rows and of drafted tokens, learned from the rounds themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+LOOKS = 3  # measurements of a length before it counts as explored; the first may pay for allocations
+WEIGHT = 0.1  # of a new measurement in the running mean
+OUTLIER = 2.0  # measurements are cut at this multiple of the running mean: another process had the core
+
+
+@dataclass
+class RunningMean:
+    """Of seconds; the first two measurements count by the smaller one."""
+
+    value: float = 0.0
+    looks: int = 0
+
+    def add(self, seconds: float) -> None:
+        self.looks += 1
+        if self.looks <= 2:
+            self.value = seconds if self.looks == 1 else min(self.value, seconds)
+        else:
+            self.value += WEIGHT * (min(seconds, OUTLIER * self.value) - self.value)
+
+
+@dataclass
+class RoundCosts:
+    """Times by bucket of rows (powers of two) and length; lengths never tried are interpolated.
+
+    Drafting is kept by the number of draft forwards; the rest (verification, sampling, bookkeeping) by the number of
+    drafted tokens that were verified.
+    """
+
+    max_length: int
+    _draft: dict[int, dict[int, RunningMean]] = field(default_factory=dict)
+    _rest: dict[int, dict[int, RunningMean]] = field(default_factory=dict)
+
+    def add(self, num_rows: int, forwards: int, drafted: int, draft_s: float, rest_s: float) -> None:
+        bucket = _bucket(num_rows)
+        if forwards:
+            self._draft.setdefault(bucket, {}).setdefault(forwards, RunningMean()).add(draft_s)
+        self._rest.setdefault(bucket, {}).setdefault(drafted, RunningMean()).add(rest_s)
+
+    def unexplored(self, num_rows: int) -> int | None:
+        """A length to try next with this many rows, or None when enough is known."""
+        rest = self._rest.get(_bucket(num_rows), {})
+        for length in sorted({0, 1, min(2, self.max_length), self.max_length // 2, self.max_length}):
+            if length not in rest or rest[length].looks < LOOKS:
+                return length
+        return None
+
+    def best(self, num_rows: int, survival: Sequence[float]) -> tuple[int, float]:
+        """The fixed length of most tokens a second, and that rate, given mean survival by position."""
+        tokens, best = float(num_rows), (0, num_rows / self._round(num_rows, 0))
+        for length in range(1, self.max_length + 1):
+            tokens += num_rows * survival[length - 1]
+            rate = tokens / self._round(num_rows, length)
+            if rate > best[1]:
+                best = (length, rate)
+        return best
+
+    def draft_step(self, num_rows: int, index: int) -> float:
+        """Seconds of one more draft forward, for position `index`."""
+        return max(0.0, self._drafting(num_rows, index + 1) - self._drafting(num_rows, index))
+
+    def verify_step(self, num_rows: int, index: int) -> float:
+        """Seconds of verifying position `index` beside those before it."""
+        rest = self._rest[_bucket(num_rows)]
+        return max(0.0, _interpolate(rest, index + 1) - _interpolate(rest, index))
+
+    def break_even(self, num_rows: int) -> float | None:
+        """The acceptance above which one more drafted token pays for itself; None while only one length is known."""
+        rest = self._rest.get(_bucket(num_rows), {})
+        if len(rest) < 2:
+            return None
+        short, long = min(rest), max(rest)
+        more = self._round(num_rows, long) - self._round(num_rows, short)
+        return more / (long - short) / self._round(num_rows, short)
+
+    def _round(self, num_rows: int, length: int) -> float:
+        return self._drafting(num_rows, length) + _interpolate(self._rest[_bucket(num_rows)], length)
+
+    def _drafting(self, num_rows: int, forwards: int) -> float:
+        if forwards == 0:
+            return 0.0
+        return _interpolate(self._draft[_bucket(num_rows)], forwards)
+
+
+def _interpolate(means: dict[int, RunningMean], length: int) -> float:
+    """Seconds at `length`: between the nearest known lengths, beyond them in the last known direction."""
+    if length in means:
+        return means[length].value
+    # Length 0 is no neighbour of the others: a row of one token is another kind of product.
+    known = sorted(n for n in means if n > 0) or [0]
+    if len(known) == 1:
+        return means[known[0]].value
+    above = next((n for n in known if n > length), known[-1])
+    below = known[max(0, known.index(above) - 1)]
+    if below == above:
+        below, above = known[0], known[1]
+    slope = (means[above].value - means[below].value) / (above - below)
+    return max(0.0, means[below].value + slope * (length - below))
+
+
+def _bucket(num_rows: int) -> int:
+    return 1 << (num_rows - 1).bit_length()
