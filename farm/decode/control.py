@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from farm.decode.costs import RoundCosts
+from farm.decode.costs import AcceptanceByPeak, Ratio, RoundCosts
 
 # What a control wants to know of a draft's distribution: nothing, its entropy in nats, or its largest probability.
 Signal = Literal["none", "entropy", "peak"]
@@ -123,93 +123,86 @@ class AdaEDL:
 class Cost:
     """Drafts and verifies a position where it is expected to raise tokens a second (renewal reward).
 
-    Position j pays where sum_b S_bj > R dt: S_bj the probability that row b accepts all up to j, R the best rate known
-    and dt the position's share of draft and verification. Acceptance is looked up by the largest probability of the
-    draft's distribution, times are those of past rounds. Where no length beats plain decoding none is drafted, and a
-    round in PROBE_EVERY looks again.
+    Position j pays where sum_b S_bj > R dt: S_bj the probability that row b accepts all up to j, dt the position's
+    share of draft and verification, R the rate that this rule itself reaches (Dinkelbach's iteration) or that of plain
+    decoding. Acceptance is looked up by the largest probability of the draft's distribution, times are those of past
+    rounds. Where plain decoding is faster nothing is drafted, and a round in PROBE_EVERY looks again; as often, a
+    round drafts to the end, so that acceptance stays known where the rule would stop.
     """
 
     signal: Signal = "peak"
-    PROBE_EVERY, BINS, HALF_AT = 64, 16, 4000
+    PROBE_EVERY, REST, MARGIN = 48, 192, 1.02
 
     def __init__(self, max_length: int) -> None:
         self.max_length = max_length
         self._costs = RoundCosts(max_length)
-        self._reached = [2.0] * self.BINS
-        self._accepted = [2.0 * (i + 0.5) / self.BINS for i in range(self.BINS)]
-        self._position_reached = [2.0] * max_length
-        self._position_accepted = [1.2] * max_length
-        self._num_rows, self._plain_rounds = 1, 0
+        self._by_peak = AcceptanceByPeak()
+        self._by_position = [Ratio(0.6, 2.0, memory=300) for _ in range(max_length)]
+        self._rates: dict[
+            int, Ratio
+        ] = {}  # tokens a second of rounds that followed the rule, by number of rows
+        self._round, self._rest_until, self._num_rows = 0, 0, 1
         self._forced, self._rate = False, 0.0
         self._survival_B: list[float] = []
         self._peaks: list[list[float]] = []
 
     def limit(self, num_rows: int) -> int:
+        self._round += 1
         self._num_rows, self._survival_B, self._peaks = num_rows, [1.0] * num_rows, []
         trial = self._costs.unexplored(num_rows)
+        if trial is None and self._round % self.PROBE_EVERY == 0:
+            trial = min(self.max_length, 1 + self._costs.best(num_rows, self._mean_survival())[0])
         self._forced = trial is not None
         if trial is not None:
             return trial
-        best, self._rate = self._costs.best(num_rows, self._mean_survival())
-        if best > 0:
-            self._plain_rounds = 0
-            return self.max_length
-        self._plain_rounds += 1
-        if self._plain_rounds % self.PROBE_EVERY:
-            return 0
-        self._forced = True
-        return min(2, self.max_length)
+        return self.max_length if self._speculates(num_rows) else 0
+
+    def _speculates(self, num_rows: int) -> bool:
+        """Whether the rule beats plain decoding: by what it reached lately, or else by what a fixed length would."""
+        plain = self._costs.plain(num_rows)
+        if num_rows not in self._rates:
+            _, fixed = self._costs.best(num_rows, self._mean_survival())
+            if self._round < self._rest_until or fixed < self.MARGIN * plain:
+                return False
+            self._rates[num_rows] = Ratio(fixed, 8 * num_rows / fixed, memory=64)
+        known = self._rates[num_rows].value
+        self._rate = max(plain, known)
+        if known * self.MARGIN < plain:
+            del self._rates[num_rows]
+            self._rest_until = self._round + self.REST
+            return False
+        return True
 
     def keep(self, index: int, signal_B: Sequence[float]) -> list[bool]:
         self._peaks.append(list(signal_B))
-        self._survival_B = [
-            s * self._acceptance(peak) for s, peak in zip(self._survival_B, signal_B, strict=True)
-        ]
-        pays = self._forced or sum(self._survival_B) > self._rate * self._costs.verify_step(
-            self._num_rows, index
-        )
+        pairs = zip(self._survival_B, signal_B, strict=True)
+        self._survival_B = [survival * self._by_peak.of(peak) for survival, peak in pairs]
+        dt = self._costs.verify_step(self._num_rows, index)
+        pays = self._forced or sum(self._survival_B) > self._rate * dt
         return [pays] * len(signal_B)
 
     def more(self, index: int) -> bool:
         if self._forced:
             return True
-        expected = sum(self._survival_B) * self._conditional(index)
-        costs = self._costs
-        dt = costs.draft_step(self._num_rows, index) + costs.verify_step(self._num_rows, index)
-        return expected > self._rate * dt
+        dt = self._costs.draft_step(self._num_rows, index) + self._costs.verify_step(self._num_rows, index)
+        return sum(self._survival_B) * self._by_position[index].value > self._rate * dt
 
     def observe(self, result: RoundResult) -> None:
         _add(self._costs, result)
+        num_rows = len(result.drafted)
+        if result.forwards and not self._forced and num_rows in self._rates:
+            tokens = sum(result.accepted) + num_rows
+            self._rates[num_rows].add(tokens, result.draft_s + result.rest_s)
         for row, (drafted, accepted) in enumerate(zip(result.drafted, result.accepted, strict=True)):
             for index in range(min(drafted, accepted + 1)):
                 hit = float(index < accepted)
-                self._position_reached[index] += 1
-                self._position_accepted[index] += hit
-                bin_ = self._bin(self._peaks[index][row])
-                self._reached[bin_] += 1
-                self._accepted[bin_] += hit
-        for reached, accepted in (
-            (self._reached, self._accepted),
-            (self._position_reached, self._position_accepted),
-        ):
-            if sum(reached) > self.HALF_AT:  # so that a change of workload is seen
-                reached[:] = [count / 2 for count in reached]
-                accepted[:] = [count / 2 for count in accepted]
-
-    def _bin(self, peak: float) -> int:
-        return min(self.BINS - 1, int(peak * self.BINS))
-
-    def _acceptance(self, peak: float) -> float:
-        bin_ = self._bin(peak)
-        return self._accepted[bin_] / self._reached[bin_]
-
-    def _conditional(self, index: int) -> float:
-        return self._position_accepted[index] / self._position_reached[index]
+                self._by_position[index].add(hit, 1.0)
+                self._by_peak.add(self._peaks[index][row], hit)
 
     def _mean_survival(self) -> list[float]:
         survival, product = [], 1.0
-        for index in range(self.max_length):
-            product *= self._conditional(index)
+        for ratio in self._by_position:
+            product *= ratio.value
             survival.append(product)
         return survival
 

@@ -1,4 +1,4 @@
-"""Seconds of a round by its number of rows and of drafted tokens, learned from the rounds themselves."""
+"""What a control learns from its rounds: their seconds by rows and length, and how often tokens are accepted."""
 
 from __future__ import annotations
 
@@ -23,6 +23,42 @@ class RunningMean:
             self.value = seconds if self.looks == 1 else min(self.value, seconds)
         else:
             self.value += WEIGHT * (min(seconds, OUTLIER * self.value) - self.value)
+
+
+class Ratio:
+    """A ratio of sums over the last observations. It starts at `first`, which counts as much as `weight` below."""
+
+    def __init__(self, first: float, weight: float, memory: int) -> None:
+        self._upper, self._lower, self._keep = first * weight, weight, 1 - 1 / memory
+
+    @property
+    def value(self) -> float:
+        return self._upper / self._lower
+
+    def add(self, upper: float, lower: float) -> None:
+        """Adds one observation; what is `memory` observations old counts a third of it."""
+        self._upper, self._lower = self._keep * self._upper + upper, self._keep * self._lower + lower
+
+
+class AcceptanceByPeak:
+    """Probability that a drafted token is accepted, by the largest probability of the distribution it came from.
+
+    Until a bin has seen enough, it says what its peak says: a draft that is right about itself.
+    """
+
+    BINS, PRIOR, MEMORY = 16, 4.0, 500
+
+    def __init__(self) -> None:
+        self._bins = [Ratio((i + 0.5) / self.BINS, self.PRIOR, self.MEMORY) for i in range(self.BINS)]
+
+    def of(self, peak: float) -> float:
+        return self._bins[self._bin(peak)].value
+
+    def add(self, peak: float, hit: float) -> None:
+        self._bins[self._bin(peak)].add(hit, 1.0)
+
+    def _bin(self, peak: float) -> int:
+        return min(self.BINS - 1, int(peak * self.BINS))
 
 
 @dataclass
@@ -60,6 +96,10 @@ class RoundCosts:
             if rate > best[1]:
                 best = (length, rate)
         return best
+
+    def plain(self, num_rows: int) -> float:
+        """Tokens a second of plain decoding."""
+        return num_rows / self._round(num_rows, 0)
 
     def draft_step(self, num_rows: int, index: int) -> float:
         """Seconds of one more draft forward, for position `index`."""

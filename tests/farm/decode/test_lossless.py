@@ -13,6 +13,7 @@ from torch import Tensor
 import farm.decode.propose as propose_module
 import farm.decode.runner as runner_module
 import farm.decode.verify as verify_module
+from farm.decode.control import make_control
 from farm.decode.engine import Engine, Request
 from farm.decode.sampling import SamplingBatch, SamplingParams, distribution, draw
 from farm.decode.verify import Verdict
@@ -35,11 +36,21 @@ def small() -> Small:
     return model, TargetForward.of(model), tiny_pair(**SIZES)[1], exact_joint(model)
 
 
-def sampled_counts(target: TargetForward, draft: Draft, num: int) -> Tensor:
+def sampled_counts(target: TargetForward, draft: Draft, num: int, control: str = "fixed-2") -> Tensor:
     """Counts of the first DEPTH answer tokens over `num` independent requests."""
+    decides = make_control(control, 2)
     counts = torch.zeros(VOCAB**DEPTH, dtype=torch.int64)
     for first in range(0, num, BATCH):
-        engine = Engine(target, frozenset(), draft, num_slots=BATCH, max_length=8, k=2)
+        engine = Engine(
+            target,
+            frozenset(),
+            draft,
+            num_slots=BATCH,
+            max_length=8,
+            k=2,
+            control=decides,
+            prefill_tokens=2 * BATCH,
+        )
         done = engine.run(request(seed, DEPTH) for seed in range(first, first + BATCH))
         tokens = torch.tensor([completion.tokens for completion in done])
         cells = (tokens * VOCAB ** torch.arange(DEPTH - 1, -1, -1)).sum(dim=1)
@@ -92,6 +103,12 @@ def test_sampled_tokens_follow_the_targets_distribution(small: Small) -> None:
     assert distance <= bound
 
 
+@pytest.mark.parametrize("control", ["adaedl", "cost"])
+def test_no_control_of_the_draft_length_changes_the_distribution(small: Small, control: str) -> None:
+    _, target, draft, joint = small
+    assert p_value(sampled_counts(target, draft, NUM_BAD_SAMPLES, control), joint) > 1e-4
+
+
 def raw_q(monkeypatch: pytest.MonkeyPatch) -> None:
     """The q that is reported is not the one that was drawn from."""
     real = propose_module._expand
@@ -136,13 +153,33 @@ def token_dependent_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner_module, "verify_sampled", verify)
 
 
-@pytest.mark.parametrize("spoil", [raw_q, no_residual, unprocessed_bonus, token_dependent_cut])
+def control_reads_what_was_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A position is drafted only if the token drawn for it was likely."""
+    real = propose_module._Chain.extend
+
+    def extend(self: Any, logits_BC: Tensor) -> bool:
+        went = real(self, logits_BC)
+        drawn = self._probabilities[-1].gather(1, self.tokens[-1][:, None]).squeeze(1).tolist()
+        for row, probability in enumerate(drawn):
+            if self._going[row] and probability < 0.4:
+                self._going[row], self._lengths[row] = False, self._lengths[row] - 1
+        return went
+
+    monkeypatch.setattr(propose_module._Chain, "extend", extend)
+
+
+BAD = [raw_q, no_residual, unprocessed_bonus, token_dependent_cut, control_reads_what_was_drawn]
+
+
+@pytest.mark.parametrize("spoil", BAD)
 def test_the_same_test_rejects_known_bad_decoders(
     small: Small, spoil: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, target, draft, joint = small
     spoil(monkeypatch)
-    assert p_value(sampled_counts(target, draft, NUM_BAD_SAMPLES), joint) < 1e-6
+    # Rows go their own ways only under a control that looks at them.
+    control = "adaedl" if spoil is control_reads_what_was_drawn else "fixed-2"
+    assert p_value(sampled_counts(target, draft, NUM_BAD_SAMPLES, control), joint) < 1e-6
 
 
 def test_acceptance_at_the_first_position_is_the_overlap_of_p_and_q(
@@ -160,7 +197,7 @@ def test_acceptance_at_the_first_position_is_the_overlap_of_p_and_q(
         return real(drafted, p, q, accept, following, of)
 
     monkeypatch.setattr(runner_module, "verify_sampled", verify)
-    engine = Engine(target, frozenset(), draft, num_slots=BATCH, max_length=8, k=2)
+    engine = Engine(target, frozenset(), draft, num_slots=BATCH, max_length=8, k=2, prefill_tokens=2 * BATCH)
     engine.run(request(seed, 3) for seed in range(BATCH))
     expected = float(torch.cat(overlaps).mean())
     sigma = math.sqrt(expected * (1 - expected) / engine.stats.rounds)

@@ -1,0 +1,115 @@
+"""Draft lengths: what each control decides, what it learns from, and that it never looks at a drawn token."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from farm.decode.control import AdaEDL, Control, Cost, Fixed, RoundResult, make_control
+from farm.decode.costs import RoundCosts
+
+Draw = Callable[[int], float]
+
+
+def play(
+    control: Control, alpha: Callable[[float], float], *, rounds: int, rows: int = 1, step: float = 0.1
+) -> tuple[float, float]:
+    """Plays rounds against a made-up machine; mean drafted tokens and tokens a second of the second half.
+
+    A plain round takes 1 s, every verified token `step` s more, a draft forward `step` s. A draft's largest
+    probability is uniform in [0, 1]; its token is accepted with `alpha` of that.
+    """
+    rng = random.Random(0)
+    drafted_sum = emitted = seconds = 0.0
+    for number in range(rounds):
+        limit, kept, forwards = control.limit(rows), [0] * rows, 0
+        going, peaks = [True] * rows, list[list[float]]()
+        for index in range(limit):
+            if index and not control.more(index):
+                break
+            forwards += 1
+            peaks.append([rng.random() for _ in range(rows)])
+            signal = [0.0] * rows if control.signal == "none" else peaks[-1]
+            if control.signal == "entropy":
+                signal = [4 * (1 - peak) for peak in peaks[-1]]
+            going = [g and k for g, k in zip(going, control.keep(index, signal), strict=True)]
+            if not any(going):
+                break
+            kept = [n + g for n, g in zip(kept, going, strict=True)]
+        accepted = []
+        for row in range(rows):
+            hits = (rng.random() < alpha(peaks[i][row]) for i in range(kept[row]))
+            accepted.append(next((i for i, hit in enumerate(hits) if not hit), kept[row]))
+        cost = RoundResult(tuple(kept), tuple(accepted), forwards, step * forwards, 1 + step * max(kept))
+        control.observe(cost)
+        if number >= rounds // 2:
+            drafted_sum += sum(kept) / rows
+            emitted, seconds = emitted + sum(accepted) + rows, seconds + cost.draft_s + cost.rest_s
+    return drafted_sum / (rounds - rounds // 2), emitted / seconds
+
+
+@pytest.mark.parametrize("name", ["off", "fixed", "fixed-7", "adaedl", "adaedl-published", "cost"])
+def test_every_documented_name_is_a_control(name: str) -> None:
+    assert make_control(name).limit(1) >= 0
+
+
+@pytest.mark.parametrize("name", ["", "fixed-", "fixed-x", "adaedl-2", "cost-3", "auto"])
+def test_an_unknown_name_is_refused_with_the_known_ones(name: str) -> None:
+    if name == "fixed-":
+        assert make_control(name).limit(1) == 4
+        return
+    with pytest.raises(ValueError, match="none of off, fixed"):
+        make_control(name)
+
+
+def test_the_published_threshold_runs_away_and_ours_does_not() -> None:
+    """Mean acceptance far below 0.9: as published, lambda climbs past 1 and one token a round is left."""
+    published, ours = AdaEDL(6, published=True), AdaEDL(6)
+    length_published, _ = play(published, lambda peak: 0.4 + 0.5 * peak, rounds=8000)
+    length_ours, _ = play(ours, lambda peak: 0.4 + 0.5 * peak, rounds=8000)
+    assert published.threshold > 1.0
+    assert length_published == pytest.approx(1.0)
+    assert 0.2 <= ours.threshold <= 0.9
+    assert length_ours > 1.3
+
+
+@pytest.mark.parametrize(("alpha", "step"), [(0.9, 0.02), (0.7, 0.1), (0.5, 0.05), (0.6, 0.4)])
+@pytest.mark.parametrize("rows", [1, 6])
+def test_cost_is_as_fast_as_the_best_fixed_length(alpha: float, step: float, rows: int) -> None:
+    """Where the draft's certainty says nothing, the best fixed length is the best there is."""
+    rounds = 1500
+
+    def constant(peak: float) -> float:
+        del peak
+        return alpha
+
+    best = max(play(Fixed(k), constant, rounds=rounds, rows=rows, step=step)[1] for k in range(9))
+    _, rate = play(Cost(8), constant, rounds=rounds, rows=rows, step=step)
+    assert rate > 0.95 * best
+
+
+def test_cost_beats_every_fixed_length_where_the_drafts_certainty_tells_something() -> None:
+    best = max(play(Fixed(k), lambda peak: peak, rounds=6000)[1] for k in range(9))
+    _, rate = play(Cost(8), lambda peak: peak, rounds=6000)
+    assert rate > 1.01 * best  # knowing everything, the rule would reach 1.03
+
+
+def test_cost_switches_speculation_off_where_it_does_not_pay_and_on_again_where_it_does() -> None:
+    control = Cost(8)
+    length, rate = play(control, lambda peak: 0.02, rounds=2000)
+    assert length < 0.1
+    assert rate > 0.97  # plain decoding has 1 token a second here
+    length, _ = play(control, lambda peak: 0.9, rounds=4000)
+    assert length > 2
+
+
+def test_costs_interpolate_between_measured_lengths_and_ignore_an_outlier() -> None:
+    costs = RoundCosts(8)
+    for _ in range(5):
+        for length in (0, 1, 4, 8):
+            costs.add(3, length, length, 0.1 * length, 1.0 + 0.2 * length)
+    costs.add(4, 4, 4, 50.0, 50.0)  # three and four rows share a bucket
+    assert costs.draft_step(4, 2) == pytest.approx(0.1, abs=0.03)
+    assert costs.verify_step(3, 6) == pytest.approx(0.2, abs=0.06)
+    assert costs.unexplored(3) == 2
+    assert costs.unexplored(1) == 0
