@@ -1,35 +1,18 @@
-"""The command line: `farm COMMAND`. Each command parses, calls the library and prints."""
+"""Commands that make models and onboard them."""
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from farm.cli.options import DryRun, ManifestPath, Overrides, app, console, training_bars
 from farm.config import Manifest, UserError, load_manifest
 from farm.registry import Registry
 from farm.store import open_store
-
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-registry_app = typer.Typer(no_args_is_help=True, help="Published adapters of a store.")
-app.add_typer(registry_app, name="registry")
-console = Console()
-
-ManifestPath = Annotated[Path, typer.Argument(help="The family's manifest.yaml.", metavar="MANIFEST")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="a.b=value, or name=value for ${name}.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and its cost; run nothing.")]
-StorePath = Annotated[str, typer.Option("--store", help="The store's folder or URI.")]
 
 
 @app.command()
@@ -91,7 +74,7 @@ def finetune(  # noqa: PLR0913 - each option of the command is a parameter
         raise UserError(f"--rows {rows}: is no range; write START:STOP, for instance 0:1000") from None
     prompts = load_prompts(str(data), chosen).prompts
     spec = TargetSpec(name=out.name, model=model_path(base), prompts=str(data))
-    with _progress() as progress:
+    with training_bars() as progress:
         loss = run(
             spec,
             prompts,
@@ -156,97 +139,6 @@ def status(
         console.print(status_table(records, live(), time.time()))
 
 
-@app.command()
-def evaluate(
-    manifest: ManifestPath,
-    target: Annotated[str, typer.Option(help="A target's name, or `base`.")],
-    prompts: Annotated[Path, typer.Option(help="JSONL, Parquet or a folder of prompts.")],
-    out: Annotated[Path, typer.Option(help="JSON file for the measures.")],
-    overrides: Overrides = None,
-) -> None:
-    """Measure the base draft and the live adapter of a target on any prompts."""
-    from farm.evaluate.published import evaluate_published
-
-    measured = evaluate_published(load_manifest(manifest, overrides or ()), target, str(prompts))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(measured, indent=1) + "\n")
-    for name in ("tau_base_draft", "tau_adapted", "tokens_per_s_autoregressive", "speedup_adapted"):
-        if measured.get(name) is not None:
-            console.print(f"{name:<28} {measured[name]:.3f}", highlight=False)
-    console.print(out, markup=False, soft_wrap=True)
-
-
-@app.command()
-def serve(
-    manifest: Annotated[
-        Path | None, typer.Argument(help="Take the store and the serve section from it.")
-    ] = None,
-    store: Annotated[str | None, typer.Option(help="The store's folder or URI; default .farm/store.")] = None,
-    overrides: Overrides = None,
-) -> None:
-    """Serve every onboarded target from one OpenAI-compatible endpoint, in the foreground."""
-    if not (Path.cwd() / "serve" / "app.py").is_file():
-        raise UserError(
-            "serve/app.py is not in this folder; `farm serve` runs from the checkout, change into it"
-        )
-    arguments = [f"store={_store_uri(store or '.farm/store')}"]
-    if manifest is not None:
-        settled = load_manifest(manifest, overrides or ())
-        fields = {**settled.serve.model_dump(), **settled.resources.serve.model_dump()}
-        arguments = [f"store={settled.store}", *(f"{name}={value}" for name, value in fields.items())]
-    command = [str(Path(sys.executable).with_name("serve")), "run", "serve.app:build", *arguments]
-    environment = {"RAY_AUTH_MODE": "disabled", **os.environ}
-    raise typer.Exit(subprocess.run(command, env=environment, check=False).returncode)
-
-
-@registry_app.command("list")
-def registry_list(store: StorePath = ".farm/store") -> None:
-    """Every target's versions, the live one marked."""
-    registry = Registry(open_store(_store_uri(store)))
-    for name in sorted(registry.family()["targets"]):
-        live = registry.live(name)
-        versions = [
-            f"[bold]{v.version} (live)[/bold]" if live and v.version == live.version else v.version
-            for v in registry.versions(name)
-        ]
-        console.print(f"{name:<24} {', '.join(versions) or 'base draft'}", highlight=False)
-
-
-@registry_app.command("promote")
-def registry_promote(target: str, version: str, store: StorePath = ".farm/store") -> None:
-    """Make a published version live."""
-    registry = Registry(open_store(_store_uri(store)))
-    live = registry.live(target)
-    if not registry.promote(target, version, live.version if live else None):
-        raise UserError(f"{target}: the live version moved meanwhile; look again, then repeat")
-    console.print(f"{target}: {version} is live", highlight=False)
-
-
-@registry_app.command("rollback")
-def registry_rollback(target: str, store: StorePath = ".farm/store") -> None:
-    """Make the version live that was live before."""
-    version = Registry(open_store(_store_uri(store))).rollback(target)
-    console.print(f"{target}: {version.version} is live again", highlight=False)
-
-
-def main() -> None:
-    """Entry point: a user's mistake is one line on stderr and exit code 2."""
-    _quiet_libraries()
-    try:
-        app()
-    except UserError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
-        sys.exit(2)
-
-
-def _quiet_libraries() -> None:
-    """Their bars and notices would bury the farm's own lines; an error still shows."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if not any(Path("/dev").glob("nvidia*")):
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed says on every import that it looked
-
-
 def _onboard(manifest: Manifest) -> str:
     """Runs the onboarding, prints its table and returns the URI of the report's folder."""
     from farm.evaluate.report import terminal_table
@@ -269,30 +161,5 @@ def _exit_by(report: Path) -> None:
 def _build_zoo(out: Path, num_lora: int) -> Path:
     from farm.target.zoo import build_zoo
 
-    with _progress() as progress:
+    with training_bars() as progress:
         return build_zoo(out.resolve(), num_lora, progress)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for each model on a terminal; elsewhere a line at each model's start and at each quarter."""
-    columns = (TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-        tasks: dict[str, object] = {}
-
-        def show(what: str, step: int, of: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(f"training {what}", total=of)
-            bars.update(tasks[what], completed=step)  # type: ignore[arg-type]
-            if not console.is_terminal and (step == 1 or step % max(1, of // 4) == 0):
-                console.print(f"training {what}: step {step} of {of}", highlight=False)
-
-        yield show
-
-
-def _store_uri(value: str) -> str:
-    return value if "://" in value else Path(value).expanduser().resolve().as_uri()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,195 @@
+# B rows, T tokens
+"""`farm bench decode`: tokens a second of every way to decode, on the same prompts, interleaved in one run.
+
+Both sides decode greedily, ignore end tokens and emit the same number of tokens; an arm's ratio is taken within one
+repeat, so that a machine that slows down slows both of its sides.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+
+from farm.bench.family import Member, generate
+from farm.decode.control import make_control
+from farm.decode.engine import Engine, Request
+from farm.decode.sampling import SamplingParams
+from farm.draft.model import Draft
+from farm.evaluate.bench import PromptIds
+
+Workload = Literal["equal", "ragged"]
+MAX_DRAFTED = 8
+EQUAL_TOKENS = 64
+RAGGED_REQUESTS, RAGGED_SHORTEST, RAGGED_LONGEST, RAGGED_SLOTS = 64, 16, 256, 8
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to decode. `batch` counts requests side by side."""
+
+    engine: Literal["transformers", "transformers-assisted", "farm"]
+    control: str
+    draft: Literal["none", "base", "adapted"]
+    batch: int
+    workload: Workload = "equal"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm in one repeat. Seconds are sums over the run; None where an engine does not tell."""
+
+    model: str
+    target: str
+    engine: str
+    control: str
+    draft: str
+    batch: int
+    adapters: int
+    workload: str
+    dtype: str
+    threads: int
+    repeat: int
+    tokens_per_s: float
+    tau: float | None = None
+    rounds: int | None = None
+    draft_s: float | None = None
+    verify_s: float | None = None
+    sample_s: float | None = None
+    host_s: float | None = None
+    prefill_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """Prompts and how many tokens each is to be answered with."""
+
+    prompts: tuple[PromptIds, ...]
+    num_new: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.num_new)
+
+
+@dataclass(frozen=True)
+class Measured:
+    seconds: float
+    fields: dict[str, Any]
+
+
+def quick_arms() -> list[Arm]:
+    """Batch 1 and 8: `generate`, plain decoding, both drafts at a fixed length, the adapted one with each control."""
+    return [arm for batch in (1, 8) for arm in _arms(batch, ["fixed-4"], ["fixed-4", "adaedl", "cost"])]
+
+
+def full_arms(*, ragged: bool = True) -> list[Arm]:
+    """Every batch size, every control and the ragged workload."""
+    controls = ["fixed-1", "fixed-2", "fixed-3", "fixed-4", "fixed-6", "adaedl", "adaedl-published", "cost"]
+    arms = [arm for batch in (1, 2, 4, 8, 16) for arm in _arms(batch, ["fixed-4"], controls)]
+    arms.insert(1, Arm("transformers-assisted", "off", "none", 1))
+    if ragged:
+        kinds: list[tuple[Any, str, Any]] = [
+            ("transformers", "off", "none"), ("farm", "off", "none"), ("farm", "fixed-2", "adapted"),
+            ("farm", "fixed-4", "adapted"), ("farm", "cost", "adapted"),
+        ]  # fmt: skip
+        arms += [Arm(engine, control, draft, RAGGED_SLOTS, "ragged") for engine, control, draft in kinds]
+    return arms
+
+
+def _arms(batch: int, base: Sequence[str], adapted: Sequence[str]) -> list[Arm]:
+    return [
+        Arm("transformers", "off", "none", batch),
+        Arm("farm", "off", "none", batch),
+        *(Arm("farm", control, "base", batch) for control in base),
+        *(Arm("farm", control, "adapted", batch) for control in adapted),
+    ]
+
+
+def measure(member: Member, model: str, arms: Sequence[Arm], repeats: int) -> Iterator[Row]:
+    """Runs every arm once to warm up, then all of them in turn, `repeats` times."""
+    arms = [arm for arm in arms if arm.draft != "adapted" or member.adapted is not None]
+    runs = [(arm, _runner(member, arm), _task(member, arm)) for arm in arms]
+    for _, run, task in runs:
+        run(task)
+    for repeat in range(repeats):
+        for arm, run, task in runs:
+            measured = run(task)
+            farm = arm.engine == "farm"
+            yield Row(
+                **asdict(arm), model=model, target=member.name,
+                adapters=int(arm.draft == "adapted"),
+                dtype=str(member.target.forward.dtype).removeprefix("torch.") if farm else member.reference_dtype,
+                threads=torch.get_num_threads(), repeat=repeat,
+                tokens_per_s=task.tokens / measured.seconds, **measured.fields,
+            )  # fmt: skip
+
+
+def _task(member: Member, arm: Arm) -> Task:
+    """The same requests for every arm of a batch size and workload."""
+    count = arm.batch if arm.workload == "equal" else RAGGED_REQUESTS
+    prompts = tuple(member.prompts[i % len(member.prompts)] for i in range(count))
+    if arm.workload == "equal":
+        return Task(prompts, (EQUAL_TOKENS,) * count)
+    rng = random.Random(0)
+    lengths = tuple(rng.randint(RAGGED_SHORTEST, RAGGED_LONGEST) for _ in range(count))
+    room = member.target.max_positions - max(map(len, prompts))
+    return Task(prompts, tuple(min(length, room) for length in lengths))
+
+
+def _runner(member: Member, arm: Arm) -> Callable[[Task], Measured]:
+    if arm.engine == "farm":
+        draft = {"none": None, "base": member.base_draft, "adapted": member.adapted}[arm.draft]
+        return _engine_run(member, arm, draft, _task(member, arm))
+    options = {"prompt_lookup_num_tokens": 4} if arm.engine == "transformers-assisted" else {}
+    return lambda task: _generate_run(member, arm, task, options)
+
+
+def _engine_run(member: Member, arm: Arm, draft: Draft | None, task: Task) -> Callable[[Task], Measured]:
+    """One engine for all repeats, as a server has one: what its control has learned stays."""
+    longest = max(len(ids) + new for ids, new in zip(task.prompts, task.num_new, strict=True))
+    kind, _, length = arm.control.partition("-")
+    k = int(length) if kind == "fixed" else MAX_DRAFTED
+    engine = Engine(
+        member.target.forward, frozenset(), draft,
+        num_slots=arm.batch, max_length=min(longest, member.target.max_positions), k=k,
+        control=make_control(arm.control, MAX_DRAFTED),
+    )  # fmt: skip
+
+    def run(task: Task) -> Measured:
+        before, emitted, rounds = asdict_seconds(engine), engine.stats.emitted, engine.stats.rounds
+        started = time.perf_counter()
+        pairs = enumerate(zip(task.prompts, task.num_new, strict=True))
+        done = engine.run(Request(str(i), ids, SamplingParams(max_new_tokens=new)) for i, (ids, new) in pairs)
+        seconds = time.perf_counter() - started
+        assert [len(one.tokens) for one in done] == list(task.num_new)
+        spent = {name: value - before[name] for name, value in asdict_seconds(engine).items()}
+        rounds = engine.stats.rounds - rounds
+        tau = (engine.stats.emitted - emitted) / rounds
+        return Measured(seconds, {"tau": tau, "rounds": rounds, **spent})
+
+    return run
+
+
+def asdict_seconds(engine: Engine) -> dict[str, float]:
+    """Where an engine's time went so far, as fields of a row."""
+    return {f"{name}_s": value for name, value in vars(engine.seconds).items()}
+
+
+def _generate_run(member: Member, arm: Arm, task: Task, options: dict[str, Any]) -> Measured:
+    """Batches in order, each run to its longest answer; only the tokens asked for count."""
+    device = member.target.forward.device
+    started = time.perf_counter()
+    for first in range(0, len(task.prompts), arm.batch):
+        prompts = task.prompts[first : first + arm.batch]
+        width = max(map(len, prompts))
+        tokens_BT = torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in prompts], device=device)
+        mask_BT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+        longest = max(task.num_new[first : first + arm.batch])
+        out_BT = generate(member.reference, tokens_BT, longest, attention_mask=mask_BT, **options)
+        assert out_BT.shape[1] == width + longest
+    return Measured(time.perf_counter() - started, {})

@@ -1,0 +1,81 @@
+"""Commands that measure what was onboarded."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from farm.cli.options import ManifestPath, Overrides, app, console
+from farm.config import UserError, load_manifest
+
+bench_app = typer.Typer(no_args_is_help=True, help="Benchmarks; results go to a folder.")
+app.add_typer(bench_app, name="bench")
+
+
+@app.command()
+def evaluate(
+    manifest: ManifestPath,
+    target: Annotated[str, typer.Option(help="A target's name, or `base`.")],
+    prompts: Annotated[Path, typer.Option(help="JSONL, Parquet or a folder of prompts.")],
+    out: Annotated[Path, typer.Option(help="JSON file for the measures.")],
+    overrides: Overrides = None,
+) -> None:
+    """Measure the base draft and the live adapter of a target on any prompts."""
+    from farm.evaluate.published import evaluate_published
+
+    measured = evaluate_published(load_manifest(manifest, overrides or ()), target, str(prompts))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(measured, indent=1) + "\n")
+    for name in ("tau_base_draft", "tau_adapted", "tokens_per_s_autoregressive", "speedup_adapted"):
+        if measured.get(name) is not None:
+            console.print(f"{name:<28} {measured[name]:.3f}", highlight=False)
+    console.print(out, markup=False, soft_wrap=True)
+
+
+@bench_app.command("decode")
+def bench_decode(
+    manifest: Annotated[
+        Path, typer.Argument(help="An onboarded family; default: the demo's zoo.", metavar="[MANIFEST]")
+    ] = Path(".farm/zoo/manifest.yaml"),
+    out: Annotated[Path, typer.Option(help="Folder of decode.json and decode.png.")] = Path("docs/bench"),
+    target: Annotated[
+        list[str] | None, typer.Option(help="A target's name, repeatable; default: every full one.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Batch 1 and 8, the main arms only.")] = False,
+    repeats: Annotated[int, typer.Option(help="Times that all arms run in turn.", min=3)] = 5,
+    ragged: Annotated[bool, typer.Option(help="With answers of different lengths (not in --quick).")] = True,
+    overrides: Overrides = None,
+) -> None:
+    """Speed of `generate`, plain decoding, both drafts and every control of the draft length, in one run."""
+    from rich.progress import track
+
+    from farm.bench.decode import full_arms, measure, quick_arms
+    from farm.bench.family import members
+    from farm.bench.floor import measure_floor
+    from farm.bench.report import table, write
+
+    if not manifest.exists():
+        raise UserError(f"{manifest}: does not exist; run `farm demo` first, or give an onboarded manifest")
+    settled = load_manifest(manifest, overrides or ())
+    model = (
+        "zoo"
+        if (manifest.parent / "base").is_dir()
+        else "smollm2"
+        if "smollm2" in settled.base.lower()
+        else "own"
+    )
+    arms = quick_arms() if quick else full_arms(ragged=ragged)
+    rows, floors = [], {}
+    for member in members(settled, target or ()):
+        floors[member.name] = measure_floor(member.target.forward)
+        every = measure(member, model, arms, repeats)
+        rows += track(
+            every, member.name, total=len(arms) * repeats, console=console, disable=not console.is_terminal
+        )
+    console.print(table(rows), width=max(console.width, 132))
+    for path in write(out, rows, floors, " ".join(["farm", *sys.argv[1:]])):
+        console.print(path, markup=False, soft_wrap=True)

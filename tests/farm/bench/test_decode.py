@@ -1,0 +1,88 @@
+"""The benchmark of decoding: every arm emits the same tokens' number, ratios are paired, results can be read."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from farm.bench.decode import Arm, Row, full_arms, measure, quick_arms
+from farm.bench.family import Member
+from farm.bench.floor import Floor
+from farm.bench.report import against, grouped, key_of, predicted, table, write
+from farm.draft.config import DraftConfig
+from farm.draft.model import new_draft
+from farm.target.forward import TargetForward
+from farm.target.load import LoadedTarget
+from tests.farm.models import tiny_model
+
+ROW = Row(
+    "zoo", "t", "farm", "off", "none", 1, 0, "equal", "float32", 2, 0, 100.0, 1.0, 10, 0.0, 1.0, 0.1, 0.1, 0.1
+)
+
+
+@pytest.fixture(scope="module")
+def member() -> Member:
+    model = tiny_model(max_position_embeddings=512)
+    model.generation_config.pad_token_id = 0
+    forward = TargetForward.of(model)
+    target = LoadedTarget("t", forward, None, frozenset(), forward.num_bytes, None, 512, model.config)
+    drafts = [
+        new_draft(DraftConfig.for_base(model.config), seed, std=0.3).requires_grad_(False) for seed in (1, 2)
+    ]
+    prompts = tuple(tuple(range(1, 4 + i)) for i in range(5))
+    return Member("t", target, drafts[0], drafts[1], model, "float32", prompts)
+
+
+def test_every_arm_answers_every_request_with_as_many_tokens_as_were_asked_for(member: Member) -> None:
+    """An engine that stopped early or late would look fast or slow; the arms themselves check their counts."""
+    arms = [*quick_arms(), Arm("transformers-assisted", "off", "none", 1)]
+    arms += [Arm("farm", "cost", "adapted", 8, "ragged"), Arm("transformers", "off", "none", 8, "ragged")]
+    rows = list(measure(member, "zoo", arms, 3))
+    assert len(rows) == 3 * len(arms)
+    assert {row.repeat for row in rows} == {0, 1, 2}
+    assert all(row.tokens_per_s > 0 for row in rows)
+    farm = [row for row in rows if row.engine == "farm"]
+    assert all(row.verify_s and row.rounds and row.tau for row in farm)
+    assert all(row.tau == 1.0 for row in farm if row.draft == "none")
+
+
+def test_a_target_without_an_adapter_is_measured_without_its_arms(member: Member) -> None:
+    rows = list(measure(replace(member, adapted=None), "zoo", quick_arms()[:6], 1))
+    assert {row.draft for row in rows} == {"none", "base"}
+
+
+def test_the_full_run_has_every_batch_size_control_and_workload() -> None:
+    arms = full_arms()
+    assert {arm.batch for arm in arms} == {1, 2, 4, 8, 16}
+    assert {"off", "fixed-4", "adaedl", "adaedl-published", "cost"} <= {arm.control for arm in arms}
+    assert {arm.workload for arm in arms} == {"equal", "ragged"}
+    assert len(set(arms)) == len(arms)
+
+
+def test_ratios_are_taken_within_a_repeat() -> None:
+    """A machine that halves its speed half way changes no ratio."""
+    slow = [1.0, 1.0, 0.5, 0.5]
+    plain = [replace(ROW, repeat=i, tokens_per_s=100 * s) for i, s in enumerate(slow)]
+    fast = [replace(r, control="cost", draft="adapted", tokens_per_s=2 * r.tokens_per_s) for r in plain]
+    found = against(grouped([*plain, *fast]), key_of(fast[0]), "farm")
+    assert found is not None
+    assert (found.median, found.low, found.high) == (2.0, 2.0, 2.0)
+    assert against(grouped(fast), key_of(fast[0]), "farm") is None
+
+
+def test_the_prediction_is_tau_over_the_rounds_cost_in_plain_steps() -> None:
+    """10 plain steps of 0.1 s; rounds of 0.05 s drafting and 0.15 s verifying emit 3 tokens: 3 / 2."""
+    fast = replace(ROW, draft="adapted", tau=3.0, rounds=10, draft_s=0.5, verify_s=1.5)
+    assert predicted([fast], [ROW]) == pytest.approx(1.5)
+
+
+def test_table_plot_and_rows_are_written(member: Member, tmp_path: Path) -> None:
+    rows = list(measure(member, "zoo", quick_arms(), 3))
+    assert table(rows).row_count == len(quick_arms())
+    json_path, picture = write(tmp_path / "bench", rows, {"t": Floor(10**6, 1e9)}, "farm bench decode")
+    record = json.loads(json_path.read_text())
+    assert {"command", "hardware", "versions", "floors", "rows"} <= record.keys()
+    assert len(record["rows"]) == len(rows)
+    assert 0 < record["floors"]["t"]["share"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
