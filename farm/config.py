@@ -112,7 +112,8 @@ class ServeSettings(Strict):
     port: int = Field(default=8000, ge=1, le=65535)
     num_slots: Positive = 8
     max_length: Positive = 1024
-    k: Positive = 4
+    k: Positive = 8  # most tokens that a round drafts
+    control: str = Field(default="cost", pattern=r"^(off|fixed(-[1-9]\d?)?|adaedl(-published)?|cost)$")
     max_ongoing_requests: Positive = 32
     max_queued_requests: Positive = 64
 

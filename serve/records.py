@@ -1,10 +1,16 @@
 """What crosses the handle between gateway and replica: a request, pieces of its answer, who is hosted."""
 
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from serve.schemas import ChatRequest, ErrorBody, TextRequest
+
+SAMPLING = (
+    "temperature", "top_p", "top_k", "min_p",
+    "repetition_penalty", "presence_penalty", "frequency_penalty",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -15,8 +21,7 @@ class Ask:
     target: str
     messages: tuple[dict[str, str], ...]
     prompt: str | tuple[int, ...]
-    temperature: float
-    top_p: float
+    sampling: Mapping[str, Any]  # fields of farm.decode.sampling.SamplingParams
     seed: int | None
     max_new_tokens: int | None  # None: up to the end of the context
     stop: tuple[str, ...]
@@ -30,13 +35,13 @@ def ask_of(request: ChatRequest | TextRequest) -> Ask:
         messages = tuple(message.as_template_sees_it() for message in request.messages)
     else:
         prompt = request.prompt
+    bias = tuple(sorted(request.logit_bias.items()))
     return Ask(
         id=f"{'chatcmpl' if messages else 'cmpl'}-{uuid.uuid4().hex}",
         target=request.model,
         messages=messages,
         prompt=prompt,
-        temperature=request.temperature,
-        top_p=request.top_p,
+        sampling={name: getattr(request, name) for name in SAMPLING} | {"logit_bias": bias},
         seed=request.seed,
         max_new_tokens=request.max_new_tokens,
         stop=request.stop,

@@ -11,6 +11,7 @@ from ray import serve
 
 from farm.config import Dtype, ServeSettings, UserError
 from farm.data.chat import encode_chat
+from farm.decode.control import make_control
 from farm.decode.engine import Engine, Request
 from farm.decode.sampling import SamplingParams
 from farm.target.load import LoadedTarget
@@ -51,7 +52,9 @@ class EngineHost:
         try:
             request = await asyncio.to_thread(self._request, target, ask)
         except UserError as error:
-            yield ErrorBody(status=400, message=str(error), param="messages" if ask.messages else "prompt")
+            field = "messages" if ask.messages else "prompt"
+            param = "logit_bias" if str(error).startswith("logit_bias") else field
+            yield ErrorBody(status=400, message=str(error), param=param)
             return
         room = self._max_length(target) - len(request.prompt_ids)
         if room < 1:
@@ -95,9 +98,15 @@ class EngineHost:
             ids = list(ask.prompt)
             if any(not 0 <= token < target.forward.vocab_size for token in ids):
                 raise UserError(f"prompt: token ids must be from 0 to {target.forward.vocab_size - 1}")
+        unknown = [
+            token for token, _ in ask.sampling["logit_bias"] if not 0 <= token < target.forward.vocab_size
+        ]
+        if unknown:
+            raise UserError(
+                f"logit_bias: {unknown[0]} is no token id; they are below {target.forward.vocab_size}"
+            )
         params = SamplingParams(
-            temperature=ask.temperature,
-            top_p=ask.top_p,
+            **ask.sampling,
             seed=secrets.randbits(63) if ask.seed is None else ask.seed,
             max_new_tokens=ask.max_new_tokens or self._settings.max_length,
         )
@@ -123,6 +132,7 @@ class EngineHost:
             num_slots=self._settings.num_slots,
             max_length=self._max_length(target),
             k=self._settings.k,
+            control=make_control(self._settings.control, self._settings.k),
         )
         self._engines.host(target.name, draft.version, engine)
         log.info("%s@%s takes the requests from now on", target.name, draft.version)

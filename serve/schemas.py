@@ -8,9 +8,6 @@ MAX_PROMPT_CHARS = 2**20
 NEUTRAL: dict[str, tuple[Any, ...]] = {  # fields that are not served, with the values that ask for nothing
     "n": (1,),
     "best_of": (1,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
     "logprobs": (False,),
     "echo": (False,),
     "suffix": ("",),
@@ -67,6 +64,14 @@ class Sampling(Asked):
     model: str
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(
+        default=0, ge=0
+    )  # this one, min_p and repetition_penalty are not OpenAI's; 0, 0 and 1: off
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    repetition_penalty: float = Field(default=1.0, gt=0, le=10)
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = {}
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     max_tokens: int | None = Field(default=None, ge=1)
     stop: Stops = ()

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from farm.decode.control import Control, Fixed
-from farm.decode.runner import Round, Runner, Seconds
-from farm.decode.sampling import SamplingBatch
+from farm.decode.runner import Round, Runner, Seconds, sampling_batch
 from farm.decode.scheduler import FinishReason as FinishReason
 from farm.decode.scheduler import LiveRequest, Move, Prefill, Scheduler
 from farm.decode.scheduler import Request as Request
@@ -130,8 +129,7 @@ class Engine:
             outputs += self._prefill(prefill)
         live = self.scheduler.live
         if live:
-            batch = SamplingBatch.of([s.request.params for s in live], [s.rounds for s in live])
-            done = self.runner.run([s.tokens for s in live], batch, self.control)
+            done = self.runner.run([s.tokens for s in live], sampling_batch(live), self.control)
             self.control.observe(done.result)
             outputs += self._commit(done)
         self.seconds.host += time.perf_counter() - started - (self._inside() - inside)

@@ -114,6 +114,9 @@ class _Chain:
     def extend(self, logits_BC: Tensor) -> bool:
         """Adds a position to the rows that keep it; False when none does. What stops a row is seen before drawing."""
         index, batch = len(self.tokens), self._batch
+        if batch.penalties is not None:
+            drafted = torch.stack(self.tokens, dim=1).tolist() if self.tokens else [[]] * len(self._lengths)
+            logits_BC = batch.penalties.apply(logits_BC[:, None], drafted, self._head.vocabulary_C)[:, 0]
         q_BC = None if batch.greedy else distribution(logits_BC, batch)
         if self._control.signal != "none":
             # A greedy request's entropy is that of the draft's own distribution: a point mass would never stop.

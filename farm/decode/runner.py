@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from farm.decode.control import Control, RoundResult
+from farm.decode.penalties import Penalties, Said
 from farm.decode.propose import DraftProposal, Pending, propose, run_draft
 from farm.decode.sampling import ACCEPT, NEXT, SamplingBatch, distribution, draw
-from farm.decode.scheduler import Move, Prefill
+from farm.decode.scheduler import LiveRequest, Move, Prefill
 from farm.decode.verify import Verdict, verify_greedy, verify_sampled
 from farm.draft.lean import LeanDraft
 from farm.draft.model import Draft, DraftHead
@@ -95,8 +96,7 @@ class Runner:
         last_B = torch.tensor([len(chunk) - 1 for chunk in chunks], device=self.target.device)
         last_BH = hidden_BTH[torch.arange(num_rows), last_B]
         if prefill.completes:
-            params = [row.request.params for row in prefill.rows]
-            next_B = self._first_tokens(last_BH, SamplingBatch.of(params, [0] * num_rows))
+            next_B = self._first_tokens(last_BH, sampling_batch(prefill.rows))
         else:
             (row,), (end,) = prefill.rows, prefill.ends
             next_B = torch.tensor([row.tokens[end]], device=self.target.device)
@@ -150,6 +150,8 @@ class Runner:
 
     def _first_tokens(self, last_BH: Tensor, batch: SamplingBatch) -> Tensor:
         logits_BV = self.target.logits(last_BH)
+        if batch.penalties is not None:
+            logits_BV = batch.penalties.apply(logits_BV[:, None], [[]] * len(last_BH))[:, 0]
         if batch.greedy:
             return logits_BV.argmax(dim=-1)
         return draw(distribution(logits_BV, batch), batch.uniform(0, NEXT))
@@ -172,6 +174,8 @@ class Runner:
 
     def _decide(self, drafted: DraftProposal, logits_BTV: Tensor, batch: SamplingBatch) -> Verdict:
         lengths_B = torch.tensor(drafted.lengths, device=logits_BTV.device)
+        if batch.penalties is not None:
+            logits_BTV = batch.penalties.apply(logits_BTV, drafted.tokens_BK.tolist())
         if batch.greedy:
             return verify_greedy(drafted.tokens_BK, logits_BTV.argmax(dim=-1), lengths_B)
         p_BTV = distribution(logits_BTV.flatten(0, 1), batch.repeat(logits_BTV.shape[1])).view_as(logits_BTV)
@@ -205,6 +209,13 @@ class Runner:
         self.seconds.verify += verify_s
         self.seconds.sample += sample_s
         self.seconds.host += host_s
+
+
+def sampling_batch(rows: Sequence[LiveRequest]) -> SamplingBatch:
+    """The settings of live requests for their next round."""
+    params = [row.request.params for row in rows]
+    said = [Said(row.tokens, len(row.request.prompt_ids)) for row in rows]
+    return SamplingBatch.of(params, [row.rounds for row in rows], Penalties.of(params, said))
 
 
 def _pad(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from farm.decode.penalties import Penalties
 
 # What a random number is for; a number is never used twice.
 DRAFT, ACCEPT, NEXT = 0, 1, 2
@@ -19,19 +23,41 @@ FILTER_WIDTH = 256  # largest logits of a row that top-p looks at before it sort
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request is decoded. temperature 0 is greedy; top_k 0 and top_p 1 switch those filters off."""
+    """How one request is decoded. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch those filters off.
+
+    Penalties and `logit_bias` (token id, value) are described in farm/decode/penalties.py; `stop_ids` end this
+    request besides the engine's own.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
     max_new_tokens: int = 128
+    min_p: float = 0.0  # of the largest probability
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    stop_ids: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or self.max_new_tokens < 1:
-            raise ValueError(
-                f"{self}: needs temperature >= 0, 0 < top_p <= 1, top_k >= 0, max_new_tokens >= 1"
-            )
+        for name, wanted, holds in (
+            ("temperature", "at least 0", self.temperature >= 0),
+            ("top_p", "above 0 and at most 1", 0 < self.top_p <= 1),
+            ("top_k", "at least 0", self.top_k >= 0),
+            ("min_p", "from 0 to 1", 0 <= self.min_p <= 1),
+            ("repetition_penalty", "above 0", self.repetition_penalty > 0),
+            ("max_new_tokens", "at least 1", self.max_new_tokens >= 1),
+        ):
+            if not holds:
+                raise ValueError(f"{name} {getattr(self, name)}: has to be {wanted}")
+
+    @property
+    def penalised(self) -> bool:
+        """Whether anything is done to logits before temperature."""
+        penalties = (self.repetition_penalty - 1, self.presence_penalty, self.frequency_penalty)
+        return any(penalties) or bool(self.logit_bias)
 
 
 @dataclass(frozen=True)
@@ -41,33 +67,44 @@ class SamplingBatch:
     temperature_B: Tensor
     top_p_B: Tensor
     top_k_B: Tensor
+    min_p_B: Tensor
     seed_B: Tensor
     round_B: Tensor  # verification rounds the request has had; with it every draw has a counter of its own
     greedy: bool  # every request is greedy: no probabilities are needed
-    filtered: bool  # some request has top_k or top_p
+    filtered: bool  # some request has top_k, top_p or min_p
+    penalties: Penalties | None = None
 
     @classmethod
-    def of(cls, params: Sequence[SamplingParams], rounds: Sequence[int]) -> SamplingBatch:
+    def of(
+        cls, params: Sequence[SamplingParams], rounds: Sequence[int], penalties: Penalties | None = None
+    ) -> SamplingBatch:
         return cls(
             temperature_B=torch.tensor([p.temperature for p in params], dtype=torch.float32),
             top_p_B=torch.tensor([p.top_p for p in params], dtype=torch.float32),
             top_k_B=torch.tensor([p.top_k for p in params], dtype=torch.int64),
+            min_p_B=torch.tensor([p.min_p for p in params], dtype=torch.float32),
             seed_B=torch.tensor([p.seed for p in params], dtype=torch.int64),
             round_B=torch.tensor(rounds, dtype=torch.int64),
             greedy=all(p.temperature == 0 for p in params),
-            filtered=any(p.top_k > 0 or p.top_p < 1 for p in params),
+            filtered=any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in params),
+            penalties=penalties,
         )
 
     def repeat(self, num: int) -> SamplingBatch:
-        """Every request `num` times in a row, for `num` positions of it at once."""
-        columns = (self.temperature_B, self.top_p_B, self.top_k_B, self.seed_B, self.round_B)
-        return SamplingBatch(*(c.repeat_interleave(num) for c in columns), self.greedy, self.filtered)
+        """Every request `num` times in a row, for `num` positions of it at once; penalties have been applied."""
+        columns = (c.repeat_interleave(num) for c in self._columns)
+        return SamplingBatch(*columns, self.greedy, self.filtered)
 
     def rows(self, rows: Tensor) -> SamplingBatch:
-        """The settings of some of the requests."""
-        columns = (self.temperature_B, self.top_p_B, self.top_k_B, self.seed_B, self.round_B)
+        """The settings of some of the requests; penalties have been applied."""
         rows = rows.to(self.seed_B.device)
-        return SamplingBatch(*(column[rows] for column in columns), self.greedy, self.filtered)
+        return SamplingBatch(*(column[rows] for column in self._columns), self.greedy, self.filtered)
+
+    @property
+    def _columns(self) -> tuple[Tensor, ...]:
+        return (
+            self.temperature_B, self.top_p_B, self.top_k_B, self.min_p_B, self.seed_B, self.round_B
+        )  # fmt: skip
 
     def uniform(self, index: int, use: int) -> Tensor:
         """u in [0, 1) as float64 [B], a function of (seed, round, index in the round, use) alone."""
@@ -83,7 +120,7 @@ def uniform(seed: Tensor, round_: Tensor, index: int, use: int) -> Tensor:
 
 
 def distribution(logits_BV: Tensor, batch: SamplingBatch) -> Tensor:
-    """Probabilities [B, V] float32 of temperature, then top-k, then top-p, renormalised; one-hot where greedy."""
+    """Probabilities [B, V] float32 of temperature, top-k, top-p and min-p, renormalised; one-hot where greedy."""
     hot_B = (batch.temperature_B > 0).to(logits_BV.device)
     if not bool(hot_B.all()):
         p_BV = torch.zeros(logits_BV.shape, device=logits_BV.device)
@@ -111,7 +148,7 @@ def draw(p_BV: Tensor, u_B: Tensor) -> Tensor:
 
 
 def _filter(logits_BV: Tensor, batch: SamplingBatch) -> Tensor:
-    """Logits with -inf outside top-k and top-p. Most rows need only their largest values, the others a whole sort."""
+    """Logits with -inf outside top-k, top-p and min-p. Most rows need only their largest values, few a whole sort."""
     vocab = logits_BV.shape[-1]
     width = min(vocab, FILTER_WIDTH)
     top_k_B = torch.where(batch.top_k_B > 0, batch.top_k_B, vocab).to(logits_BV.device)
@@ -128,7 +165,8 @@ def _filter(logits_BV: Tensor, batch: SamplingBatch) -> Tensor:
         ranked_RV, order_RV = logits_BV[rows].sort(dim=-1, descending=True, stable=True)
         whole_RV = _cut(ranked_RV, logits_BV[rows], top_k_B[rows], top_p_B[rows])
         kept_BV[rows] = torch.empty_like(whole_RV).scatter_(-1, order_RV, whole_RV)
-    return kept_BV
+    least_B1 = ranked_BW[:, :1] + batch.min_p_B.to(logits_BV.device).log()[:, None]  # -inf where it is off
+    return kept_BV.masked_fill(kept_BV < least_B1, -torch.inf)
 
 
 def _cut(ranked_BW: Tensor, logits_BV: Tensor, top_k_B: Tensor, top_p_B: Tensor) -> Tensor:

@@ -151,7 +151,7 @@ class Scheduler:
         )
         kept = list(tokens[:room])
         for index, token in enumerate(kept):
-            if token in self.stop_ids:
+            if self._stops(sequence, token):
                 kept = kept[: index + 1]
                 break
         sequence.tokens += kept
@@ -161,7 +161,7 @@ class Scheduler:
     def finish_reason(self, slot: int) -> FinishReason | None:
         """Why the sequence in `slot` is at its end, or None."""
         sequence = self.live[slot]
-        if sequence.tokens[-1] in self.stop_ids:
+        if self._stops(sequence, sequence.tokens[-1]):
             return "stop"
         full = len(sequence.tokens) >= self.max_length
         return "length" if full or sequence.num_new >= sequence.request.params.max_new_tokens else None
@@ -173,6 +173,9 @@ class Scheduler:
         self.live[slot] = self.live[last]
         self.live.pop()
         return move
+
+    def _stops(self, sequence: LiveRequest, token: int) -> bool:
+        return token in self.stop_ids or token in sequence.request.params.stop_ids
 
     def _is_long(self, request: Request) -> bool:
         return len(request.prompt_ids) > self.prefill_tokens

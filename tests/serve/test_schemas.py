@@ -16,7 +16,7 @@ def refusal(fields):
 
 @pytest.mark.parametrize(
     "field",
-    [{"n": 2}, {"tools": [{"type": "function"}]}, {"logprobs": True}, {"logit_bias": {"1": 5}}, {"top_k": 3}],
+    [{"n": 2}, {"tools": [{"type": "function"}]}, {"logprobs": True}, {"suffix": "!"}, {"beams": 3}],
 )
 def test_a_field_that_would_change_the_answer_is_refused_by_name(field):
     error = refusal(field)

@@ -61,6 +61,7 @@ def served(ray_cluster, tmp_path_factory) -> Iterator[Served]:
         num_slots=2,
         max_length=MAX_LENGTH,
         k=3,
+        control="fixed-3",  # so that a seed repeats its sample: the other controls follow the load
         max_ongoing_requests=4,
         max_queued_requests=2,
     )
@@ -181,6 +182,22 @@ def test_text_completions_take_text_or_token_ids(served):
     assert "".join(chunk.choices[0].text for chunk in complete("un été", stream=True)) == text
     with pytest.raises(openai.BadRequestError, match="token ids must be"):
         complete([10**6])
+
+
+def test_bias_and_penalties_reach_the_sampler(served):
+    biased = served.chat("adapted", max_tokens=6, logit_bias={"40": 100})
+    plain = served.chat("adapted", max_tokens=6)
+    pushed = served.chat(
+        "adapted", max_tokens=6, presence_penalty=2.0, extra_body={"repetition_penalty": 5.0}
+    )
+    assert len(set(biased.choices[0].message.content)) <= 2
+    texts = {answer.choices[0].message.content for answer in (biased, plain, pushed)}
+    assert len(texts) == 3
+
+
+def test_a_bias_on_a_token_that_does_not_exist_is_a_400(served):
+    with pytest.raises(openai.BadRequestError, match="logit_bias"):
+        served.chat("adapted", max_tokens=2, logit_bias={"999999": 1})
 
 
 def test_an_unknown_model_is_a_404_with_openais_envelope(served):

@@ -15,15 +15,22 @@ import farm.decode.runner as runner_module
 import farm.decode.verify as verify_module
 from farm.decode.control import make_control
 from farm.decode.engine import Engine, Request
+from farm.decode.penalties import Said, penalise
 from farm.decode.sampling import SamplingBatch, SamplingParams, distribution, draw
 from farm.decode.verify import Verdict
 from farm.draft.model import Draft
 from farm.target.forward import TargetForward
 from tests.farm.models import tiny_model, tiny_pair
 
+Options = dict[str, Any]
 NUM_SAMPLES, VOCAB, DEPTH, BATCH = 200_000, 4, 4, 20_000
+NUM_PENALISED = 10_000
 NUM_BAD_SAMPLES = 100_000  # enough to reject every decoder below
-SAMPLING = {"temperature": 0.5, "top_p": 0.98, "top_k": 3}
+SAMPLING: Options = {"temperature": 0.5, "top_p": 0.98, "top_k": 3}
+PENALISED: Options = {
+    "temperature": 0.8, "min_p": 0.1, "repetition_penalty": 1.3, "presence_penalty": 0.4,
+    "frequency_penalty": 0.5, "logit_bias": ((2, 0.7),),
+}  # fmt: skip
 SIZES = {"vocab": VOCAB, "hidden": 16, "layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
 
 Small = tuple[Any, TargetForward, Draft, Tensor]
@@ -36,7 +43,9 @@ def small() -> Small:
     return model, TargetForward.of(model), tiny_pair(**SIZES)[1], exact_joint(model)
 
 
-def sampled_counts(target: TargetForward, draft: Draft, num: int, control: str = "fixed-2") -> Tensor:
+def sampled_counts(
+    target: TargetForward, draft: Draft, num: int, control: str = "fixed-2", options: Options = SAMPLING
+) -> Tensor:
     """Counts of the first DEPTH answer tokens over `num` independent requests."""
     decides = make_control(control, 2)
     counts = torch.zeros(VOCAB**DEPTH, dtype=torch.int64)
@@ -51,26 +60,28 @@ def sampled_counts(target: TargetForward, draft: Draft, num: int, control: str =
             control=decides,
             prefill_tokens=2 * BATCH,
         )
-        done = engine.run(request(seed, DEPTH) for seed in range(first, first + BATCH))
+        done = engine.run(request(seed, DEPTH, options) for seed in range(first, first + BATCH))
         tokens = torch.tensor([completion.tokens for completion in done])
         cells = (tokens * VOCAB ** torch.arange(DEPTH - 1, -1, -1)).sum(dim=1)
         counts += torch.bincount(cells, minlength=VOCAB**DEPTH)
     return counts
 
 
-def request(seed: int, max_new_tokens: int) -> Request:
-    params = SamplingParams(**SAMPLING, seed=seed, max_new_tokens=max_new_tokens)  # type: ignore[arg-type]
+def request(seed: int, max_new_tokens: int, options: Options = SAMPLING) -> Request:
+    params = SamplingParams(**options, seed=seed, max_new_tokens=max_new_tokens)
     return Request(str(seed), (1, 2), params)
 
 
-def exact_joint(model: Any) -> Tensor:
+def exact_joint(model: Any, options: Options = SAMPLING) -> Tensor:
     """The target's own joint distribution of the same tokens, its logits by `transformers` in fp64."""
-    one = SamplingBatch.of([request(0, 1).params], [0])
+    params = request(0, 1, options).params
+    one = SamplingBatch.of([params], [0])
     model = model.double()
 
     def next_p(prefix: tuple[int, ...]) -> Tensor:
         with torch.no_grad():
-            return distribution(model(torch.tensor([[1, 2, *prefix]])).logits[:, -1], one)[0].double()
+            logits_V = model(torch.tensor([[1, 2, *prefix]])).logits[0, -1]
+        return distribution(penalise(logits_V, params, Said([1, 2, *prefix], 2), None)[None], one)[0].double()
 
     joint = torch.zeros((VOCAB,) * DEPTH, dtype=torch.float64)
     for prefix in itertools.product(range(VOCAB), repeat=DEPTH - 1):
@@ -101,6 +112,15 @@ def test_sampled_tokens_follow_the_targets_distribution(small: Small) -> None:
     distance = float((counts / NUM_SAMPLES - joint).abs().sum() / 2)
     bound = 0.5 * math.sqrt((VOCAB**DEPTH - 1) / NUM_SAMPLES) + math.sqrt(math.log(1e6) / (2 * NUM_SAMPLES))
     assert distance <= bound
+
+
+def test_penalties_bias_and_min_p_follow_the_targets_distribution_with_them(small: Small) -> None:
+    """Few rows a batch: penalties are worked out row by row."""
+    model, target, draft, joint = small
+    penalised = exact_joint(model, PENALISED)
+    counts = sampled_counts(target, draft, NUM_PENALISED, options=PENALISED)
+    assert p_value(counts, penalised) > 1e-4
+    assert p_value(counts, joint) < 1e-6
 
 
 @pytest.mark.parametrize("control", ["adaedl", "cost"])

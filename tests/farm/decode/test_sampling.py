@@ -130,5 +130,5 @@ def test_uniform_numbers_are_uniform_and_every_counter_matters() -> None:
     "wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"max_new_tokens": 0}]
 )
 def test_settings_without_meaning_are_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="needs"):
+    with pytest.raises(ValueError, match="has to be"):
         SamplingParams(**wrong)  # type: ignore[arg-type]
