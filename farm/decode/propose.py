@@ -10,7 +10,7 @@ from torch import Tensor
 
 from farm.decode.control import Control, Signal
 from farm.decode.sampling import DRAFT, SamplingBatch, distribution, draw
-from farm.draft.lean import LeanDraft
+from farm.draft.lean import LeanDraft, LeanHead
 from farm.draft.model import Draft, DraftHead
 from farm.layers.attention import causal_mask
 from farm.layers.cache import Rows, SlotCache
@@ -47,7 +47,7 @@ class DraftProposal:
 
 def run_draft(
     draft: Draft | LeanDraft,
-    head: DraftHead,
+    head: DraftHead | LeanHead,
     tokens_BT: Tensor,
     hidden_BTH: Tensor,
     rows: Rows,
@@ -56,12 +56,11 @@ def run_draft(
     """Predicted hidden states [B, T, H]; the draft's cache is extended at the rows' positions."""
     num_tokens = tokens_BT.shape[1]
     positions_BT = rows.positions(num_tokens, tokens_BT.device)
-    mask_B1TS = causal_mask(
-        positions_BT, rows.context(num_tokens), draft.config.num_heads // draft.config.num_kv_heads
-    )
+    group = draft.config.num_heads // draft.config.num_kv_heads
+    mask_B1TS = causal_mask(positions_BT, rows.context(num_tokens), group, hidden_BTH.dtype)
 
-    def remember(k_BTGD: Tensor, v_BTGD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        return *cache.update(0, rows, k_BTGD, v_BTGD), mask_B1TS
+    def remember(kv_BTPD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        return *cache.update(0, rows, kv_BTPD), mask_B1TS
 
     predicted: Tensor = draft(head.embed(tokens_BT), hidden_BTH, positions_BT, remember)
     return predicted
@@ -70,7 +69,7 @@ def run_draft(
 @torch.inference_mode()
 def propose(
     draft: Draft | LeanDraft,
-    head: DraftHead,
+    head: DraftHead | LeanHead,
     pending: Pending,
     cache: SlotCache,
     limit: int,
@@ -105,7 +104,9 @@ def propose(
 class _Chain:
     """Tokens drafted so far; a row that stopped gets padding while others go on."""
 
-    def __init__(self, head: DraftHead, control: Control, batch: SamplingBatch, num_rows: int) -> None:
+    def __init__(
+        self, head: DraftHead | LeanHead, control: Control, batch: SamplingBatch, num_rows: int
+    ) -> None:
         self._head, self._control, self._batch = head, control, batch
         self._lengths, self._going = [0] * num_rows, [True] * num_rows
         self.tokens: list[Tensor] = []
@@ -147,7 +148,7 @@ def _signal(q_BC: Tensor, what: Signal) -> list[float]:
     return values
 
 
-def _expand(q_BC: Tensor, head: DraftHead) -> Tensor:
+def _expand(q_BC: Tensor, head: DraftHead | LeanHead) -> Tensor:
     """q over the full vocabulary: 0 for every token outside the draft vocabulary."""
     if head.vocabulary_C is None:
         return q_BC

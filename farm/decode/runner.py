@@ -16,7 +16,7 @@ from farm.decode.propose import DraftProposal, Pending, propose, run_draft
 from farm.decode.sampling import ACCEPT, NEXT, SamplingBatch, distribution, draw
 from farm.decode.scheduler import LiveRequest, Move, Prefill
 from farm.decode.verify import Verdict, verify_greedy, verify_sampled
-from farm.draft.lean import LeanDraft
+from farm.draft.lean import LeanDraft, LeanHead
 from farm.draft.model import Draft, DraftHead
 from farm.layers.cache import Rows, SlotCache
 from farm.target.forward import TargetForward
@@ -62,13 +62,14 @@ class Runner:
             raise ValueError(f"max_length {max_length} exceeds the target's {target.max_positions} positions")
         self.target, self.max_drafted = target, max_drafted
         self.draft = None if draft is None else LeanDraft(draft)
-        vocabulary_C = None if self.draft is None else self.draft.vocabulary_C
-        self.head = DraftHead.of(target.embedding, target.head_weight, vocabulary_C)
+        self.head: LeanHead | None = None
         # A verification may write past the last token it keeps, a catch-up past the last one a row has.
         capacity = max_length + max_drafted + 1
         self.cache = target.new_cache(num_slots, capacity)
         self.draft_cache: SlotCache | None = None
-        if draft is not None:
+        if self.draft is not None and draft is not None:
+            pruned = DraftHead.of(target.embedding, target.head_weight, self.draft.vocabulary_C)
+            self.head = LeanHead(pruned, target.head)
             shape = (draft.config.num_kv_heads, draft.config.head_dim)
             draft_capacity = capacity + CATCH_UP
             self.draft_cache = SlotCache(1, num_slots, draft_capacity, shape, target.dtype, target.device)
@@ -100,7 +101,7 @@ class Runner:
         else:
             (row,), (end,) = prefill.rows, prefill.ends
             next_B = torch.tensor([row.tokens[end]], device=self.target.device)
-        if self.draft is not None and self.draft_cache is not None:
+        if self.draft is not None and self.head is not None and self.draft_cache is not None:
             shifted_BT = tokens_BT.roll(-1, dims=1).scatter(1, last_B[:, None], next_B[:, None])
             run_draft(self.draft, self.head, shifted_BT, hidden_BTH, rows, self.draft_cache)
         slots = slice(prefill.first, prefill.first + num_rows)
@@ -159,7 +160,7 @@ class Runner:
     def _propose(
         self, lengths: Sequence[int], limit: int, control: Control, batch: SamplingBatch
     ) -> DraftProposal:
-        if self.draft is None or self.draft_cache is None:
+        if self.draft is None or self.head is None or self.draft_cache is None:
             return DraftProposal.none(len(lengths), self.target.device)
         counts = self._pending_count[: len(lengths)]
         if limit == 0 and max(counts) < CATCH_UP:

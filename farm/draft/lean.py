@@ -1,4 +1,4 @@
-# B rows, T tokens, S positions read, H hidden, N query heads, G key/value heads, D head size, F expert width
+# B rows, T tokens, M = B T, S positions read, H hidden, N query heads, G key/value heads, D head size, F expert width
 """A draft as decoding runs it: the arithmetic of model.py with q/k/v and gate/up fused and no module calls.
 
 A draft step of a small model is bound by operators, not by bytes, and speculation pays only while k of them cost
@@ -12,29 +12,29 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from farm.draft.expert import Expert
-from farm.draft.model import Draft
+from farm.draft.model import Draft, DraftHead
 from farm.draft.trunk import Trunk
-from farm.layers.attention import attend, rotate
+from farm.layers.attention import attend, rotate, spare_values
+from farm.layers.dense import Dense, RmsNorm, swiglu
 
 
 @dataclass(frozen=True)
 class LeanExpert:
     """D(silu(G n) * (U n)) with G and U in one product."""
 
-    gate_up_weight: Tensor  # [2 F, H]
-    down_weight: Tensor  # [H, F]
+    gate_up: Dense  # [2 F, H]
+    down: Dense  # [H, F]
 
     @classmethod
     def of(cls, expert: Expert) -> LeanExpert:
         gate_up = torch.cat((expert.gate_proj.weight.detach(), expert.up_proj.weight.detach()))
-        return cls(gate_up, expert.down_proj.weight.detach())
+        return cls(Dense.of(gate_up), Dense.of(expert.down_proj.weight))
 
-    def __call__(self, normed_BTH: Tensor) -> Tensor:
-        gate, up = functional.linear(normed_BTH, self.gate_up_weight).chunk(2, dim=-1)
-        return functional.linear(functional.silu(gate) * up, self.down_weight)
+    def add_to(self, residual_MH: Tensor, normed_MH: Tensor) -> Tensor:
+        """residual + E(normed), the sum taken by the last product."""
+        return self.down.add_to(residual_MH, swiglu(normed_MH, self.gate_up))
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,10 @@ class LeanTrunk:
     """The fused weights of a trunk; drafts of one trunk share them."""
 
     trunk: Trunk
-    qkv_weight: Tensor  # [(N + 2 G) * D, H]
+    fc: Dense  # [H, 2 H]
+    qkv: Dense  # [(N + 2 G) * D, H]
+    out: Dense  # [H, N * D]
+    norm: RmsNorm
     shared_expert: LeanExpert
 
     @classmethod
@@ -50,8 +53,10 @@ class LeanTrunk:
         """The fused form of a trunk, made once; move the trunk to its device before."""
         if trunk.fused is None:
             projections = (trunk.q_proj, trunk.k_proj, trunk.v_proj)
-            qkv_weight = torch.cat([p.weight.detach() for p in projections])
-            trunk.fused = cls(trunk, qkv_weight, LeanExpert.of(trunk.shared_expert))
+            qkv = Dense.of(torch.cat([p.weight.detach() for p in projections]))
+            fc, out = Dense.of(trunk.fc.weight), Dense.of(trunk.o_proj.weight)
+            norm = RmsNorm.of(trunk.post_attention_layernorm.weight, trunk.config.rms_eps)
+            trunk.fused = cls(trunk, fc, qkv, out, norm, LeanExpert.of(trunk.shared_expert))
         fused: LeanTrunk = trunk.fused
         return fused
 
@@ -70,17 +75,33 @@ class LeanDraft:
         embedded_BTH: Tensor,
         hidden_BTH: Tensor,
         positions_BT: Tensor,
-        remember: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]],
+        remember: Callable[[Tensor], tuple[Tensor, Tensor, Tensor | None]],
     ) -> Tensor:
         """Predicted hidden state [B, T, H]; see Trunk.forward for the arguments."""
         trunk, (b, t, h) = self._lean.trunk, embedded_BTH.shape
         n, g, d = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
-        u_BTH = functional.linear(torch.cat((embedded_BTH, hidden_BTH), dim=-1), trunk.fc.weight)
-        qkv_BTND = functional.linear(u_BTH, self._lean.qkv_weight).view(b, t, n + 2 * g, d)
-        qk_BTND = rotate(qkv_BTND[:, :, : n + g], *trunk.rotary(positions_BT, u_BTH.dtype))
-        k_BSGD, v_BSGD, mask = remember(qk_BTND[:, :, n:], qkv_BTND[:, :, n + g :])
-        mixed = attend(qk_BTND[:, :, :n], k_BSGD, v_BSGD, mask)
-        a_BTH = u_BTH + functional.linear(mixed, trunk.o_proj.weight)
-        norm = trunk.post_attention_layernorm
-        n_BTH = functional.rms_norm(a_BTH, (h,), norm.weight, self.config.rms_eps)
-        return a_BTH + self._lean.shared_expert(n_BTH) + self._expert(n_BTH)
+        u_MH = self._lean.fc(torch.cat((embedded_BTH, hidden_BTH), dim=-1).view(b * t, 2 * h))
+        qkv_BTND = self._lean.qkv(u_MH).view(b, t, n + 2 * g, d)
+        cos_BT1D, sin_BT1D = trunk.rotary(positions_BT, u_MH.dtype)
+        tables = spare_values(cos_BT1D, n + g, g, 1.0), spare_values(sin_BT1D, n + g, g, 0.0)
+        qkv_BTND = rotate(qkv_BTND, *tables)
+        k_BSGD, v_BSGD, mask = remember(qkv_BTND[:, :, n:])
+        mixed_MX = attend(qkv_BTND[:, :, :n], k_BSGD, v_BSGD, mask).view(b * t, n * d)
+        a_MH = self._lean.out.add_to(u_MH, mixed_MX)
+        n_MH = self._lean.norm(a_MH)
+        a_MH = self._expert.add_to(self._lean.shared_expert.add_to(a_MH, n_MH), n_MH)
+        return a_MH.view(b, t, h)
+
+
+class LeanHead:
+    """A target's embedding and head as decoding uses them for a draft; like `DraftHead`, without gradients."""
+
+    def __init__(self, head: DraftHead, whole: Dense) -> None:
+        """`whole` is the target's own head, shared where the draft's vocabulary is not pruned."""
+        self.embedding_VH, self.vocabulary_C = head.embedding_VH, head.vocabulary_C
+        self.embed, self.token_ids = head.embed, head.token_ids
+        self._product = whole if head.vocabulary_C is None else Dense.of(head.weight_CH)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., C] of hidden states [..., H]."""
+        return self._product(hidden)

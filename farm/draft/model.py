@@ -32,7 +32,7 @@ class Draft(nn.Module):
         embedded_BTH: Tensor,
         hidden_BTH: Tensor,
         positions_BT: Tensor,
-        remember: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]],
+        remember: Callable[[Tensor], tuple[Tensor, Tensor, Tensor | None]],
     ) -> Tensor:
         """Predicted hidden state [B, T, H]; see Trunk.forward for the arguments."""
         residual_BTH, normed_BTH = self.trunk(embedded_BTH, hidden_BTH, positions_BT, remember)

@@ -1,4 +1,4 @@
-# B rows, T tokens, S positions read, H hidden, N query heads, G key/value heads, D head size
+# B rows, T tokens, S positions read, H hidden, N query heads, G key/value heads, P = 2 G, D head size
 """The part of a draft that all targets of a base share: fc, attention, norm and shared expert.
 
     u_t = W_f [e(x_{t+1}) ; h_t]            embedding first, no bias
@@ -51,11 +51,11 @@ class Trunk(nn.Module):
         embedded_BTH: Tensor,
         hidden_BTH: Tensor,
         positions_BT: Tensor,
-        remember: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]],
+        remember: Callable[[Tensor], tuple[Tensor, Tensor, Tensor | None]],
     ) -> tuple[Tensor, Tensor]:
         """Residual with the shared expert added, and its normed input, both [B, T, H].
 
-        `remember(k_BTGD, v_BTGD)` stores this step's keys and values and returns what may be read: keys and values
+        `remember(kv_BTPD)` stores this step's keys and then values and returns what may be read: keys and values
         [B, S, G, D] and a boolean mask [B, 1, R * T, S] or None. Serving passes the slot cache, training the unrolled
         form of it, so that one forward serves both.
         """
@@ -65,7 +65,8 @@ class Trunk(nn.Module):
         cos_BT1D, sin_BT1D = self.rotary(positions_BT, u_BTH.dtype)
         q_BTND = rotate(self.q_proj(u_BTH).view(b, t, n, d), cos_BT1D, sin_BT1D)
         k_BTGD = rotate(self.k_proj(u_BTH).view(b, t, g, d), cos_BT1D, sin_BT1D)
-        k_BSGD, v_BSGD, mask = remember(k_BTGD, self.v_proj(u_BTH).view(b, t, g, d))
+        kv_BTPD = torch.cat((k_BTGD, self.v_proj(u_BTH).view(b, t, g, d)), dim=2)
+        k_BSGD, v_BSGD, mask = remember(kv_BTPD)
         a_BTH = u_BTH + self.o_proj(attend(q_BTND, k_BSGD, v_BSGD, mask))
         n_BTH = self.post_attention_layernorm(a_BTH)
         return a_BTH + self.shared_expert(n_BTH), n_BTH

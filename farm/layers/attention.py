@@ -23,8 +23,20 @@ def plain_frequencies(head_dim: int, theta: float) -> Tensor:
 
 def rotate(x_BTND: Tensor, cos_BT1D: Tensor, sin_BT1D: Tensor) -> Tensor:
     """x rotated by its position; `sin` is negated in its first half (see `signed`), which saves a negation here."""
-    first, second = x_BTND.chunk(2, dim=-1)
+    half = x_BTND.shape[-1] // 2
+    first, second = x_BTND[..., :half], x_BTND[..., half:]
     return torch.addcmul(x_BTND * cos_BT1D, torch.cat((second, first), dim=-1), sin_BT1D)
+
+
+def spare_values(table_BT1D: Tensor, num_rotated: int, num_values: int, fill: float) -> Tensor:
+    """cos or sin for rotated heads followed by heads that stay as they are, [B, T, rotated + values, D].
+
+    `fill` is 1 for cos, 0 for sin. Keys and values leave one product side by side and so can be written at once.
+    """
+    b, t, _, d = table_BT1D.shape
+    as_is_BTND = torch.full((), fill, dtype=table_BT1D.dtype, device=table_BT1D.device)
+    rotated_BTND = table_BT1D.expand(b, t, num_rotated, d)
+    return torch.cat((rotated_BTND, as_is_BTND.expand(b, t, num_values, d)), dim=2)
 
 
 def signed(sin_SD: Tensor) -> Tensor:
@@ -33,15 +45,17 @@ def signed(sin_SD: Tensor) -> Tensor:
     return torch.cat((-first, second), dim=-1)
 
 
-def causal_mask(positions_BT: Tensor, context: int, group: int) -> Tensor | None:
-    """Boolean mask [B, 1, R * T, S] for `attend`: a query sees the positions up to its own; R = `group`.
+def causal_mask(positions_BT: Tensor, context: int, group: int, dtype: torch.dtype) -> Tensor | None:
+    """Mask [B, 1, R * T, S] for `attend`: a query sees the positions up to its own; R = `group`.
 
-    None where everything is visible: one row, one token.
+    Made of 0 and -inf, since a boolean one would be turned into that again in every layer. None where everything is
+    visible: one row, one token.
     """
     if positions_BT.shape == (1, 1):
         return None
-    mask_BTS = torch.arange(context, device=positions_BT.device) <= positions_BT[..., None]
-    return fold_mask(mask_BTS[:, None], group)
+    hidden_BTS = torch.arange(context, device=positions_BT.device) > positions_BT[..., None]
+    mask_BTS = torch.zeros(hidden_BTS.shape, dtype=dtype, device=positions_BT.device)
+    return fold_mask(mask_BTS.masked_fill_(hidden_BTS, -torch.inf)[:, None], group)
 
 
 def fold_mask(mask_B1TS: Tensor, group: int) -> Tensor:
@@ -50,7 +64,7 @@ def fold_mask(mask_B1TS: Tensor, group: int) -> Tensor:
 
 
 def attend(q_BTND: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax attention, [B, T, N * D]; `mask` is [B, 1, R * T, S] (see `fold_mask`).
+    """Softmax attention, [B, T, N * D]; `mask` is [B, 1, R * T, S], boolean or additive (see `fold_mask`).
 
     Heads of one group are folded into rows, so that each key/value head is read once and a batch stays one product.
     """

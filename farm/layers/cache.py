@@ -1,4 +1,4 @@
-# N slots, B rows in this call, T tokens, S positions read, G key/value heads, D head size
+# N slots, B rows in this call, T tokens, S positions read, G key/value heads, P = 2 G, D head size
 """Keys and values of a fixed number of sequences, addressed by slot and position.
 
 A row is rolled back by writing again at a smaller position: entries at or beyond a row's length are never read,
@@ -37,7 +37,7 @@ class Rows:
 
 
 class SlotCache:
-    """`num_layers` pairs of buffers [N, capacity, G, D]; `capacity` is in positions."""
+    """A buffer [N, capacity, 2 G, D] a layer, keys before values; `capacity` is in positions."""
 
     def __init__(
         self,
@@ -48,33 +48,29 @@ class SlotCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        size = (num_slots, capacity, *shape)
+        self.num_kv_heads, head_dim = shape
+        size = (num_slots, capacity, 2 * self.num_kv_heads, head_dim)
         self.capacity = capacity
-        self.keys = [torch.zeros(size, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.values = [torch.zeros(size, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.layers = [torch.zeros(size, dtype=dtype, device=device) for _ in range(num_layers)]
 
     @property
     def num_bytes(self) -> int:
-        return sum(buffer.nbytes for buffer in (*self.keys, *self.values))
+        return sum(buffer.nbytes for buffer in self.layers)
 
-    def update(self, layer: int, rows: Rows, k_BTGD: Tensor, v_BTGD: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes the rows' new entries and returns views of all they may read: keys and values [B, S, G, D]."""
-        num_rows, num_tokens = k_BTGD.shape[:2]
+    def update(self, layer: int, rows: Rows, kv_BTPD: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes the rows' new keys and values, and returns views of what they may read, [B, S, G, D] each."""
+        num_rows, num_tokens = kv_BTPD.shape[:2]
         end = rows.context(num_tokens)
         assert end <= self.capacity, f"position {end} exceeds the cache of {self.capacity}"
-        keys = self.keys[layer][rows.first : rows.first + num_rows]
-        values = self.values[layer][rows.first : rows.first + num_rows]
-        if len(set(rows.starts)) == 1:
-            keys[:, end - num_tokens : end] = k_BTGD
-            values[:, end - num_tokens : end] = v_BTGD
+        buffer = self.layers[layer][rows.first : rows.first + num_rows]
+        if num_rows == 1 or len(set(rows.starts)) == 1:
+            buffer[:, end - num_tokens : end] = kv_BTPD
         else:
-            rows_B1 = torch.arange(num_rows, device=keys.device)[:, None]
-            positions_BT = rows.positions(num_tokens, keys.device)
-            keys[rows_B1, positions_BT] = k_BTGD
-            values[rows_B1, positions_BT] = v_BTGD
-        return keys[:, :end], values[:, :end]
+            rows_B1 = torch.arange(num_rows, device=buffer.device)[:, None]
+            buffer[rows_B1, rows.positions(num_tokens, buffer.device)] = kv_BTPD
+        return buffer[:, :end, : self.num_kv_heads], buffer[:, :end, self.num_kv_heads :]
 
     def move(self, source: int, destination: int, length: int) -> None:
         """Copies the first `length` positions of one slot over another, so that live slots stay 0..B-1."""
-        for buffer in (*self.keys, *self.values):
+        for buffer in self.layers:
             buffer[destination, :length] = buffer[source, :length]

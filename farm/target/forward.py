@@ -1,4 +1,5 @@
-# B rows, T tokens, S positions read, H hidden, V vocab, N query heads, G key/value heads, D head size, F mlp width
+# B rows, T tokens, M = B T, S positions read, H hidden, V vocab, F mlp width
+# N query heads, G key/value heads, D head size
 """A lean forward for Llama, Qwen2 and Qwen3 checkpoints: post-norm hidden states out of a slot cache.
 
 `transformers` is the reference (a test compares the two). q/k/v and
@@ -22,8 +23,10 @@ from farm.layers.attention import (
     rotary_tables,
     rotate,
     signed,
+    spare_values,
 )
 from farm.layers.cache import Rows, SlotCache
+from farm.layers.dense import Dense, RmsNorm, swiglu
 
 SUPPORTED = ("llama", "qwen2", "qwen3")
 
@@ -32,16 +35,19 @@ SUPPORTED = ("llama", "qwen2", "qwen3")
 class Layer:
     """Weights of one decoder layer."""
 
-    input_norm_H: Tensor
-    qkv_weight: Tensor  # [(N + 2 G) * D, H]
-    qkv_bias: Tensor | None
-    q_norm_D: Tensor | None
-    k_norm_D: Tensor | None
-    out_weight: Tensor  # [H, N * D]
-    out_bias: Tensor | None
-    post_norm_H: Tensor
-    gate_up_weight: Tensor  # [2 F, H]
-    down_weight: Tensor  # [H, F]
+    input_norm: RmsNorm
+    qkv: Dense  # [(N + 2 G) * D, H]
+    q_norm: RmsNorm | None
+    k_norm: RmsNorm | None
+    out: Dense  # [H, N * D]
+    post_norm: RmsNorm
+    gate_up: Dense  # [2 F, H]
+    down: Dense  # [H, F]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its weights; biases and norms are a thousandth of them."""
+        return sum(part.num_bytes for part in (self.qkv, self.out, self.gate_up, self.down))
 
 
 class TargetForward:
@@ -72,9 +78,10 @@ class TargetForward:
         self.embedding: Tensor = placed["model.embed_tokens.weight"].view(self.vocab_size, self.hidden_size)
         tied = config.tie_word_embeddings or "lm_head.weight" not in placed
         self.head_weight: Tensor = self.embedding if tied else placed["lm_head.weight"]
+        self.head = Dense.of(self.head_weight)
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
-        self.norm_H: Tensor = placed["model.norm.weight"]
-        self.layers = [_fuse(placed, f"model.layers.{i}.") for i in range(config.num_hidden_layers)]
+        self.norm = RmsNorm.of(placed["model.norm.weight"], self.eps)
+        self.layers = [_fuse(placed, f"model.layers.{i}.", self.eps) for i in range(config.num_hidden_layers)]
         inv_freq, scaling = _rope(config, self.head_dim)
         # Slack for the drafted tokens that one verification may run past the last position.
         cos, sin = rotary_tables(inv_freq.to(device), self.max_positions + 64, scaling)
@@ -88,13 +95,12 @@ class TargetForward:
     @property
     def num_bytes(self) -> int:
         """Of weights in memory."""
-        tensors = [
-            self.embedding,
-            self.norm_H,
-            *([] if self.head_weight is self.embedding else [self.head_weight]),
-        ]
-        tensors += [value for layer in self.layers for value in vars(layer).values() if value is not None]
-        return sum(value.nbytes for value in tensors)
+        ends = self.embedding.nbytes
+        if self.head_weight is not self.embedding:
+            ends += self.head_weight.nbytes
+        if self.head.packed:  # beside the plain one, which drafts prune to their vocabulary
+            ends += self.head.num_bytes
+        return ends + sum(layer.num_bytes for layer in self.layers)
 
     def new_cache(self, num_slots: int, capacity: int) -> SlotCache:
         """A cache for `num_slots` sequences of at most `capacity` positions."""
@@ -106,41 +112,41 @@ class TargetForward:
         """Post-norm hidden states [B, T, H] of the tokens, each at its row's start + index; the cache is extended."""
         num_tokens = tokens_BT.shape[1]
         positions_BT = rows.positions(num_tokens, self.device)
-        cos_BT1D, sin_BT1D = self.cos[positions_BT].unsqueeze(2), self.sin[positions_BT].unsqueeze(2)
-        mask = causal_mask(positions_BT, rows.context(num_tokens), self.num_heads // self.num_kv_heads)
-        x_BTH = functional.embedding(tokens_BT, self.embedding)
+        n, g = self.num_heads + self.num_kv_heads, self.num_kv_heads
+        cos_BTND = spare_values(self.cos[positions_BT].unsqueeze(2), n, g, 1.0)
+        sin_BTND = spare_values(self.sin[positions_BT].unsqueeze(2), n, g, 0.0)
+        group = self.num_heads // self.num_kv_heads
+        mask = causal_mask(positions_BT, rows.context(num_tokens), group, self.dtype)
+        x_MH = functional.embedding(tokens_BT, self.embedding).view(-1, self.hidden_size)
         for index, layer in enumerate(self.layers):
-            x_BTH = self._layer(x_BTH, index, layer, (cos_BT1D, sin_BT1D, mask, rows, cache))
-        return functional.rms_norm(x_BTH, (self.hidden_size,), self.norm_H, self.eps)
+            x_MH = self._layer(x_MH, index, layer, (cos_BTND, sin_BTND, mask, rows, cache))
+        return self.norm(x_MH).view(*tokens_BT.shape, self.hidden_size)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits [..., V] of post-norm hidden states [..., H]."""
-        return functional.linear(hidden, self.head_weight)
+        return self.head(hidden.reshape(-1, self.hidden_size)).view(*hidden.shape[:-1], self.vocab_size)
 
     def _layer(
         self,
-        x_BTH: Tensor,
+        x_MH: Tensor,
         index: int,
         layer: Layer,
         context: tuple[Tensor, Tensor, Tensor | None, Rows, SlotCache],
     ) -> Tensor:
-        cos_BT1D, sin_BT1D, mask, rows, cache = context
-        b, t, _ = x_BTH.shape
+        cos_BTND, sin_BTND, mask, rows, cache = context
+        b, t = cos_BTND.shape[:2]
         n, g, d = self.num_heads, self.num_kv_heads, self.head_dim
-        normed_BTH = functional.rms_norm(x_BTH, (self.hidden_size,), layer.input_norm_H, self.eps)
-        qkv_BTND = functional.linear(normed_BTH, layer.qkv_weight, layer.qkv_bias).view(b, t, n + 2 * g, d)
-        qk_BTND, v_BTGD = qkv_BTND[:, :, : n + g], qkv_BTND[:, :, n + g :]
-        if layer.q_norm_D is not None and layer.k_norm_D is not None:
-            q_BTND = functional.rms_norm(qk_BTND[:, :, :n], (d,), layer.q_norm_D, self.eps)
-            k_BTGD = functional.rms_norm(qk_BTND[:, :, n:], (d,), layer.k_norm_D, self.eps)
-            qk_BTND = torch.cat((q_BTND, k_BTGD), dim=2)
-        qk_BTND = rotate(qk_BTND, cos_BT1D, sin_BT1D)
-        k_BSGD, v_BSGD = cache.update(index, rows, qk_BTND[:, :, n:], v_BTGD)
-        mixed = attend(qk_BTND[:, :, :n], k_BSGD, v_BSGD, mask)
-        x_BTH = x_BTH + functional.linear(mixed, layer.out_weight, layer.out_bias)
-        normed_BTH = functional.rms_norm(x_BTH, (self.hidden_size,), layer.post_norm_H, self.eps)
-        gate, up = functional.linear(normed_BTH, layer.gate_up_weight).chunk(2, dim=-1)
-        return x_BTH + functional.linear(functional.silu(gate) * up, layer.down_weight)
+        normed_MH = layer.input_norm(x_MH)
+        qkv_BTND = layer.qkv(normed_MH).view(b, t, n + 2 * g, d)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q_BTND, k_BTGD = layer.q_norm(qkv_BTND[:, :, :n]), layer.k_norm(qkv_BTND[:, :, n : n + g])
+            qkv_BTND = torch.cat((q_BTND, k_BTGD, qkv_BTND[:, :, n + g :]), dim=2)
+        qkv_BTND = rotate(qkv_BTND, cos_BTND, sin_BTND)
+        k_BSGD, v_BSGD = cache.update(index, rows, qkv_BTND[:, :, n:])
+        mixed_MX = attend(qkv_BTND[:, :, :n], k_BSGD, v_BSGD, mask).view(b * t, n * d)
+        x_MH = layer.out.add_to(x_MH, mixed_MX)
+        normed_MH = layer.post_norm(x_MH)
+        return layer.down.add_to(x_MH, swiglu(normed_MH, layer.gate_up))
 
 
 def unsupported_reason(config: Any) -> str | None:
@@ -169,18 +175,24 @@ def _rope(config: Any, head_dim: int) -> tuple[Tensor, float]:
     return inv_freq, float(scaling)
 
 
-def _fuse(weights: Mapping[str, Tensor], prefix: str) -> Layer:
+def _fuse(weights: Mapping[str, Tensor], prefix: str, eps: float) -> Layer:
     attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
     biases = [weights[f"{attention}{p}_proj.bias"] for p in "qkv" if f"{attention}{p}_proj.bias" in weights]
+    norms = {
+        p: RmsNorm.of(weights[f"{attention}{p}_norm.weight"], eps)
+        for p in "qk"
+        if f"{attention}{p}_norm.weight" in weights
+    }
     return Layer(
-        input_norm_H=weights[f"{prefix}input_layernorm.weight"],
-        qkv_weight=torch.cat([weights[f"{attention}{p}_proj.weight"] for p in "qkv"]),
-        qkv_bias=torch.cat(biases) if biases else None,
-        q_norm_D=weights.get(f"{attention}q_norm.weight"),
-        k_norm_D=weights.get(f"{attention}k_norm.weight"),
-        out_weight=weights[f"{attention}o_proj.weight"],
-        out_bias=weights.get(f"{attention}o_proj.bias"),
-        post_norm_H=weights[f"{prefix}post_attention_layernorm.weight"],
-        gate_up_weight=torch.cat([weights[f"{mlp}gate_proj.weight"], weights[f"{mlp}up_proj.weight"]]),
-        down_weight=weights[f"{mlp}down_proj.weight"],
+        input_norm=RmsNorm.of(weights[f"{prefix}input_layernorm.weight"], eps),
+        qkv=Dense.of(
+            torch.cat([weights[f"{attention}{p}_proj.weight"] for p in "qkv"]),
+            torch.cat(biases) if biases else None,
+        ),
+        q_norm=norms.get("q"),
+        k_norm=norms.get("k"),
+        out=Dense.of(weights[f"{attention}o_proj.weight"], weights.get(f"{attention}o_proj.bias")),
+        post_norm=RmsNorm.of(weights[f"{prefix}post_attention_layernorm.weight"], eps),
+        gate_up=Dense.of(torch.cat([weights[f"{mlp}gate_proj.weight"], weights[f"{mlp}up_proj.weight"]])),
+        down=Dense.of(weights[f"{mlp}down_proj.weight"]),
     )

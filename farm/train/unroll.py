@@ -1,4 +1,4 @@
-# B rows, T draft positions, H hidden, G key/value heads, D head size, S = (s + 1) T keys read at step s
+# B rows, T draft positions, H hidden, G key/value heads, P = 2 G, D head size, S = (s + 1) T keys read at step s
 """A draft unrolled over its own predictions, in the form that serving has (HASS 2408.15766, EAGLE-3 2503.01840).
 
 Tokens x_0 .. x_{L-1}, true hidden states h_0 .. h_{L-2}. Step s at index t continues a round that began at t:
@@ -31,15 +31,14 @@ def unroll(draft: Draft, embedded_BTH: Tensor, hidden_BTH: Tensor, num_steps: in
     causal_TT = index_T <= index_T[:, None]
     own_TT = index_T == index_T[:, None]
     group = draft.config.num_heads // draft.config.num_kv_heads
-    keys: list[Tensor] = []
-    values: list[Tensor] = []
+    seen: list[Tensor] = []
 
-    def remember(k_BTGD: Tensor, v_BTGD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        keys.append(k_BTGD)
-        values.append(v_BTGD)
-        mask_TS = torch.cat((causal_TT, *[own_TT] * (len(keys) - 1)), dim=1)
+    def remember(kv_BTPD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        seen.append(kv_BTPD)
+        mask_TS = torch.cat((causal_TT, *[own_TT] * (len(seen) - 1)), dim=1)
         mask_B1TS = mask_TS.expand(num_rows, 1, length, mask_TS.shape[1])
-        return torch.cat(keys, dim=1), torch.cat(values, dim=1), fold_mask(mask_B1TS, group)
+        k_BSGD, v_BSGD = torch.cat(seen, dim=1).chunk(2, dim=2)
+        return k_BSGD, v_BSGD, fold_mask(mask_B1TS, group)
 
     predicted: list[Tensor] = []
     for step in range(num_steps):

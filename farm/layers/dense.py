@@ -1,0 +1,95 @@
+# M rows, X inputs, Y outputs, H hidden, F mlp width
+"""Linear maps, norm and gated product as decoding runs them, without gradients.
+
+A decoding step reads every weight for a handful of rows, so it lives on how fast weights are read. On a CPU oneDNN
+reads its own blocked layout about twice as fast as a row-major matrix; the layout is made once, when a model is opened.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+PACKED_ABOVE_BYTES = (
+    512 * 2**10
+)  # smaller weights stay in a cache, where calling oneDNN costs more than it gains
+
+
+@dataclass(frozen=True)
+class Dense:
+    """y = x W^T + b. `weight` is W^T [X, Y], a view of the checkpoint's tensor, or opaque where `packed`."""
+
+    weight: Tensor
+    bias: Tensor | None
+    packed: bool
+    num_bytes: int
+
+    @classmethod
+    def of(cls, weight_YX: Tensor, bias_Y: Tensor | None = None) -> Dense:
+        """Packs a large weight on the CPU; the caller's tensor may then be dropped."""
+        weight_YX = weight_YX.detach()
+        pays = weight_YX.nbytes > PACKED_ABOVE_BYTES and weight_YX.device.type == "cpu"
+        if not (pays and can_pack(weight_YX.dtype)):
+            return cls(weight_YX.t(), bias_Y, False, weight_YX.nbytes)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight_YX.contiguous(), 1)
+        return cls(packed, bias_Y, True, weight_YX.nbytes)
+
+    def __call__(self, x_MX: Tensor) -> Tensor:
+        """[M, Y] of x [M, X]."""
+        if self.packed:
+            out: Tensor = torch.ops.mkldnn._linear_pointwise(x_MX, self.weight, self.bias, "none", [], "")
+            return out
+        if self.bias is not None:
+            return torch.addmm(self.bias, x_MX, self.weight)
+        return torch.mm(x_MX, self.weight)
+
+    def add_to(self, residual_MY: Tensor, x_MX: Tensor) -> Tensor:
+        """residual + x W^T + b, the sum taken by the product."""
+        if self.packed:
+            out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(
+                x_MX, residual_MY, self.weight, self.bias, "add"
+            )
+            return out
+        if self.bias is not None:
+            residual_MY = residual_MY + self.bias
+        return torch.addmm(residual_MY, x_MX, self.weight)
+
+
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this build of torch and this processor have oneDNN's linear for the dtype."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and supported)
+
+
+@dataclass(frozen=True)
+class RmsNorm:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467); the root in float32."""
+
+    weight_H: Tensor
+    eps: float
+    by_norm: bool  # in float32 on the CPU: fewer operators than the library's composite has
+
+    @classmethod
+    def of(cls, weight_H: Tensor, eps: float) -> RmsNorm:
+        by_norm = weight_H.dtype == torch.float32 and weight_H.device.type == "cpu"
+        size = weight_H.shape[0]
+        # x / sqrt(|x|^2 / H + eps) is sqrt(H) x / sqrt(|x|^2 + H eps): the first factor goes into the weight.
+        weight_H = weight_H.detach()
+        return cls(weight_H * size**0.5, eps * size, True) if by_norm else cls(weight_H, eps, False)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self.by_norm:
+            return functional.rms_norm(x, self.weight_H.shape, self.weight_H, self.eps)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x.mul(norm.mul_(norm).add_(self.eps).rsqrt_()).mul_(self.weight_H)
+
+
+def swiglu(x_MX: Tensor, gate_up: Dense) -> Tensor:
+    """silu(x G) * (x U) [M, F]; gate and up are one product."""
+    gate_MF, up_MF = gate_up(x_MX).chunk(2, dim=-1)
+    return functional.silu(gate_MF) * up_MF
