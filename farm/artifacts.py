@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from pydantic import BaseModel
 
@@ -13,6 +13,7 @@ from farm.errors import UserError
 from farm.store import ObjectStore
 
 _MANIFEST = "manifest.json"
+TRUNK: Final = "trunk"  # the one stage whose output other parts than the fleet look for
 
 
 @dataclass(frozen=True)

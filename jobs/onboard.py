@@ -5,16 +5,16 @@ in the manifest. The last line names the report.
 """
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from farm.config import UserError, load_manifest
+from farm.config import load_manifest
 from farm.evaluate.report import terminal_table
 from farm.fleet.onboard import exit_code, onboard, plan_onboarding
 from farm.fleet.session import connect
+from jobs.options import ManifestPath, Overrides, mistakes_exit
 
 LOG_WIDTH = 150  # of a job's log, where no terminal says how wide it is
 
@@ -23,26 +23,21 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def main(
-    manifest: Annotated[Path, typer.Argument(help="The family's manifest.yaml.")],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="a.b=value, or name=value for ${name}.")
-    ] = None,
+    manifest: ManifestPath,
+    overrides: Overrides = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan and its cost; run nothing.")
     ] = False,
 ) -> None:
     """Regenerate, adapt, evaluate and publish every target of the manifest that is not done yet."""
     console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
-    try:
+    with mistakes_exit():
         settled = load_manifest(manifest, overrides or ())
         if dry_run:
             console.print(plan_onboarding(settled))
             return
         with connect():
             report, folder = onboard(settled, say=console.print)
-    except UserError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
-        raise typer.Exit(2) from None
     console.print(terminal_table(report))
     console.print(f"report: {folder}/report.json", markup=False, soft_wrap=True)
     raise typer.Exit(exit_code(report))

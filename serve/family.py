@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from farm.artifacts import Artifacts
+from farm.artifacts import TRUNK, Artifacts
 from farm.config import Dtype, TargetSpec, UserError
 from farm.draft.checkpoint import (
     CONFIG_FILE,
@@ -28,7 +28,6 @@ from farm.target.load import LoadedTarget, load_target
 Module = TypeVar("Module", Trunk, Expert)
 log = logging.getLogger("ray.serve")
 LOAD_ERRORS = (ValueError, KeyError, OSError, RuntimeError)  # with UserError and NotFound
-TRUNK_STAGE = "trunk"
 BASE_DRAFT, PLAIN = "base", "plain"
 
 
@@ -103,7 +102,7 @@ class Family:
             return None
 
     def _read_trunk(self, key: str) -> SharedTrunk:
-        artifact = self._artifacts.find(TRUNK_STAGE, key)
+        artifact = self._artifacts.find(TRUNK, key)
         if artifact is None:
             raise UserError(f"trunk {key} is not in this store; run `farm onboard` again")
         config = read_config(self._artifacts.path(artifact, CONFIG_FILE).parent)

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from farm.artifacts import Artifacts
+from farm.artifacts import TRUNK, Artifacts
 from farm.config import Manifest, TargetSpec, UserError
 from farm.data.prompts import load_prompts, split_rows
+from farm.draft.checkpoint import EXPERT_FILE
 from farm.draft.model import Draft
 from farm.evaluate.bench import PromptIds
-from farm.evaluate.published import EXPERT_FILE, TRUNK_STAGE
 from farm.evaluate.target import OpenTrunk, encode_prompts, open_target
 from farm.registry import Registry
 from farm.store import open_store
@@ -45,7 +45,7 @@ def members(manifest: Manifest, names: Sequence[str]) -> Iterator[Member]:
     store = open_store(manifest.store)
     registry, artifacts = Registry(store), Artifacts(store)
     key = registry.family()["trunk_key"]
-    trunk = artifacts.find(TRUNK_STAGE, key)
+    trunk = artifacts.find(TRUNK, key)
     if trunk is None:
         raise UserError(f"{store.uri}: the family's trunk {key} is gone; run `farm onboard` again")
     known = {spec.name: spec for spec in manifest.targets}

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from farm.artifacts import Artifacts
+from farm.artifacts import TRUNK, Artifacts
 from farm.config import Manifest, TargetSpec, UserError
 from farm.data.prompts import load_prompts
+from farm.draft.checkpoint import EXPERT_FILE
 from farm.evaluate.provenance import hardware
 from farm.evaluate.target import EvaluateTask, evaluate_target
 from farm.registry import Registry
 from farm.store import open_store
 from farm.target.load import placement
 
-TRUNK_STAGE, EXPERT_FILE = "trunk", "expert.safetensors"
 BASE = "base"
 
 
@@ -26,7 +26,7 @@ def evaluate_published(manifest: Manifest, target: str, prompts: str) -> dict[st
     store = open_store(manifest.store)
     registry, artifacts = Registry(store), Artifacts(store)
     trunk_key = registry.family()["trunk_key"]
-    trunk = artifacts.find(TRUNK_STAGE, trunk_key)
+    trunk = artifacts.find(TRUNK, trunk_key)
     if trunk is None:
         raise UserError(f"{store.uri}: the family's trunk {trunk_key} is gone; run `farm onboard` again")
     spec = _spec(manifest, target)

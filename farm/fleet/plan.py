@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from farm.artifacts import TRUNK as TRUNK
 from farm.artifacts import Artifacts, key_of
 from farm.config import Manifest, Refused, RegenerateSettings, TargetSpec, UserError, dump
 from farm.data.prompts import Prompt, load_prompts, split_rows
 from farm.fleet.answers import ANSWERS, AnswersJob, answers_key, settings_key
 
 ADAPT: Literal["adapt"] = "adapt"
-TRUNK: Literal["trunk"] = "trunk"
 EVALUATE = "evaluate"
 TRUNK_FILE, EXPERT_FILE = "trunk.safetensors", "expert.safetensors"
 TRUNK_FILES = ("draft.json", TRUNK_FILE, EXPERT_FILE)

@@ -9,6 +9,7 @@ from typing import Any
 
 from farm.artifacts import Artifact, Artifacts
 from farm.config import dump
+from farm.evaluate.gate import promotes
 from farm.evaluate.provenance import git_sha, versions
 from farm.evaluate.records import Decision
 from farm.fleet.plan import ADAPT, EXPERT_FILE, Plan, TargetPlan
@@ -46,8 +47,9 @@ def publish(
     interval, least = evaluation.manifest["row"]["gain_interval"], plan.manifest.evaluate.min_gain
     if live is not None and live.version == version.version:
         return Verdict("promoted", f"live since it was promoted: gain above {least:g}", version.version)
-    if interval is None or interval[0] is None or interval[0] <= least:
-        low = "unknown" if interval is None or interval[0] is None else f"{interval[0]:.3f}"
+    measured = interval is not None and None not in interval
+    if not (measured and promotes(interval, least)):
+        low = f"{interval[0]:.3f}" if measured else "unknown"
         return Verdict(
             "kept", f"lower bound of the gain in tau is {low}, not above {least:g}", version.version
         )

@@ -1,7 +1,7 @@
 """A target's own stages, in order. Each one asks the store first and starts work only for what is missing."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,12 +63,12 @@ def regenerate_answers(run: Run) -> None:
 
 def adapt(run: Run, trunk: Artifact) -> None:
     """Fit every remaining target's private expert, a bounded number of runs at a time."""
-    jobs: dict[str, tuple[TrainJob]] = {}
+    jobs: dict[str, TrainJob] = {}
     shared = _shared(run, trunk)
     for target in run.remaining:
         found = run.artifacts.find(ADAPT, target.adapt_key)
         if found is None:
-            jobs[target.name] = (_adapt_job(run, target, shared),)
+            jobs[target.name] = _adapt_job(run, target, shared)
         else:
             _adapted(run, target.name, found)
 
@@ -76,8 +76,9 @@ def adapt(run: Run, trunk: Artifact) -> None:
         run.board.update(name, stage="adapt")
         run.say(f"{name}: adapting")
 
-    width = runs_at_once(run.manifest.resources.adapt)
-    for outcome in run_bounded(jobs, train, width, started, max_retries=run.attempts.driver):
+    width = max(1, min(runs_at_once(run.manifest.resources.adapt), len(jobs)))
+    specs = {name: (replace(job, at_once=width),) for name, job in jobs.items()}
+    for outcome in run_bounded(specs, train, width, started, max_retries=run.attempts.driver):
         if outcome.error is not None:
             run.fail(outcome.name, outcome.error)
         else:

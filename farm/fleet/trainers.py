@@ -49,12 +49,12 @@ class TrainJob:
     resources: AdaptResources
     attempts: Attempts
     record: Mapping[str, Any]  # goes into the artifact's manifest
+    at_once: int = 1  # runs side by side
 
     @property
     def num_threads(self) -> int:
         """Of one worker: the cores, shared by the workers that run at the same time."""
-        at_once = self.resources.workers * (self.resources.parallel if self.stage == ADAPT else 1)
-        return max(1, (os.cpu_count() or 1) // at_once)
+        return max(1, (os.cpu_count() or 1) // (self.resources.workers * self.at_once))
 
     @property
     def run_name(self) -> str:
