@@ -4,12 +4,15 @@ Whoever can read the store can read the progress; no actor has to be alive to an
 Layout: `status/<run_id>/<target>.json`.
 """
 
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Literal
 
 from rich.console import Console
 from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -36,7 +39,7 @@ class StageSpan(Strict):
 
 
 class TargetStatus(Strict):
-    """What is known of one target in one run. `rows_*` belong to the current stage."""
+    """What is known of one target in one run. `rows_*` belong to the current stage: prompts, or training steps."""
 
     run_id: str
     target: str
@@ -197,6 +200,45 @@ def watch(
             if all(record.finished for record in statuses):
                 return
             time.sleep(interval_s)
+
+
+@contextmanager
+def progress_bars(
+    store: ObjectStore, run_id: str, console: Console, interval_s: float = 1.0
+) -> Iterator[None]:
+    """While the block runs, a bar on a terminal for each target that works off a known number of rows or steps."""
+    if not console.is_terminal:
+        yield
+        return
+    columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bars:
+        ended = threading.Event()
+        thread = threading.Thread(target=_follow, args=(store, run_id, bars, ended, interval_s), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+
+def _follow(
+    store: ObjectStore, run_id: str, bars: Progress, ended: threading.Event, interval_s: float
+) -> None:
+    shown: dict[str, tuple[str, TaskID]] = {}  # by target: the stage whose bar it has
+    while not ended.wait(interval_s):
+        for record in read_status(store, run_id):
+            stage, task = shown.get(record.target, ("", None))
+            if task is not None and (record.stage != stage or record.finished):
+                bars.remove_task(task)
+                del shown[record.target]
+                task = None
+            if record.rows_total is None or record.finished:
+                continue
+            if task is None:
+                task = bars.add_task(f"{record.target}: {record.stage}", total=record.rows_total)
+                shown[record.target] = (record.stage, task)
+            bars.update(task, completed=record.rows_done or 0)
 
 
 _FRESH = {"stage": WAITING, "rows_done": None, "rows_total": None, "error": None, "decision": None}

@@ -142,11 +142,14 @@ def status(
 def _onboard(manifest: Manifest) -> str:
     """Runs the onboarding, prints its table and returns the URI of the report's folder."""
     from farm.evaluate.report import terminal_table
+    from farm.fleet.onboard import new_run_id
     from farm.fleet.onboard import onboard as run
     from farm.fleet.session import connect
+    from farm.status import progress_bars
 
-    with connect():
-        report, folder = run(manifest, console.print)
+    run_id = new_run_id()
+    with connect(), progress_bars(open_store(manifest.store), run_id, console):
+        report, folder = run(manifest, console.print, run_id=run_id)
     console.print(terminal_table(report))
     return folder
 

@@ -24,6 +24,7 @@ from farm.draft.model import Draft
 from farm.target.forward import TargetForward
 
 PREFILL_TOKENS = 512
+OFFLINE_PREFILL_TOKENS = 4096  # where nobody waits for the next token
 
 
 @dataclass(frozen=True)

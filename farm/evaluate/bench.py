@@ -5,13 +5,13 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from farm.decode.engine import Engine, Request
+from farm.decode.engine import OFFLINE_PREFILL_TOKENS, Engine, Request
 from farm.decode.sampling import SamplingParams
 from farm.decode.stats import DecodeStats
 from farm.draft.model import Draft
@@ -64,6 +64,7 @@ def measure_tau(
     engine = Engine(
         target.forward, target.stop_ids, draft,
         num_slots=min(NUM_SLOTS, len(prompts)), max_length=max_length, k=k,
+        prefill_tokens=OFFLINE_PREFILL_TOKENS,
     )  # fmt: skip
     done = engine.run(Request(str(i), ids, _seeded(params, i)) for i, ids in enumerate(prompts))
     counts = tuple(PromptCounts(completion.stats.emitted, completion.stats.rounds) for completion in done)
@@ -110,9 +111,7 @@ def measure_speed(
 
 
 def _seeded(params: SamplingParams, index: int) -> SamplingParams:
-    return SamplingParams(
-        params.temperature, params.top_p, params.top_k, params.seed + index, params.max_new_tokens
-    )
+    return replace(params, seed=params.seed + index)
 
 
 def _arm(

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -123,13 +122,16 @@ def _pool(resources: RegenerateResources, num_rows: int) -> ActorPoolStrategy:
 
 @contextmanager
 def _data_context() -> Iterator[DataContext]:
-    """Ray Data's process-wide context with bars on a terminal only; as it was before when the block ends."""
+    """Ray Data's process-wide context without its bars; as it was before when the block ends.
+
+    The farm's own bars show the rows of each target, whichever stage they are in.
+    """
     context = DataContext.get_current()
     before: Mapping[str, Any] = {
         name: getattr(context, name) for name in ("enable_progress_bars", "print_on_execution_start")
     }
-    context.enable_progress_bars = sys.stderr.isatty()
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # else it says that its bars are off
     context.print_on_execution_start = False
     try:
         with warnings.catch_warnings():

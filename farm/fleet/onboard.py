@@ -46,7 +46,7 @@ def onboard(
     """
     check_cluster(manifest)
     store = open_store(manifest.store)
-    run_id = run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    run_id = run_id or new_run_id()
     run = Run(run_id, _plan(manifest, Artifacts(store)), store, say, attempts or Attempts())
     run.board.open(target.name for target in manifest.targets)
     say(f"run {run_id}: {len(manifest.targets)} targets, store {store.uri}")
@@ -57,6 +57,11 @@ def onboard(
         _run_stages(run)
     report = _report(run)
     return report, _put_report(store, report)
+
+
+def new_run_id() -> str:
+    """Sorts by time; two runs that start in one second still differ."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
 def train_trunk(manifest: Manifest, say: Say) -> tuple[Path, float | None]:

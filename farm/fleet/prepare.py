@@ -71,6 +71,7 @@ def _train_trunk(run: Run) -> Artifact:
         trunk=None,
         resources=run.manifest.resources.adapt,
         attempts=run.attempts,
+        shown_as=(run.run_id, tuple(target.name for target in run.remaining)),
         record={
             "settings": dump(settings),
             "answers_key": job.key,

@@ -130,6 +130,7 @@ def _adapt_job(run: Run, target: TargetPlan, shared: _Shared) -> TrainJob:
         trunk=(shared.revision, str(shared.folder / TRUNK_FILE)),
         resources=run.manifest.resources.adapt,
         attempts=run.attempts,
+        shown_as=(run.run_id, (target.name,)),
         record={
             "target": target.name,
             "settings": dump(settings),

@@ -19,12 +19,14 @@ from farm.artifacts import Artifact, Artifacts
 from farm.config import AdaptResources
 from farm.fleet.plan import ADAPT, EXPERT_FILE, TRUNK_FILES
 from farm.fleet.session import WORKER_VARIABLES
+from farm.status import StatusBoard
 from farm.store import open_store
 
 if TYPE_CHECKING:
     from farm.train.loop import FitTask
 
 CURVE_FILE = "curve.json"
+STATUS_EVERY_S = 1.0
 RUN_VARIABLE = "FARM_RUN"  # names the run in its workers' environment, for whoever looks at the processes
 
 
@@ -50,6 +52,9 @@ class TrainJob:
     attempts: Attempts
     record: Mapping[str, Any]  # goes into the artifact's manifest
     at_once: int = 1  # runs side by side
+    shown_as: tuple[str, tuple[str, ...]] | None = (
+        None  # run id and targets on whose records its steps are shown
+    )
 
     @property
     def num_threads(self) -> int:
@@ -72,14 +77,36 @@ def train_worker(config: dict[Any, Any]) -> Any:
 
     task, trunk_file, checkpoint = config["task"], config["trunk"], get_checkpoint()
     torch.set_num_threads(config["num_threads"])
+    options = {"report": _report, "steps_done": _steps_done(config["store"], config["shown_as"])}
     with tempfile.TemporaryDirectory() as folder:
         resume = Path(checkpoint.to_directory(folder)) if checkpoint else None
         if trunk_file is None:
-            result = fit(task, trunk=None, resume=resume, report=_report)
+            result = fit(task, trunk=None, resume=resume, **options)
         else:
             with borrow_trunk(*trunk_file) as trunk:
-                result = fit(task, trunk=trunk, resume=resume, report=_report)
+                result = fit(task, trunk=trunk, resume=resume, **options)
     return asdict(result)
+
+
+def _steps_done(
+    store: str, shown_as: tuple[str, tuple[str, ...]] | None
+) -> Callable[[int, int], None] | None:
+    """Writes the steps that rank 0 has taken to the status records, at most one write in STATUS_EVERY_S."""
+    from ray.train import get_context
+
+    if shown_as is None or get_context().get_world_rank() != 0:
+        return None
+    run_id, targets = shown_as
+    board, last = StatusBoard(open_store(store), run_id), [0.0]
+
+    def show(done: int, of: int) -> None:
+        if done < of and time.monotonic() - last[0] < STATUS_EVERY_S:
+            return
+        last[0] = time.monotonic()
+        for target in targets:
+            board.update(target, rows_done=done, rows_total=of)
+
+    return show
 
 
 def _report(metrics: dict[str, float], save: Callable[[Path], None] | None) -> None:
@@ -131,7 +158,13 @@ def _trainer(job: TrainJob) -> Any:
     each = {"CPU": 1.0, **({"GPU": resources.gpus_per_worker} if on_gpu else {})}
     return TorchTrainer(
         train_worker,
-        train_loop_config={"task": job.task, "trunk": job.trunk, "num_threads": job.num_threads},
+        train_loop_config={
+            "task": job.task,
+            "trunk": job.trunk,
+            "num_threads": job.num_threads,
+            "store": job.store,
+            "shown_as": job.shown_as,
+        },
         scaling_config=ScalingConfig(
             num_workers=resources.workers, use_gpu=on_gpu, resources_per_worker=each
         ),

@@ -30,6 +30,7 @@ CURVE_POINTS = 100
 
 Save = Callable[[Path], None]
 Report = Callable[[dict[str, float], Save | None], None]
+StepsDone = Callable[[int, int], None]  # steps taken, of all
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,18 @@ class FitResult:
 
 
 def fit(
-    task: FitTask, *, trunk: Mapping[str, Tensor] | None, resume: Path | None, report: Report
+    task: FitTask,
+    *,
+    trunk: Mapping[str, Tensor] | None,
+    resume: Path | None,
+    report: Report,
+    steps_done: StepsDone | None = None,
 ) -> FitResult:
     """Trains to the end of the schedule; every rank calls `report` equally often, the last time with the result.
 
     `report(metrics, save)` is called every `save_every` steps: `save(folder)` has to be called by every rank and is
-    written by rank 0. `resume` is such a folder. Raises UserError when the shards hold nothing to train on, or when
-    a frozen trunk changed.
+    written by rank 0. `resume` is such a folder. `steps_done` is called about a hundred times in all. Raises UserError
+    when the shards hold nothing to train on, RuntimeError when a frozen trunk changed.
     """
     rank, world = distributed.get_rank(), distributed.get_world_size()
     device = _device()
@@ -101,6 +107,8 @@ def fit(
         if logged is not None:
             metrics = logged
             curve.append((step, metrics["loss"]))
+            if steps_done is not None:
+                steps_done(step + 1, num_steps)
         step += 1
         if step % task.settings.save_every == 0 and step < num_steps:
             report({"step": float(step), **metrics}, save)

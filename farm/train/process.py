@@ -8,11 +8,15 @@ from pathlib import Path
 
 from torch import Tensor, distributed
 
-from farm.train.loop import FitResult, FitTask, Save, fit
+from farm.train.loop import FitResult, FitTask, Save, StepsDone, fit
 
 
 def fit_in_process(
-    task: FitTask, trunk: Mapping[str, Tensor] | None, folder: Path, resume: Path | None = None
+    task: FitTask,
+    trunk: Mapping[str, Tensor] | None,
+    folder: Path,
+    resume: Path | None = None,
+    steps_done: StepsDone | None = None,
 ) -> FitResult:
     """Runs `fit` and leaves its last checkpoint, the result included, in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -24,4 +28,4 @@ def fit_in_process(
         if save is not None:
             save(folder)
 
-    return fit(task, trunk=trunk, resume=resume, report=report)
+    return fit(task, trunk=trunk, resume=resume, report=report, steps_done=steps_done)

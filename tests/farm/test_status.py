@@ -1,13 +1,14 @@
 """Progress survives killed runs, concurrent writers and hostile text."""
 
 import io
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from farm.status import StatusBoard, latest_run, read_status, status_table, watch
+from farm.status import StatusBoard, latest_run, progress_bars, read_status, status_table, watch
 from farm.store import ObjectStore, open_store
 
 
@@ -144,3 +145,31 @@ def test_watching_ends_when_every_target_has_its_decision(store: ObjectStore) ->
     watch(store, "run", live, console=Console(width=120, file=output), interval_s=0.01)
     assert len(waits) == 4
     assert "kept" in output.getvalue()
+
+
+def test_a_bar_follows_the_rows_of_each_target_and_goes_with_its_stage(store: ObjectStore) -> None:
+    board = StatusBoard(store, "run")
+    board.open(["math", "code"])
+    console = Console(width=100, file=io.StringIO(), force_terminal=True, color_system=None)
+    with progress_bars(store, "run", console, interval_s=0.02):
+        board.update("math", stage="adapt", rows_done=3, rows_total=8)
+        board.update("code", stage="evaluate")
+        time.sleep(0.5)
+        between = console.file.getvalue()  # type: ignore[attr-defined]
+        board.update("math", stage="evaluate")
+        time.sleep(0.5)
+        console.file.truncate(0)
+        time.sleep(0.3)
+    assert "math: adapt" in between
+    assert "3/8" in between
+    assert "code" not in between
+    assert "math" not in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_nothing_is_drawn_where_there_is_no_terminal(store: ObjectStore) -> None:
+    console = Console(width=100, file=io.StringIO())
+    board = StatusBoard(store, "run")
+    with progress_bars(store, "run", console, interval_s=0.02):
+        board.update("math", stage="adapt", rows_done=3, rows_total=8)
+        time.sleep(0.1)
+    assert console.file.getvalue() == ""  # type: ignore[attr-defined]

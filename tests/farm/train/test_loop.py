@@ -114,6 +114,14 @@ def test_bfloat16_products_train_float32_weights_towards_the_same_loss(task: Fit
     assert {value.dtype for value in weights.values()} == {torch.float32}
 
 
+def test_steps_are_counted_to_the_end_of_the_schedule(task: FitTask, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    folder = tmp_path / "out"
+    fit_in_process(task, trunk_of(task), folder, steps_done=lambda done, of: seen.append((done, of)))
+    assert [done for done, _ in seen] == [1, 2, 3, 4, 5, 6]
+    assert {of for _, of in seen} == {6}
+
+
 class Killed(Exception):
     """Stands for the end of the process, right after a checkpoint was written."""
 
