@@ -54,15 +54,14 @@ def run_draft(
     cache: SlotCache,
 ) -> Tensor:
     """Predicted hidden states [B, T, H]; the draft's cache is extended at the rows' positions."""
-    num_tokens = tokens_BT.shape[1]
-    positions_BT = rows.positions(num_tokens, tokens_BT.device)
+    window = cache.window(rows, tokens_BT.shape[1])
     group = draft.config.num_heads // draft.config.num_kv_heads
-    mask_B1TS = causal_mask(positions_BT, rows.context(num_tokens), group, hidden_BTH.dtype)
+    mask_B1TS = causal_mask(window.positions_BT, window.context, group, hidden_BTH.dtype)
 
     def remember(kv_BTPD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        return *cache.update(0, rows, kv_BTPD), mask_B1TS
+        return *window.write(0, kv_BTPD), mask_B1TS
 
-    predicted: Tensor = draft(head.embed(tokens_BT), hidden_BTH, positions_BT, remember)
+    predicted: Tensor = draft(head.embed(tokens_BT), hidden_BTH, window.positions_BT, remember)
     return predicted
 
 

@@ -1,4 +1,4 @@
-# N slots, B rows in this call, T tokens, S positions read, G key/value heads, P = 2 G, D head size
+# N slots, B rows in this call, T tokens, M = B T, S positions read, G key/value heads, P = 2 G, D head size
 """Keys and values of a fixed number of sequences, addressed by slot and position.
 
 A row is rolled back by writing again at a smaller position: entries at or beyond a row's length are never read,
@@ -31,13 +31,26 @@ class Rows:
         starts_B = torch.tensor(self.starts, dtype=torch.int64, device=device)
         return starts_B[:, None] + torch.arange(num_tokens, device=device)
 
-    def context(self, num_tokens: int) -> int:
-        """S: the number of positions that attention has to read."""
-        return max(self.starts) + num_tokens
+
+@dataclass(frozen=True)
+class Window:
+    """What one forward call reads and writes of a cache, worked out once for all layers."""
+
+    positions_BT: Tensor  # of the call's tokens, int64
+    context: int  # S: the number of positions that attention has to read
+    entries_M: Tensor  # where the tokens' entries lie, in a layer seen as [N * capacity, P * D]
+    flat: tuple[Tensor, ...]  # a layer each
+    keys: tuple[Tensor, ...]  # [B, S, G, D] a layer
+    values: tuple[Tensor, ...]
+
+    def write(self, layer: int, kv_BTPD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keeps the tokens' keys and values; returns all that they may read, keys and values [B, S, G, D]."""
+        self.flat[layer].index_copy_(0, self.entries_M, kv_BTPD.reshape(self.entries_M.shape[0], -1))
+        return self.keys[layer], self.values[layer]
 
 
 class SlotCache:
-    """A buffer [N, capacity, 2 G, D] a layer, keys before values; `capacity` is in positions."""
+    """One buffer [layers, N, capacity, 2 G, D], keys before values; `capacity` is in positions."""
 
     def __init__(
         self,
@@ -49,28 +62,31 @@ class SlotCache:
         device: torch.device | str = "cpu",
     ) -> None:
         self.num_kv_heads, head_dim = shape
-        size = (num_slots, capacity, 2 * self.num_kv_heads, head_dim)
+        size = (num_layers, num_slots, capacity, 2 * self.num_kv_heads, head_dim)
         self.capacity = capacity
-        self.layers = [torch.zeros(size, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.buffer = torch.zeros(size, dtype=dtype, device=device)
+        self._flat = self.buffer.view(num_layers, num_slots * capacity, -1).unbind(0)
 
     @property
     def num_bytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self.layers)
+        return self.buffer.nbytes
 
-    def update(self, layer: int, rows: Rows, kv_BTPD: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes the rows' new keys and values, and returns views of what they may read, [B, S, G, D] each."""
-        num_rows, num_tokens = kv_BTPD.shape[:2]
-        end = rows.context(num_tokens)
+    def window(self, rows: Rows, num_tokens: int) -> Window:
+        """The part of the cache that a call with `num_tokens` tokens a row works on."""
+        end, num_rows = max(rows.starts) + num_tokens, len(rows.starts)
         assert end <= self.capacity, f"position {end} exceeds the cache of {self.capacity}"
-        buffer = self.layers[layer][rows.first : rows.first + num_rows]
-        if num_rows == 1 or len(set(rows.starts)) == 1:
-            buffer[:, end - num_tokens : end] = kv_BTPD
-        else:
-            rows_B1 = torch.arange(num_rows, device=buffer.device)[:, None]
-            buffer[rows_B1, rows.positions(num_tokens, buffer.device)] = kv_BTPD
-        return buffer[:, :end, : self.num_kv_heads], buffer[:, :end, self.num_kv_heads :]
+        positions_BT = rows.positions(num_tokens, self.buffer.device)
+        slots_B1 = torch.arange(rows.first, rows.first + num_rows, device=self.buffer.device)[:, None]
+        readable = self.buffer[:, rows.first : rows.first + num_rows, :end]
+        return Window(
+            positions_BT=positions_BT,
+            context=end,
+            entries_M=torch.add(positions_BT, slots_B1, alpha=self.capacity).view(-1),
+            flat=self._flat,
+            keys=readable[..., : self.num_kv_heads, :].unbind(0),
+            values=readable[..., self.num_kv_heads :, :].unbind(0),
+        )
 
     def move(self, source: int, destination: int, length: int) -> None:
         """Copies the first `length` positions of one slot over another, so that live slots stay 0..B-1."""
-        for buffer in self.layers:
-            buffer[destination, :length] = buffer[source, :length]
+        self.buffer[:, destination, :length] = self.buffer[:, source, :length]

@@ -25,7 +25,7 @@ from farm.layers.attention import (
     signed,
     spare_values,
 )
-from farm.layers.cache import Rows, SlotCache
+from farm.layers.cache import Rows, SlotCache, Window
 from farm.layers.dense import Dense, RmsNorm, swiglu
 
 SUPPORTED = ("llama", "qwen2", "qwen3")
@@ -110,16 +110,16 @@ class TargetForward:
     @torch.inference_mode()
     def forward(self, tokens_BT: Tensor, rows: Rows, cache: SlotCache) -> Tensor:
         """Post-norm hidden states [B, T, H] of the tokens, each at its row's start + index; the cache is extended."""
-        num_tokens = tokens_BT.shape[1]
-        positions_BT = rows.positions(num_tokens, self.device)
+        window = cache.window(rows, tokens_BT.shape[1])
+        positions_BT = window.positions_BT
         n, g = self.num_heads + self.num_kv_heads, self.num_kv_heads
         cos_BTND = spare_values(self.cos[positions_BT].unsqueeze(2), n, g, 1.0)
         sin_BTND = spare_values(self.sin[positions_BT].unsqueeze(2), n, g, 0.0)
         group = self.num_heads // self.num_kv_heads
-        mask = causal_mask(positions_BT, rows.context(num_tokens), group, self.dtype)
+        mask = causal_mask(positions_BT, window.context, group, self.dtype)
         x_MH = functional.embedding(tokens_BT, self.embedding).view(-1, self.hidden_size)
         for index, layer in enumerate(self.layers):
-            x_MH = self._layer(x_MH, index, layer, (cos_BTND, sin_BTND, mask, rows, cache))
+            x_MH = self._layer(x_MH, index, layer, (cos_BTND, sin_BTND, mask, window))
         return self.norm(x_MH).view(*tokens_BT.shape, self.hidden_size)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -131,9 +131,9 @@ class TargetForward:
         x_MH: Tensor,
         index: int,
         layer: Layer,
-        context: tuple[Tensor, Tensor, Tensor | None, Rows, SlotCache],
+        context: tuple[Tensor, Tensor, Tensor | None, Window],
     ) -> Tensor:
-        cos_BTND, sin_BTND, mask, rows, cache = context
+        cos_BTND, sin_BTND, mask, window = context
         b, t = cos_BTND.shape[:2]
         n, g, d = self.num_heads, self.num_kv_heads, self.head_dim
         normed_MH = layer.input_norm(x_MH)
@@ -142,7 +142,7 @@ class TargetForward:
             q_BTND, k_BTGD = layer.q_norm(qkv_BTND[:, :, :n]), layer.k_norm(qkv_BTND[:, :, n : n + g])
             qkv_BTND = torch.cat((q_BTND, k_BTGD, qkv_BTND[:, :, n + g :]), dim=2)
         qkv_BTND = rotate(qkv_BTND, cos_BTND, sin_BTND)
-        k_BSGD, v_BSGD = cache.update(index, rows, qkv_BTND[:, :, n:])
+        k_BSGD, v_BSGD = window.write(index, qkv_BTND[:, :, n:])
         mixed_MX = attend(qkv_BTND[:, :, :n], k_BSGD, v_BSGD, mask).view(b * t, n * d)
         x_MH = layer.out.add_to(x_MH, mixed_MX)
         normed_MH = layer.post_norm(x_MH)

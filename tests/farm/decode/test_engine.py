@@ -101,7 +101,7 @@ def test_the_cache_after_rounds_equals_a_fresh_prefill() -> None:
         known = torch.tensor([sequence.tokens[:-1]])
         fresh = target.new_cache(1, 64)
         target.forward(known, Rows([0]), fresh)
-        for kept, expected in zip(engine.runner.cache.layers, fresh.layers, strict=True):
+        for kept, expected in zip(engine.runner.cache.buffer, fresh.buffer, strict=True):
             got = kept[slot, : known.shape[1]]
             torch.testing.assert_close(got, expected[0, : known.shape[1]], atol=1e-4, rtol=1e-4)
 
