@@ -40,7 +40,9 @@ class Dense:
     def __call__(self, x_MX: Tensor) -> Tensor:
         """[M, Y] of x [M, X]."""
         if self.packed:
-            out: Tensor = torch.ops.mkldnn._linear_pointwise(x_MX, self.weight, self.bias, "none", [], "")
+            out: Tensor = torch.ops.mkldnn._linear_pointwise.default(
+                x_MX, self.weight, self.bias, "none", [], ""
+            )
             return out
         if self.bias is not None:
             return torch.addmm(self.bias, x_MX, self.weight)
