@@ -8,6 +8,7 @@ import torch
 
 from farm.decode.engine import Engine, Request
 from farm.decode.sampling import SamplingParams
+from farm.layers.dense import Dense
 from farm.target.forward import TargetForward
 from serve.loop import EngineLoop, Progress
 from tests.serve.family import tiny_model, tiny_tokenizer
@@ -83,7 +84,7 @@ def test_a_request_that_the_engine_refuses_is_told_and_stops_no_other(loop):
 
 def test_a_broken_engine_tells_its_own_requests_and_later_ones():
     broken = engine()
-    broken.target.head_weight = torch.zeros(3, 5)  # any forward raises from now on
+    broken.runner.target.head = Dense.of(torch.zeros(3, 5))  # any forward raises from now on
     loop = EngineLoop()
     loop.host("a", "v1", broken)
     loop.start()

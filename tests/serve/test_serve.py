@@ -63,7 +63,7 @@ def served(ray_cluster, tmp_path_factory) -> Iterator[Served]:
         k=3,
         control="fixed-3",  # so that a seed repeats its sample: the other controls follow the load
         max_ongoing_requests=4,
-        max_queued_requests=2,
+        max_queued_requests=4,  # all of HOSTED may wait at once while the router looks for room
     )
     serve.run(build(args), name="farm", route_prefix="/")
     yield Served(root, store, f"http://127.0.0.1:{port}")
@@ -185,8 +185,8 @@ def test_text_completions_take_text_or_token_ids(served):
 
 
 def test_bias_and_penalties_reach_the_sampler(served):
-    biased = served.chat("adapted", max_tokens=6, logit_bias={"40": 100})
-    plain = served.chat("adapted", max_tokens=6)
+    biased = served.greedy("adapted", max_tokens=6, logit_bias={"40": 100})
+    plain = served.greedy("adapted", max_tokens=6)
     pushed = served.chat(
         "adapted", max_tokens=6, presence_penalty=2.0, extra_body={"repetition_penalty": 5.0}
     )
@@ -197,7 +197,7 @@ def test_bias_and_penalties_reach_the_sampler(served):
 
 def test_a_bias_on_a_token_that_does_not_exist_is_a_400(served):
     with pytest.raises(openai.BadRequestError, match="logit_bias"):
-        served.chat("adapted", max_tokens=2, logit_bias={"999999": 1})
+        served.greedy("adapted", max_tokens=2, logit_bias={"999999": 1})
 
 
 def test_an_unknown_model_is_a_404_with_openais_envelope(served):
