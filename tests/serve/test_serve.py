@@ -187,7 +187,7 @@ def test_text_completions_take_text_or_token_ids(served):
 def test_bias_and_penalties_reach_the_sampler(served):
     biased = served.greedy("adapted", max_tokens=6, logit_bias={"40": 100})
     plain = served.greedy("adapted", max_tokens=6)
-    pushed = served.chat(
+    pushed = served.greedy(
         "adapted", max_tokens=6, presence_penalty=2.0, extra_body={"repetition_penalty": 5.0}
     )
     assert len(set(biased.choices[0].message.content)) <= 2
