@@ -95,7 +95,7 @@ def test_greedy_speculative_output_is_the_targets_own_token_by_token(
     registry = Registry(store)
     live = registry.live(name)
     assert live is not None
-    trunk = OpenTrunk.of(folder / "store" / "artifacts" / "trunk" / registry.family()["trunk_key"])
+    trunk = OpenTrunk.of(folder / "store" / "artifacts" / "trunk" / registry.family()["trunk_key"], target)
     prompts = load_prompts(spec.prompts).prompts[-NUM_GREEDY_PROMPTS:]
     requests = [
         Request(str(i), ids, SamplingParams(max_new_tokens=64))

@@ -93,7 +93,7 @@ def test_the_manifest_of_the_quickstart_is_valid() -> None:
 def test_every_command_of_the_command_line_exists(page: Path) -> None:
     from typer.main import get_command
 
-    from farm.cli import app
+    from farm.cli.main import app
 
     group: Any = get_command(app)
     for span in code_spans(page):

@@ -1,0 +1,32 @@
+"""The command line: `farm COMMAND`. Each command parses, calls the library and prints."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+# Importing them registers their commands, in the order of the help.
+from farm.cli import onboarding, results, serving  # noqa: F401
+from farm.cli.options import app
+from farm.config import UserError
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line on stderr and exit code 2."""
+    _quiet_libraries()
+    try:
+        app()
+    except UserError as error:
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        sys.exit(2)
+
+
+def _quiet_libraries() -> None:
+    """Their bars and notices would bury the farm's own lines; an error still shows."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not any(Path("/dev").glob("nvidia*")):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed says on every import that it looked
