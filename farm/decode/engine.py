@@ -124,7 +124,7 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Output]:
         """Prefills waiting prompts (their first token comes from that), then one round for all that decode."""
-        started, inside = time.perf_counter(), self._inside()
+        started, on_tensors = time.perf_counter(), self.seconds.on_tensors
         outputs: list[Output] = []
         for prefill in self.scheduler.prefills():
             outputs += self._prefill(prefill)
@@ -133,11 +133,8 @@ class Engine:
             done = self.runner.run([s.tokens for s in live], sampling_batch(live), self.control)
             self.control.observe(done.result)
             outputs += self._commit(done)
-        self.seconds.host += time.perf_counter() - started - (self._inside() - inside)
+        self.seconds.host += time.perf_counter() - started - (self.seconds.on_tensors - on_tensors)
         return outputs
-
-    def _inside(self) -> float:
-        return sum(vars(self.seconds).values())
 
     def _prefill(self, prefill: Prefill) -> list[Output]:
         hidden_BTH, first = self.runner.prefill(prefill)
@@ -156,7 +153,7 @@ class Engine:
     def _commit(self, done: Round) -> list[Output]:
         kept = []
         for slot, sequence in enumerate(list(self.scheduler.live)):
-            drafted, accepted = done.drafted[slot], done.accepted[slot]
+            drafted, accepted = done.result.drafted[slot], done.result.accepted[slot]
             new = self.scheduler.commit(slot, done.tokens[slot][: accepted + 1])
             kept.append(len(new))
             for stats in (sequence.stats, self.stats):

@@ -38,18 +38,20 @@ class Penalties:
         return cls(rows) if rows else None
 
     def apply(
-        self, logits_BTV: Tensor, drafted: Sequence[Sequence[int]], vocabulary_C: Tensor | None = None
+        self,
+        logits_BTV: Tensor,
+        drafted: Sequence[Sequence[int]],
+        first: int = 0,
+        vocabulary_C: Tensor | None = None,
     ) -> Tensor:
-        """New logits: position t of row b follows `drafted[b][:t]`, or all of it where only one position is given.
+        """New logits: index t of row b follows the row's own tokens and then `drafted[b][: first + t]`.
 
         `vocabulary_C` names the columns' tokens where the logits are a draft's.
         """
         out_BTV = logits_BTV.float().clone()
-        num_positions = logits_BTV.shape[1]
         for row, (params, said) in self.rows.items():
-            for position in range(num_positions):
-                words = drafted[row] if num_positions == 1 else drafted[row][:position]
-                after = Said([*said.tokens, *words], said.num_prompt)
+            for position in range(logits_BTV.shape[1]):
+                after = Said([*said.tokens, *drafted[row][: first + position]], said.num_prompt)
                 out_BTV[row, position] = penalise(out_BTV[row, position], params, after, vocabulary_C)
         return out_BTV
 

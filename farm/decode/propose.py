@@ -116,12 +116,11 @@ class _Chain:
         index, batch = len(self.tokens), self._batch
         if batch.penalties is not None:
             drafted = torch.stack(self.tokens, dim=1).tolist() if self.tokens else [[]] * len(self._lengths)
-            logits_BC = batch.penalties.apply(logits_BC[:, None], drafted, self._head.vocabulary_C)[:, 0]
+            vocabulary_C = self._head.vocabulary_C
+            logits_BC = batch.penalties.apply(logits_BC[:, None], drafted, index, vocabulary_C)[:, 0]
         q_BC = None if batch.greedy else distribution(logits_BC, batch)
         if self._control.signal != "none":
-            # A greedy request's entropy is that of the draft's own distribution: a point mass would never stop.
-            of_BC = logits_BC.float().softmax(dim=-1) if q_BC is None else q_BC
-            kept = self._control.keep(index, _signal(of_BC, self._control.signal))
+            kept = self._control.keep(index, _signal(logits_BC, q_BC, batch, self._control.signal))
             self._going = [going and keep for going, keep in zip(self._going, kept, strict=True)]
             if not any(self._going):
                 return False
@@ -140,8 +139,16 @@ class _Chain:
         return DraftProposal(torch.stack(self.tokens, dim=1), q_BKV, tuple(self._lengths), forwards)
 
 
-def _signal(q_BC: Tensor, what: Signal) -> list[float]:
-    """Of each row's distribution: its entropy in nats, or its largest probability."""
+def _signal(logits_BC: Tensor, q_BC: Tensor | None, batch: SamplingBatch, what: Signal) -> list[float]:
+    """Of each row's distribution: its entropy in nats, or its largest probability.
+
+    A greedy row's is the draft's own at temperature 1: the point mass that is proposed would never stop it.
+    """
+    if q_BC is None:
+        q_BC = logits_BC.float().softmax(dim=-1)
+    elif bool((batch.temperature_B == 0).any()):
+        hot_B1 = (batch.temperature_B > 0).to(q_BC.device)[:, None]
+        q_BC = torch.where(hot_B1, q_BC, logits_BC.float().softmax(dim=-1))
     values_B = q_BC.amax(dim=-1) if what == "peak" else torch.special.entr(q_BC).sum(dim=-1)
     values: list[float] = values_B.tolist()
     return values

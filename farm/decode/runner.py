@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,17 +12,15 @@ import torch
 from torch import Tensor
 
 from farm.decode.control import Control, RoundResult
+from farm.decode.drafting import Drafting
 from farm.decode.penalties import Penalties, Said
-from farm.decode.propose import DraftProposal, Pending, propose, run_draft
+from farm.decode.propose import DraftProposal
 from farm.decode.sampling import ACCEPT, NEXT, SamplingBatch, distribution, draw
 from farm.decode.scheduler import LiveRequest, Move, Prefill
 from farm.decode.verify import Verdict, verify_greedy, verify_sampled
-from farm.draft.lean import LeanDraft, LeanHead
-from farm.draft.model import Draft, DraftHead
-from farm.layers.cache import Rows, SlotCache
+from farm.draft.model import Draft
+from farm.layers.cache import Rows
 from farm.target.forward import TargetForward
-
-CATCH_UP = 32  # committed tokens that a resting draft lets pile up before it reads them in one forward
 
 
 @dataclass
@@ -34,14 +33,16 @@ class Seconds:
     sample: float = 0.0
     host: float = 0.0
 
+    @property
+    def on_tensors(self) -> float:
+        return self.prefill + self.draft + self.verify + self.sample
+
 
 @dataclass(frozen=True)
 class Round:
-    """What a round committed: of row b `tokens[b][: accepted[b] + 1]`; hidden states [B, K + 1, H] of what it read."""
+    """What a round committed, `tokens[b][: result.accepted[b] + 1]` of row b, and the hidden states of what it read."""
 
     tokens: list[list[int]]
-    drafted: tuple[int, ...]
-    accepted: list[int]
     hidden_BTH: Tensor
     result: RoundResult
 
@@ -60,31 +61,19 @@ class Runner:
     ) -> None:
         if max_length > target.max_positions:
             raise ValueError(f"max_length {max_length} exceeds the target's {target.max_positions} positions")
-        self.target, self.max_drafted = target, max_drafted
-        self.draft = None if draft is None else LeanDraft(draft)
-        self.head: LeanHead | None = None
-        # A verification may write past the last token it keeps, a catch-up past the last one a row has.
-        capacity = max_length + max_drafted + 1
+        self.target = target
+        capacity = max_length + max_drafted + 1  # a verification may write past the last token it keeps
         self.cache = target.new_cache(num_slots, capacity)
-        self.draft_cache: SlotCache | None = None
-        if self.draft is not None and draft is not None:
-            pruned = DraftHead.of(target.embedding, target.head_weight, self.draft.vocabulary_C)
-            self.head = LeanHead(pruned, target.head)
-            shape = (draft.config.num_kv_heads, draft.config.head_dim)
-            draft_capacity = capacity + CATCH_UP
-            self.draft_cache = SlotCache(1, num_slots, draft_capacity, shape, target.dtype, target.device)
-        # Committed tokens that the draft has not seen, beside the hidden states before them.
-        self._pending_count = [0] * num_slots
-        size = (num_slots, CATCH_UP + max_drafted + 1)
-        self._pending_NT = torch.zeros(size, dtype=torch.int64, device=target.device)
-        self._pending_NTH = torch.zeros(*size, target.hidden_size, dtype=target.dtype, device=target.device)
+        self.drafting: Drafting | None = None
+        if draft is not None:
+            sizes = {"num_slots": num_slots, "capacity": capacity, "max_drafted": max_drafted}
+            self.drafting = Drafting(draft, target, **sizes)
         self.seconds = Seconds()
 
     @property
     def num_bytes(self) -> int:
-        """Of caches and pending hidden states; weights are the target's and the draft's."""
-        draft = 0 if self.draft_cache is None else self.draft_cache.num_bytes
-        return self.cache.num_bytes + draft + self._pending_NTH.nbytes + self._pending_NT.nbytes
+        """Of all that the sequences take; weights are the target's and the draft's."""
+        return self.cache.num_bytes + (self.drafting.num_bytes if self.drafting else 0)
 
     def prefill(self, prefill: Prefill) -> tuple[Tensor, list[int]]:
         """Processes prompt positions: their hidden states [B, T, H], and the next token of each prompt that ends."""
@@ -95,18 +84,14 @@ class Runner:
         tokens_BT = _pad(chunks, self.target.device)
         hidden_BTH = self.target.forward(tokens_BT, rows, self.cache)
         last_B = torch.tensor([len(chunk) - 1 for chunk in chunks], device=self.target.device)
-        last_BH = hidden_BTH[torch.arange(num_rows), last_B]
         if prefill.completes:
+            last_BH = hidden_BTH[torch.arange(num_rows), last_B]
             next_B = self._first_tokens(last_BH, sampling_batch(prefill.rows))
         else:
             (row,), (end,) = prefill.rows, prefill.ends
             next_B = torch.tensor([row.tokens[end]], device=self.target.device)
-        if self.draft is not None and self.head is not None and self.draft_cache is not None:
-            shifted_BT = tokens_BT.roll(-1, dims=1).scatter(1, last_B[:, None], next_B[:, None])
-            run_draft(self.draft, self.head, shifted_BT, hidden_BTH, rows, self.draft_cache)
-        slots = slice(prefill.first, prefill.first + num_rows)
-        self._pending_NT[slots, 0], self._pending_NTH[slots, 0] = next_B, last_BH
-        self._pending_count[slots] = [1] * num_rows
+        if self.drafting is not None:
+            self.drafting.read_prompts(tokens_BT, hidden_BTH, last_B, next_B, rows)
         self.seconds.prefill += time.perf_counter() - started
         return hidden_BTH, next_B.tolist() if prefill.completes else []
 
@@ -115,10 +100,15 @@ class Runner:
 
         `tokens` holds each whole sequence; the caches hold all of it but the last token.
         """
-        times = [time.perf_counter()]
-        lengths = [len(row) for row in tokens]
-        limit = 0 if self.draft is None else min(self.max_drafted, control.limit(len(tokens)))
-        drafted = self._propose(lengths, limit, control, batch)
+        times, lengths = [time.perf_counter()], [len(row) for row in tokens]
+        drafted = DraftProposal.none(len(tokens), self.target.device)
+        limit = 0
+        if self.drafting is not None:
+            limit = min(self.drafting.max_drafted, control.limit(len(tokens)))
+            self.drafting.catch_up(lengths, drafts=limit > 0)
+        times.append(time.perf_counter())
+        if self.drafting is not None and limit > 0:
+            drafted = self.drafting.propose(lengths, limit, control, batch)
         times.append(time.perf_counter())
         last_B1 = torch.tensor([[row[-1]] for row in tokens], device=self.target.device)
         rows = Rows([length - 1 for length in lengths])
@@ -130,24 +120,23 @@ class Runner:
         committed_BT.scatter_(1, verdict.num_accepted_B[:, None], verdict.next_B[:, None])
         committed, accepted = committed_BT.tolist(), verdict.num_accepted_B.tolist()
         times.append(time.perf_counter())
-        self._remember(committed_BT, hidden_BTH, accepted, appended=drafted.forwards == 0)
-        times.append(time.perf_counter())
-        draft_s, verify_s, sample_s, host_s = (b - a for a, b in zip(times, times[1:], strict=False))
-        self._count(draft_s, verify_s, sample_s, host_s)
+        if self.drafting is not None:
+            self.drafting.remember(committed_BT, hidden_BTH, accepted, was_read=drafted.forwards > 0)
+        catch_up_s, draft_s, verify_s, sample_s = (b - a for a, b in itertools.pairwise(times))
+        self.seconds.draft += catch_up_s + draft_s
+        self.seconds.verify += verify_s
+        self.seconds.sample += sample_s
+        # Catching up is left out of what a control learns: it pays for rounds that have passed.
         result = RoundResult(
-            drafted.lengths, tuple(accepted), drafted.forwards, draft_s, verify_s + sample_s + host_s
+            drafted.lengths, tuple(accepted), drafted.forwards, draft_s, time.perf_counter() - times[2]
         )
-        return Round(committed, drafted.lengths, accepted, hidden_BTH, result)
+        return Round(committed, hidden_BTH, result)
 
     def move(self, move: Move) -> None:
         """Copies a sequence to another slot."""
-        source, destination = move.source, move.destination
-        self.cache.move(source, destination, move.length)
-        if self.draft_cache is not None:
-            self.draft_cache.move(source, destination, move.length)
-        self._pending_count[destination] = self._pending_count[source]
-        self._pending_NT[destination] = self._pending_NT[source]
-        self._pending_NTH[destination] = self._pending_NTH[source]
+        self.cache.move(move.source, move.destination, move.length)
+        if self.drafting is not None:
+            self.drafting.move(move)
 
     def _first_tokens(self, last_BH: Tensor, batch: SamplingBatch) -> Tensor:
         logits_BV = self.target.logits(last_BH)
@@ -156,22 +145,6 @@ class Runner:
         if batch.greedy:
             return logits_BV.argmax(dim=-1)
         return draw(distribution(logits_BV, batch), batch.uniform(0, NEXT))
-
-    def _propose(
-        self, lengths: Sequence[int], limit: int, control: Control, batch: SamplingBatch
-    ) -> DraftProposal:
-        if self.draft is None or self.head is None or self.draft_cache is None:
-            return DraftProposal.none(len(lengths), self.target.device)
-        counts = self._pending_count[: len(lengths)]
-        if limit == 0 and max(counts) < CATCH_UP:
-            return DraftProposal.none(len(lengths), self.target.device)
-        pending = Pending(
-            tokens_BT=self._pending_NT[: len(lengths), : max(counts)],
-            hidden_BTH=self._pending_NTH[: len(lengths), : max(counts)],
-            rows=Rows([length - 1 - count for length, count in zip(lengths, counts, strict=True)]),
-            count=tuple(counts),
-        )
-        return propose(self.draft, self.head, pending, self.draft_cache, limit, control, batch)
 
     def _decide(self, drafted: DraftProposal, logits_BTV: Tensor, batch: SamplingBatch) -> Verdict:
         lengths_B = torch.tensor(drafted.lengths, device=logits_BTV.device)
@@ -185,31 +158,6 @@ class Runner:
         accept_BK = torch.stack([batch.uniform(i, ACCEPT) for i in range(k)], dim=1) if k else p_BTV[:, :0, 0]
         next_B = batch.uniform(0, NEXT)
         return verify_sampled(drafted.tokens_BK, p_BTV, q_BKV, accept_BK, next_B, lengths_B)
-
-    def _remember(
-        self, committed_BT: Tensor, hidden_BTH: Tensor, accepted: Sequence[int], *, appended: bool
-    ) -> None:
-        """Committed tokens and the hidden states before them replace what the draft has read, or pile up behind it."""
-        if self.draft is None:
-            return
-        num_rows, width = committed_BT.shape
-        if not appended:
-            self._pending_NT[:num_rows, :width], self._pending_NTH[:num_rows, :width] = (
-                committed_BT,
-                hidden_BTH,
-            )
-            self._pending_count[:num_rows] = [num + 1 for num in accepted]
-            return
-        rows = torch.arange(num_rows, device=committed_BT.device)
-        at = torch.tensor(self._pending_count[:num_rows], device=committed_BT.device)
-        self._pending_NT[rows, at], self._pending_NTH[rows, at] = committed_BT[:, 0], hidden_BTH[:, 0]
-        self._pending_count[:num_rows] = [count + 1 for count in self._pending_count[:num_rows]]
-
-    def _count(self, draft_s: float, verify_s: float, sample_s: float, host_s: float) -> None:
-        self.seconds.draft += draft_s
-        self.seconds.verify += verify_s
-        self.seconds.sample += sample_s
-        self.seconds.host += host_s
 
 
 def sampling_batch(rows: Sequence[LiveRequest]) -> SamplingBatch:

@@ -159,13 +159,15 @@ def test_proposals_of_a_pruned_draft_stay_inside_its_vocabulary(monkeypatch: pyt
     draft.trunk.vocabulary_C = vocabulary = torch.tensor([2, 3, 5, 7, 11])
     seen: list[DraftProposal] = []
     engine = Engine(target, NO_STOP, draft, num_slots=2, max_length=64, k=3)
-    real = engine.runner._propose
+    drafting = engine.runner.drafting
+    assert drafting is not None
+    real = drafting.propose
 
     def recording(*args: Any) -> DraftProposal:
         seen.append(real(*args))
         return seen[-1]
 
-    monkeypatch.setattr(engine.runner, "_propose", recording)
+    monkeypatch.setattr(drafting, "propose", recording)
     engine.run([Request("a", (1, 2, 3), SamplingParams(temperature=1.0, max_new_tokens=20))])
     assert torch.isin(torch.cat([proposal.tokens_BK.flatten() for proposal in seen]), vocabulary).all()
     outside = torch.ones(32, dtype=torch.bool).index_fill(0, vocabulary, False)
@@ -231,9 +233,11 @@ def test_a_draft_that_rested_for_long_proposes_as_if_it_had_read_all() -> None:
             engine.step()
         batch = SamplingBatch.of([request.params], [0])
         (sequence,) = engine.scheduler.live
-        runner = engine.runner
-        proposal = runner._propose([len(sequence.tokens)], 3, Fixed(3), batch)
-        return [len(sequence.tokens), *proposal.tokens_BK[0].tolist()]
+        drafting, lengths = engine.runner.drafting, [len(sequence.tokens)]
+        assert drafting is not None
+        drafting.catch_up(lengths, drafts=True)
+        proposal = drafting.propose(lengths, 3, Fixed(3), batch)
+        return [*lengths, *proposal.tokens_BK[0].tolist()]
 
     assert drafted_at_the_end(Rests(3)) == drafted_at_the_end(Fixed(1))
 

@@ -25,7 +25,7 @@ OPTIONS: list[dict[str, Any]] = [
 def applied(params: SamplingParams, logits: torch.Tensor, drafted: list[int] | None = None) -> torch.Tensor:
     penalties = Penalties.of([params], [SAID])
     assert penalties is not None
-    return penalties.apply(logits[None, None], [drafted or []])[0, 0]
+    return penalties.apply(logits[None, None], [drafted or []], first=len(drafted or []))[0, 0]
 
 
 def test_repetition_penalty_is_that_of_transformers() -> None:
@@ -56,7 +56,7 @@ def test_a_draft_vocabulary_sees_the_same_values_in_its_own_columns() -> None:
     )
     penalties = Penalties.of([params], [SAID])
     assert penalties is not None
-    pruned = penalties.apply(logits[vocabulary][None, None], [[]], vocabulary)[0, 0]
+    pruned = penalties.apply(logits[vocabulary][None, None], [[]], vocabulary_C=vocabulary)[0, 0]
     torch.testing.assert_close(pruned, applied(params, logits)[vocabulary])
 
 

@@ -1,0 +1,52 @@
+"""What a control is told about a draft's distributions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from farm.decode.control import Fixed, Signal
+from farm.decode.engine import Engine, Request
+from farm.decode.sampling import SamplingParams
+from tests.farm.decode.test_engine import NO_STOP, tiny_pair
+
+
+class Listens(Fixed):
+    """Drafts always the same length and keeps what it is told."""
+
+    def __init__(self, signal: Signal) -> None:
+        super().__init__(1)
+        self.signal = signal
+        self.heard: list[list[float]] = []
+
+    def keep(self, index: int, signal_B: Sequence[float]) -> list[bool]:
+        self.heard.append(list(signal_B))
+        return super().keep(index, signal_B)
+
+
+def heard(signal: Signal, *params: SamplingParams) -> list[float]:
+    """The signals of the first round, a row each; every row has the same prompt."""
+    target, draft = tiny_pair()
+    control = Listens(signal)
+    engine = Engine(target, NO_STOP, draft, num_slots=len(params), max_length=64, k=1, control=control)
+    for row, one in enumerate(params):
+        engine.add(Request(str(row), (1, 2, 3), one))
+    engine.step()
+    return control.heard[0]
+
+
+@pytest.mark.parametrize("signal", ["entropy", "peak"])
+def test_a_sampled_neighbour_does_not_hide_a_greedy_rows_uncertainty(signal: Signal) -> None:
+    """The point mass that a greedy row proposes has entropy 0 and peak 1: it would never stop."""
+    greedy, hot = SamplingParams(), SamplingParams(temperature=1.0, seed=7)
+    (alone,) = heard(signal, greedy)
+    beside, _ = heard(signal, greedy, hot)
+    assert alone == pytest.approx(beside, rel=1e-5)
+    assert (alone > 0.1) if signal == "entropy" else (alone < 0.9)
+
+
+def test_a_sampled_rows_signal_is_of_the_distribution_it_is_drawn_from() -> None:
+    """top_k = 1 leaves a point mass: no entropy."""
+    (entropy,) = heard("entropy", SamplingParams(temperature=1.0, top_k=1))
+    assert entropy == pytest.approx(0.0, abs=1e-6)
