@@ -13,6 +13,7 @@ from farm.manifest import PathResolver, fill_placeholders, read_tree, set_fields
 
 RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by `ray job submit` in its entrypoint
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
+CONTROL_PATTERN = r"^(off|fixed(-[1-9]\d?)?|adaedl(-published)?|cost)$"  # of the draft length
 
 Rows = tuple[int, int | None]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -113,9 +114,16 @@ class ServeSettings(Strict):
     num_slots: Positive = 8
     max_length: Positive = 1024
     k: Positive = 8  # most tokens that a round drafts
-    control: str = Field(default="cost", pattern=r"^(off|fixed(-[1-9]\d?)?|adaedl(-published)?|cost)$")
+    control: str = Field(default="cost", pattern=CONTROL_PATTERN)
     max_ongoing_requests: Positive = 32
     max_queued_requests: Positive = 64
+
+    @model_validator(mode="after")
+    def _length_within_k(self) -> Self:
+        _, _, length = self.control.partition("-")
+        if length.isdigit() and int(length) > self.k:
+            raise ValueError(f"control {self.control} drafts more than k = {self.k} tokens; raise k")
+        return self
 
 
 class RegenerateResources(Strict):

@@ -152,22 +152,20 @@ def _runner(member: Member, arm: Arm) -> Callable[[Task], Measured]:
 def _engine_run(member: Member, arm: Arm, draft: Draft | None, task: Task) -> Callable[[Task], Measured]:
     """One engine for all repeats, as a server has one: what its control has learned stays."""
     longest = max(len(ids) + new for ids, new in zip(task.prompts, task.num_new, strict=True))
-    kind, _, length = arm.control.partition("-")
-    k = int(length) if kind == "fixed" else MAX_DRAFTED
     engine = Engine(
         member.target.forward, frozenset(), draft,
-        num_slots=arm.batch, max_length=min(longest, member.target.max_positions), k=k,
+        num_slots=arm.batch, max_length=min(longest, member.target.max_positions), k=MAX_DRAFTED,
         control=make_control(arm.control, MAX_DRAFTED),
     )  # fmt: skip
 
     def run(task: Task) -> Measured:
-        before, emitted, rounds = asdict_seconds(engine), engine.stats.emitted, engine.stats.rounds
+        before, emitted, rounds = seconds_so_far(engine), engine.stats.emitted, engine.stats.rounds
         started = time.perf_counter()
         pairs = enumerate(zip(task.prompts, task.num_new, strict=True))
         done = engine.run(Request(str(i), ids, SamplingParams(max_new_tokens=new)) for i, (ids, new) in pairs)
         seconds = time.perf_counter() - started
         assert [len(one.tokens) for one in done] == list(task.num_new)
-        spent = {name: value - before[name] for name, value in asdict_seconds(engine).items()}
+        spent = {name: value - before[name] for name, value in seconds_so_far(engine).items()}
         rounds = engine.stats.rounds - rounds
         tau = (engine.stats.emitted - emitted) / rounds
         return Measured(seconds, {"tau": tau, "rounds": rounds, **spent})
@@ -175,7 +173,7 @@ def _engine_run(member: Member, arm: Arm, draft: Draft | None, task: Task) -> Ca
     return run
 
 
-def asdict_seconds(engine: Engine) -> dict[str, float]:
+def seconds_so_far(engine: Engine) -> dict[str, float]:
     """Where an engine's time went so far, as fields of a row."""
     return {f"{name}_s": value for name, value in vars(engine.seconds).items()}
 

@@ -8,10 +8,12 @@ probability: else what is verified would depend on what was drawn, and the outpu
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from farm.config import CONTROL_PATTERN
 from farm.decode.costs import AcceptanceByPeak, Ratio, RoundCosts
 
 # What a control wants to know of a draft's distribution: nothing, its entropy in nats, or its largest probability.
@@ -76,7 +78,8 @@ class AdaEDL:
 
     lambda follows the acceptance rate: up by epsilon below the wanted rate, down where not everything was accepted.
     As published, the wanted rate is 0.9, which an EAGLE draft never reaches: lambda climbs beyond 1 and every round
-    stops at once. Here lambda stays in [0.2, 0.9], and the wanted rate is where a drafted token just pays for itself.
+    stops at once. Here lambda stays in [0.2, 0.9], and the wanted rate is where a drafted token just pays: R dt / B,
+    R the tokens a second reached lately, dt the seconds of drafting and verifying one token more.
     """
 
     signal: Signal = "entropy"
@@ -87,10 +90,9 @@ class AdaEDL:
         self.threshold, self.wanted = start, 0.9
         self._rate: float | None = None
         self._costs = RoundCosts(max_length)
-        self._num_rows = 1
+        self._reached: dict[int, Ratio] = {}  # tokens a second, by number of rows
 
-    def limit(self, num_rows: int) -> int:
-        self._num_rows = num_rows
+    def limit(self, num_rows: int) -> int:  # noqa: ARG002
         return self.max_length
 
     def keep(self, index: int, signal_B: Sequence[float]) -> list[bool]:
@@ -106,8 +108,7 @@ class AdaEDL:
         if drafted == 0:
             return
         if not self.published:
-            _add(self._costs, result)
-            self.wanted = min(0.9, max(0.3, self._costs.break_even(self._num_rows) or 0.6))
+            self._learn(result)
         rate = self.wanted if self._rate is None else self._rate
         self._rate = self.BETA_RATE * rate + (1 - self.BETA_RATE) * accepted / drafted
         step = 0.0
@@ -118,6 +119,14 @@ class AdaEDL:
         self.threshold += (1 - self.BETA_LAMBDA) * step
         if not self.published:
             self.threshold = min(0.9, max(0.2, self.threshold))
+
+    def _learn(self, result: RoundResult) -> None:
+        _add(self._costs, result)
+        num_rows, seconds = len(result.drafted), result.draft_s + result.rest_s
+        tokens = sum(result.accepted) + num_rows
+        reached = self._reached.setdefault(num_rows, Ratio(tokens / seconds, seconds, memory=64))
+        reached.add(tokens, seconds)
+        self.wanted = min(0.9, max(0.3, self._costs.break_even(num_rows, reached.value) or 0.6))
 
 
 class Cost:
@@ -138,9 +147,8 @@ class Cost:
         self._costs = RoundCosts(max_length)
         self._by_peak = AcceptanceByPeak()
         self._by_position = [Ratio(0.6, 2.0, memory=300) for _ in range(max_length)]
-        self._rates: dict[
-            int, Ratio
-        ] = {}  # tokens a second of rounds that followed the rule, by number of rows
+        # Tokens a second of rounds that followed the rule, by number of rows.
+        self._rates: dict[int, Ratio] = {}
         self._round, self._rest_until, self._num_rows = 0, 0, 1
         self._forced, self._rate = False, 0.0
         self._survival_B: list[float] = []
@@ -213,14 +221,18 @@ def _add(costs: RoundCosts, result: RoundResult) -> None:
 
 
 def make_control(name: str, max_length: int = 8) -> Control:
-    """`off`, `fixed` (4 tokens), `fixed-K`, `adaedl`, `adaedl-published` or `cost`. Raises ValueError for others."""
-    kind, _, length = name.partition("-")
-    if name == "off":
-        return Fixed(0)
-    if kind == "fixed" and (not length or length.isdigit()):
-        return Fixed(int(length) if length else DEFAULT_LENGTH)
-    if kind == "adaedl" and length in ("", "published"):
-        return AdaEDL(max_length, published=bool(length))
-    if name == "cost":
-        return Cost(max_length)
-    raise ValueError(f"control {name!r} is none of off, fixed, fixed-K, adaedl, adaedl-published, cost")
+    """`off`, `fixed` (4 tokens), `fixed-K`, `adaedl`, `adaedl-published` or `cost`.
+
+    Raises ValueError for others, and for a K above `max_length`.
+    """
+    if re.fullmatch(CONTROL_PATTERN, name) is None:
+        raise ValueError(f"control {name!r} is none of off, fixed, fixed-K, adaedl, adaedl-published, cost")
+    kind, _, variant = name.partition("-")
+    if kind == "fixed":
+        length = int(variant or min(DEFAULT_LENGTH, max_length))
+        if length > max_length:
+            raise ValueError(f"control {name!r}: at most {max_length} tokens can be drafted here (k)")
+        return Fixed(length)
+    if kind == "adaedl":
+        return AdaEDL(max_length, published=variant == "published")
+    return Cost(max_length) if kind == "cost" else Fixed(0)

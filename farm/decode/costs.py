@@ -89,7 +89,7 @@ class RoundCosts:
 
     def best(self, num_rows: int, survival: Sequence[float]) -> tuple[int, float]:
         """The fixed length of most tokens a second, and that rate, given mean survival by position."""
-        tokens, best = float(num_rows), (0, num_rows / self._round(num_rows, 0))
+        tokens, best = float(num_rows), (0, self.plain(num_rows))
         for length in range(1, self.max_length + 1):
             tokens += num_rows * survival[length - 1]
             rate = tokens / self._round(num_rows, length)
@@ -110,14 +110,17 @@ class RoundCosts:
         rest = self._rest[_bucket(num_rows)]
         return max(0.0, _interpolate(rest, index + 1) - _interpolate(rest, index))
 
-    def break_even(self, num_rows: int) -> float | None:
-        """The acceptance above which one more drafted token pays for itself; None while only one length is known."""
-        rest = self._rest.get(_bucket(num_rows), {})
-        if len(rest) < 2:
+    def break_even(self, num_rows: int, rate: float) -> float | None:
+        """The acceptance at which one more drafted token a row just pays, where `rate` tokens a second are reached.
+
+        None while only one length is known.
+        """
+        known = [length for length in self._rest.get(_bucket(num_rows), {}) if length]
+        if len(known) < 2:
             return None
-        short, long = min(rest), max(rest)
-        more = self._round(num_rows, long) - self._round(num_rows, short)
-        return more / (long - short) / self._round(num_rows, short)
+        short, long = min(known), max(known)
+        step = (self._round(num_rows, long) - self._round(num_rows, short)) / (long - short)
+        return rate * step / num_rows
 
     def _round(self, num_rows: int, length: int) -> float:
         return self._drafting(num_rows, length) + _interpolate(self._rest[_bucket(num_rows)], length)

@@ -292,3 +292,7 @@ def test_config_and_store_load_without_torch_or_ray():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_a_fixed_length_beyond_k_is_refused(folder):
+    assert "raise k" in mistake(folder, tree(serve={"control": "fixed-9"}))

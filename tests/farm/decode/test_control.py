@@ -53,11 +53,8 @@ def test_every_documented_name_is_a_control(name: str) -> None:
     assert make_control(name).limit(1) >= 0
 
 
-@pytest.mark.parametrize("name", ["", "fixed-", "fixed-x", "adaedl-2", "cost-3", "auto"])
+@pytest.mark.parametrize("name", ["", "fixed-", "fixed-x", "fixed-0", "adaedl-2", "cost-3", "auto"])
 def test_an_unknown_name_is_refused_with_the_known_ones(name: str) -> None:
-    if name == "fixed-":
-        assert make_control(name).limit(1) == 4
-        return
     with pytest.raises(ValueError, match="none of off, fixed"):
         make_control(name)
 
@@ -113,3 +110,12 @@ def test_costs_interpolate_between_measured_lengths_and_ignore_an_outlier() -> N
     assert costs.verify_step(3, 6) == pytest.approx(0.2, abs=0.06)
     assert costs.unexplored(3) == 2
     assert costs.unexplored(1) == 0
+
+
+def test_a_token_breaks_even_where_its_acceptance_times_its_rows_buys_its_seconds() -> None:
+    """Rounds of 1 + 0.3 k seconds: at 10 tokens a second, 4 rows pay for 0.3 s from acceptance 0.75 on."""
+    costs = RoundCosts(8)
+    assert costs.break_even(4, 10.0) is None
+    for length in (0, 2, 6):
+        costs.add(4, length, length, 0.1 * length, 1.0 + 0.2 * length)
+    assert costs.break_even(4, 10.0) == pytest.approx(10.0 * 0.3 / 4)
