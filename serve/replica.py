@@ -11,8 +11,8 @@ from ray import serve
 
 from farm.config import Dtype, ServeSettings, UserError
 from farm.data.chat import encode_chat
-from farm.decode.control import make_control
-from farm.decode.engine import Engine, Request
+from farm.decode.controls import make_control
+from farm.decode.engine import Engine, Request, Route
 from farm.decode.sampling import SamplingParams
 from farm.target.load import LoadedTarget
 from serve.detokenize import TextStream
@@ -126,9 +126,7 @@ class EngineHost:
 
     def _host(self, target: LoadedTarget, draft: ServedDraft) -> None:
         engine = Engine(
-            target.forward,
-            target.stop_ids,
-            draft.draft,
+            [Route(target.forward, target.stop_ids, draft.draft)],
             num_slots=self._settings.num_slots,
             max_length=self._max_length(target),
             k=self._settings.k,

@@ -12,7 +12,7 @@ import pytest
 
 from farm.config import EvaluateSettings, Manifest, load_manifest
 from farm.data.prompts import load_prompts
-from farm.decode.engine import Engine, Request
+from farm.decode.engine import Engine, Request, Route
 from farm.decode.sampling import SamplingParams
 from farm.evaluate.target import OpenTrunk, encode_prompts
 from farm.registry import Registry
@@ -104,7 +104,10 @@ def test_greedy_speculative_output_is_the_targets_own_token_by_token(
 
     def tokens(draft: Any, num_slots: int) -> list[tuple[int, ...]]:
         engine = Engine(
-            target.forward, target.stop_ids, draft, num_slots=num_slots, max_length=256, k=manifest.evaluate.k
+            [Route(target.forward, target.stop_ids, draft)],
+            num_slots=num_slots,
+            max_length=256,
+            k=manifest.evaluate.k,
         )
         return [done.tokens for done in engine.run(requests)]
 

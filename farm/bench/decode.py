@@ -16,8 +16,8 @@ from typing import Any, Literal
 import torch
 
 from farm.bench.family import Member, generate
-from farm.decode.control import make_control
-from farm.decode.engine import Engine, Request
+from farm.decode.controls import make_control
+from farm.decode.engine import Engine, Request, Route
 from farm.decode.sampling import SamplingParams
 from farm.draft.model import Draft
 from farm.evaluate.bench import PromptIds
@@ -153,7 +153,7 @@ def _engine_run(member: Member, arm: Arm, draft: Draft | None, task: Task) -> Ca
     """One engine for all repeats, as a server has one: what its control has learned stays."""
     longest = max(len(ids) + new for ids, new in zip(task.prompts, task.num_new, strict=True))
     engine = Engine(
-        member.target.forward, frozenset(), draft,
+        [Route(member.target.forward, frozenset(), draft)],
         num_slots=arm.batch, max_length=min(longest, member.target.max_positions), k=MAX_DRAFTED,
         control=make_control(arm.control, MAX_DRAFTED),
     )  # fmt: skip

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from farm.decode.control import Load, RoundResult
+
+Bucket = tuple[int, int]  # rows, rounded up to a power of two, and groups
 LOOKS = 3  # measurements of a length before it counts as explored; the first may pay for allocations
 WEIGHT = 0.1  # of a new measurement in the running mean
 OUTLIER = 2.0  # measurements are cut at this multiple of the running mean: another process had the core
@@ -63,72 +66,74 @@ class AcceptanceByPeak:
 
 @dataclass
 class RoundCosts:
-    """Times by bucket of rows (powers of two) and length; lengths never tried are interpolated.
+    """Times by bucket of rows (powers of two) and groups, and by length; lengths never tried are interpolated.
 
     Drafting is kept by the number of draft forwards; the rest (verification, sampling, bookkeeping) by the number of
     drafted tokens that were verified.
     """
 
     max_length: int
-    _draft: dict[int, dict[int, RunningMean]] = field(default_factory=dict)
-    _rest: dict[int, dict[int, RunningMean]] = field(default_factory=dict)
+    _draft: dict[Bucket, dict[int, RunningMean]] = field(default_factory=dict)
+    _rest: dict[Bucket, dict[int, RunningMean]] = field(default_factory=dict)
 
-    def add(self, num_rows: int, forwards: int, drafted: int, draft_s: float, rest_s: float) -> None:
-        bucket = _bucket(num_rows)
-        if forwards:
-            self._draft.setdefault(bucket, {}).setdefault(forwards, RunningMean()).add(draft_s)
-        self._rest.setdefault(bucket, {}).setdefault(drafted, RunningMean()).add(rest_s)
+    def add(self, result: RoundResult) -> None:
+        """Takes note of a round's seconds."""
+        bucket, width = _bucket(result.load), max(result.drafted)
+        if result.forwards:
+            of_draft = self._draft.setdefault(bucket, {})
+            of_draft.setdefault(result.forwards, RunningMean()).add(result.draft_s)
+        self._rest.setdefault(bucket, {}).setdefault(width, RunningMean()).add(result.rest_s)
 
-    def unexplored(self, num_rows: int) -> int | None:
-        """A length to try next with this many rows, or None when enough is known."""
-        rest = self._rest.get(_bucket(num_rows), {})
+    def unexplored(self, load: Load) -> int | None:
+        """A length to try next under this load, or None when enough is known."""
+        rest = self._rest.get(_bucket(load), {})
         for length in sorted({0, 1, min(2, self.max_length), self.max_length // 2, self.max_length}):
             if length not in rest or rest[length].looks < LOOKS:
                 return length
         return None
 
-    def best(self, num_rows: int, survival: Sequence[float]) -> tuple[int, float]:
+    def best(self, load: Load, survival: Sequence[float]) -> tuple[int, float]:
         """The fixed length of most tokens a second, and that rate, given mean survival by position."""
-        tokens, best = float(num_rows), (0, self.plain(num_rows))
+        tokens, best = float(load.num_rows), (0, self.plain(load))
         for length in range(1, self.max_length + 1):
-            tokens += num_rows * survival[length - 1]
-            rate = tokens / self._round(num_rows, length)
+            tokens += load.num_rows * survival[length - 1]
+            rate = tokens / self._round(load, length)
             if rate > best[1]:
                 best = (length, rate)
         return best
 
-    def plain(self, num_rows: int) -> float:
+    def plain(self, load: Load) -> float:
         """Tokens a second of plain decoding."""
-        return num_rows / self._round(num_rows, 0)
+        return load.num_rows / self._round(load, 0)
 
-    def draft_step(self, num_rows: int, index: int) -> float:
+    def draft_step(self, load: Load, index: int) -> float:
         """Seconds of one more draft forward, for position `index`."""
-        return max(0.0, self._drafting(num_rows, index + 1) - self._drafting(num_rows, index))
+        return max(0.0, self._drafting(load, index + 1) - self._drafting(load, index))
 
-    def verify_step(self, num_rows: int, index: int) -> float:
+    def verify_step(self, load: Load, index: int) -> float:
         """Seconds of verifying position `index` beside those before it."""
-        rest = self._rest[_bucket(num_rows)]
+        rest = self._rest[_bucket(load)]
         return max(0.0, _interpolate(rest, index + 1) - _interpolate(rest, index))
 
-    def break_even(self, num_rows: int, rate: float) -> float | None:
+    def break_even(self, load: Load, rate: float) -> float | None:
         """The acceptance at which one more drafted token a row just pays, where `rate` tokens a second are reached.
 
         None while only one length is known.
         """
-        known = [length for length in self._rest.get(_bucket(num_rows), {}) if length]
+        known = [length for length in self._rest.get(_bucket(load), {}) if length]
         if len(known) < 2:
             return None
         short, long = min(known), max(known)
-        step = (self._round(num_rows, long) - self._round(num_rows, short)) / (long - short)
-        return rate * step / num_rows
+        step = (self._round(load, long) - self._round(load, short)) / (long - short)
+        return rate * step / load.num_rows
 
-    def _round(self, num_rows: int, length: int) -> float:
-        return self._drafting(num_rows, length) + _interpolate(self._rest[_bucket(num_rows)], length)
+    def _round(self, load: Load, length: int) -> float:
+        return self._drafting(load, length) + _interpolate(self._rest[_bucket(load)], length)
 
-    def _drafting(self, num_rows: int, forwards: int) -> float:
+    def _drafting(self, load: Load, forwards: int) -> float:
         if forwards == 0:
             return 0.0
-        return _interpolate(self._draft[_bucket(num_rows)], forwards)
+        return _interpolate(self._draft[_bucket(load)], forwards)
 
 
 def _interpolate(means: dict[int, RunningMean], length: int) -> float:
@@ -147,5 +152,5 @@ def _interpolate(means: dict[int, RunningMean], length: int) -> float:
     return max(0.0, means[below].value + slope * (length - below))
 
 
-def _bucket(num_rows: int) -> int:
-    return 1 << (num_rows - 1).bit_length()
+def _bucket(load: Load) -> Bucket:
+    return 1 << (load.num_rows - 1).bit_length(), load.num_groups

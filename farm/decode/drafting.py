@@ -1,5 +1,5 @@
 # B live rows, T tokens, H hidden, N slots
-"""A draft at work beside a target: its fused weights, its cache, and the committed tokens that it has not read yet."""
+"""Drafts at work beside their targets: their cache, and the committed tokens that they have not read yet."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from farm.decode.control import Control
+from farm.decode.control import Control, Load
+from farm.decode.drafts import Drafts
 from farm.decode.propose import DraftProposal, Pending, propose, run_draft
+from farm.decode.routes import Routes
 from farm.decode.sampling import SamplingBatch
 from farm.decode.scheduler import Move
-from farm.draft.lean import LeanDraft, LeanHead
-from farm.draft.model import Draft, DraftHead
+from farm.draft.trunk import Trunk
 from farm.layers.cache import Rows, SlotCache
 from farm.target.forward import TargetForward
 
@@ -21,61 +22,72 @@ CATCH_UP = 32  # committed tokens that a resting draft lets pile up before it re
 
 
 class Drafting:
-    """One draft for `num_slots` sequences of at most `capacity` positions; all memory is taken here, once."""
+    """The drafts of `routes` for `num_slots` sequences of at most `capacity` positions; caches are taken here, once."""
 
     def __init__(
-        self, draft: Draft, target: TargetForward, *, num_slots: int, capacity: int, max_drafted: int
+        self,
+        trunk: Trunk,
+        like: TargetForward,
+        routes: Routes,
+        *,
+        num_slots: int,
+        capacity: int,
+        max_drafted: int,
     ) -> None:
         self.max_drafted = max_drafted
-        self._draft = LeanDraft(draft)
-        pruned = DraftHead.of(target.embedding, target.head_weight, self._draft.vocabulary_C)
-        self._head = LeanHead(pruned, target.head)
-        shape = (draft.config.num_kv_heads, draft.config.head_dim)
+        self._drafts = Drafts(trunk, routes)
+        shape = (trunk.config.num_kv_heads, trunk.config.head_dim)
         # Reading for all rows at once runs past the last token of those that have less to read.
-        self._cache = SlotCache(1, num_slots, capacity + CATCH_UP, shape, target.dtype, target.device)
-        # x_{t+1} beside the target's h_t: the first `_unread[slot]` of a slot's entries are to be read.
-        self._unread = [0] * num_slots
+        self._cache = SlotCache(1, num_slots, capacity + CATCH_UP, shape, like.dtype, like.device)
+        # x_{t+1} beside the target's h_t: the first `_unread[slot]` of a slot's entries are to be read. Sequences that
+        # are older than the first draft have nothing to read; they have no draft either.
+        self._unread = [1] * num_slots
         size = (num_slots, max(CATCH_UP, max_drafted + 1))
-        self._tokens_NT = torch.zeros(size, dtype=torch.int64, device=target.device)
-        self._hidden_NTH = torch.zeros(*size, target.hidden_size, dtype=target.dtype, device=target.device)
+        self._tokens_NT = torch.zeros(size, dtype=torch.int64, device=like.device)
+        self._hidden_NTH = torch.zeros(*size, like.hidden_size, dtype=like.dtype, device=like.device)
 
     @property
     def num_bytes(self) -> int:
         """Of the cache and of what is unread; weights are the draft's."""
         return self._cache.num_bytes + self._tokens_NT.nbytes + self._hidden_NTH.nbytes
 
+    def forget(self) -> None:
+        """Drops what was made for targets that are hosted no more."""
+        self._drafts.forget()
+
     def read_prompts(
-        self, tokens_BT: Tensor, hidden_BTH: Tensor, last_B: Tensor, next_B: Tensor, rows: Rows
+        self,
+        targets: Sequence[str],
+        tokens_BT: Tensor,
+        hidden_BTH: Tensor,
+        last_B: Tensor,
+        next_B: Tensor,
+        rows: Rows,
     ) -> None:
         """Reads prefilled positions, row b up to index `last_B[b]`, after which `next_B[b]` comes."""
         shifted_BT = tokens_BT.roll(-1, dims=1).scatter(1, last_B[:, None], next_B[:, None])
-        run_draft(self._draft, self._head, shifted_BT, hidden_BTH, rows, self._cache)
+        run_draft(*self._drafts.bind(targets), shifted_BT, hidden_BTH, rows, self._cache)
         slots = slice(rows.first, rows.first + len(next_B))
         self._tokens_NT[slots, 0] = next_B
         self._hidden_NTH[slots, 0] = hidden_BTH[torch.arange(len(next_B)), last_B]
         self._unread[slots] = [1] * len(next_B)
 
-    def catch_up(self, lengths: Sequence[int], *, drafts: bool) -> None:
+    def catch_up(self, targets: Sequence[str], lengths: Sequence[int], *, drafts: bool) -> None:
         """Reads all but the last unread token of each row, where a proposal or the buffer would not hold them."""
         counts = self._unread[: len(lengths)]
         if max(counts) <= (self.max_drafted + 1 if drafts else CATCH_UP - 1):
             return
         width = max(counts) - 1
-        tokens_BT, hidden_BTH = (
-            self._tokens_NT[: len(counts), :width],
-            self._hidden_NTH[: len(counts), :width],
-        )
-        run_draft(self._draft, self._head, tokens_BT, hidden_BTH, self._unread_rows(lengths), self._cache)
-        rows = torch.arange(len(counts), device=tokens_BT.device)
-        last_B = torch.tensor(counts, device=tokens_BT.device) - 1
-        self._tokens_NT[rows, 0], self._hidden_NTH[rows, 0] = (
-            self._tokens_NT[rows, last_B],
-            self._hidden_NTH[rows, last_B],
-        )
+        unread = self._tokens_NT[: len(counts), :width], self._hidden_NTH[: len(counts), :width]
+        run_draft(*self._drafts.bind(targets), *unread, self._unread_rows(lengths), self._cache)
+        rows = torch.arange(len(counts), device=self._tokens_NT.device)
+        last_B = torch.tensor(counts, device=rows.device) - 1
+        self._tokens_NT[rows, 0] = self._tokens_NT[rows, last_B]
+        self._hidden_NTH[rows, 0] = self._hidden_NTH[rows, last_B]
         self._unread[: len(counts)] = [1] * len(counts)
 
     def propose(
-        self, lengths: Sequence[int], limit: int, control: Control, batch: SamplingBatch
+        self, load: Load, lengths: Sequence[int], limit: int, control: Control, batch: SamplingBatch
     ) -> DraftProposal:
         """Reads what is unread and extends each row, of `lengths` tokens, by at most `limit` > 0 tokens."""
         counts = self._unread[: len(lengths)]
@@ -84,8 +96,9 @@ class Drafting:
             hidden_BTH=self._hidden_NTH[: len(lengths), : max(counts)],
             rows=self._unread_rows(lengths),
             count=tuple(counts),
+            drafts=load.drafts,
         )
-        return propose(self._draft, self._head, pending, self._cache, limit, control, batch)
+        return propose(*self._drafts.bind(load.targets), pending, self._cache, limit, control, batch)
 
     def remember(
         self, committed_BT: Tensor, hidden_BTH: Tensor, accepted: Sequence[int], *, was_read: bool
@@ -103,12 +116,14 @@ class Drafting:
         self._unread[:num_rows] = [count + 1 for count in self._unread[:num_rows]]
 
     def move(self, move: Move) -> None:
-        """Copies a sequence to another slot."""
-        source, destination = move.source, move.destination
-        self._cache.move(source, destination, move.length)
-        self._unread[destination] = self._unread[source]
-        self._tokens_NT[destination] = self._tokens_NT[source]
-        self._hidden_NTH[destination] = self._hidden_NTH[source]
+        """Copies sequences to other slots."""
+        sources, destinations = list(move.sources), list(move.destinations)
+        self._cache.move(sources, destinations, move.length)
+        self._tokens_NT[destinations] = self._tokens_NT[sources]
+        self._hidden_NTH[destinations] = self._hidden_NTH[sources]
+        unread = [self._unread[source] for source in sources]
+        for destination, count in zip(destinations, unread, strict=True):
+            self._unread[destination] = count
 
     def _unread_rows(self, lengths: Sequence[int]) -> Rows:
         pairs = zip(lengths, self._unread[: len(lengths)], strict=True)

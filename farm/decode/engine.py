@@ -1,8 +1,9 @@
 # H hidden
 """The decode engine: requests join and leave slots between rounds of propose, verify, commit.
 
-It knows tokens, not text. One engine serves one target with at most one draft; without a draft it decodes one token
-a round. A request's random numbers depend on its own seed and rounds, never on its neighbours.
+It knows tokens, not text. Its targets share slots: drafts run through one trunk, LoRA targets of one base through one
+forward, full checkpoints in a group each. A target without a draft decodes one token a round. A request's random
+numbers depend on its own seed and rounds, never on its neighbours.
 """
 
 from __future__ import annotations
@@ -15,13 +16,12 @@ import torch
 from torch import Tensor
 
 from farm.decode.control import Control, Fixed
+from farm.decode.routes import Route as Route
 from farm.decode.runner import Round, Runner, Seconds, sampling_batch
 from farm.decode.scheduler import FinishReason as FinishReason
 from farm.decode.scheduler import LiveRequest, Move, Prefill, Scheduler
 from farm.decode.scheduler import Request as Request
 from farm.decode.stats import DecodeStats
-from farm.draft.model import Draft
-from farm.target.forward import TargetForward
 
 PREFILL_TOKENS = 512
 OFFLINE_PREFILL_TOKENS = 4096  # where nobody waits for the next token
@@ -49,23 +49,21 @@ class Output:
 
 
 class Engine:
-    """Decodes requests of one target in `num_slots` slots of `max_length` positions each.
+    """Decodes requests of its targets in `num_slots` slots of `max_length` positions each.
 
     Args:
-        target: the target's forward.
-        stop_ids: tokens that end a request.
-        draft: proposes tokens; None decodes plainly.
+        routes: the targets, at least one; more may be hosted later.
         k: most tokens that a round drafts.
         control: how many it does draft; None: always `k`.
         prefill_tokens: prompt tokens processed in one step beside its round.
         capture: keep the target's hidden states of every processed token.
+
+    Raises ValueError when the targets cannot share an engine (see Routes.host).
     """
 
-    def __init__(  # noqa: PLR0913 - the knobs of decoding, each with a name
+    def __init__(
         self,
-        target: TargetForward,
-        stop_ids: frozenset[int],
-        draft: Draft | None,
+        routes: Sequence[Route],
         *,
         num_slots: int,
         max_length: int,
@@ -76,19 +74,28 @@ class Engine:
     ) -> None:
         self.capture = capture
         self.control = Fixed(k) if control is None else control
+        like = routes[0].forward
+        self.runner = Runner(like, num_slots=num_slots, max_length=max_length, max_drafted=k)
         self.scheduler = Scheduler(
-            stop_ids, num_slots=num_slots, max_length=max_length, prefill_tokens=prefill_tokens
-        )
-        self.runner = Runner(
-            target, draft,
-            num_slots=num_slots, max_length=max_length, max_drafted=k if draft is not None else 0,
+            lambda target: self.runner.routes[target].stop_ids, self.runner.routes.group_of,
+            num_slots=num_slots, max_length=max_length, prefill_tokens=prefill_tokens,
         )  # fmt: skip
-        self.stats = DecodeStats()
+        for route in routes:
+            self.runner.host(route)
+        self.stats_of: dict[str, DecodeStats] = {}
         self._features: dict[str, list[Tensor]] = {}
 
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
+
+    @property
+    def stats(self) -> DecodeStats:
+        """Of all targets together."""
+        total = DecodeStats()
+        for stats in self.stats_of.values():
+            total.add(stats)
+        return total
 
     @property
     def num_live(self) -> int:
@@ -99,8 +106,23 @@ class Engine:
         """Where the time of all steps went."""
         return self.runner.seconds
 
+    def host(self, route: Route) -> None:
+        """Adds a target between two steps. Raises ValueError when it cannot share this engine."""
+        self.runner.host(route)
+
+    def drop(self, target: str) -> None:
+        """Forgets a target between two steps. Raises ValueError while a request still needs it."""
+        if self.scheduler.uses(target):
+            raise ValueError(f"target {target!r} still has requests; cancel them or let them end")
+        self.runner.drop(target)
+
     def add(self, request: Request) -> None:
-        """Queues a request. Raises ValueError when its prompt is empty or leaves no room for a token."""
+        """Queues a request.
+
+        Raises ValueError when its target is not hosted, or its prompt is empty or leaves no room for a token.
+        """
+        if request.target not in self.runner.routes:
+            raise ValueError(f"request {request.id}: target {request.target!r} is not hosted")
         self.scheduler.add(request)
 
     def cancel(self, request_id: str) -> None:
@@ -130,7 +152,7 @@ class Engine:
             outputs += self._prefill(prefill)
         live = self.scheduler.live
         if live:
-            done = self.runner.run([s.tokens for s in live], sampling_batch(live), self.control)
+            done = self.runner.run(live, sampling_batch(live), self.control)
             self.control.observe(done.result)
             outputs += self._commit(done)
         self.seconds.host += time.perf_counter() - started - (self.seconds.on_tensors - on_tensors)
@@ -145,7 +167,7 @@ class Engine:
         self._move(self.scheduler.prefilled(prefill))
         if not first:
             return []
-        slots = range(len(self.scheduler.live) - len(first), len(self.scheduler.live))
+        slots = [self.scheduler.live.index(row) for row in prefill.rows]
         for slot, token in zip(slots, first, strict=True):
             self.scheduler.commit(slot, [token])
         return self._emit(slots, [1] * len(first))
@@ -156,7 +178,8 @@ class Engine:
             drafted, accepted = done.result.drafted[slot], done.result.accepted[slot]
             new = self.scheduler.commit(slot, done.tokens[slot][: accepted + 1])
             kept.append(len(new))
-            for stats in (sequence.stats, self.stats):
+            of_target = self.stats_of.setdefault(sequence.request.target, DecodeStats())
+            for stats in (sequence.stats, of_target):
                 stats.count(drafted, accepted, len(new))
             if self.capture:
                 self._features[sequence.request.id].append(done.hidden_BTH[slot, : len(new)].clone())
@@ -173,8 +196,7 @@ class Engine:
             outputs.append(Output(sequence.request.id, visible, reason, completion))
             if reason is not None:
                 ended.append(slot)
-        for slot in reversed(ended):
-            self._move(self.scheduler.release(slot))
+        self._move(self.scheduler.release(ended))
         return outputs
 
     def _complete(self, sequence: LiveRequest, reason: FinishReason) -> Completion:

@@ -3,27 +3,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from farm.decode.control import Control, Signal
 from farm.decode.sampling import DRAFT, SamplingBatch, distribution, draw
-from farm.draft.lean import LeanDraft, LeanHead
-from farm.draft.model import Draft, DraftHead
+from farm.draft.lean import LeanDraft
+from farm.draft.model import Draft
 from farm.layers.attention import causal_mask
 from farm.layers.cache import Rows, SlotCache
 
 
+class Head(Protocol):
+    """Embedding and head of the rows' targets as a draft uses them; the head may be pruned to a draft vocabulary."""
+
+    @property
+    def vocabulary_C(self) -> Tensor | None:  # noqa: N802 - a tensor's name carries its shape
+        """Token id of each column of the logits; None: all."""
+        ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """[B, ..., H] of token ids [B, ...]."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[B, C] of hidden states [B, H]."""
+        ...
+
+    def token_ids(self, columns: Tensor) -> Tensor:
+        """Token ids of columns of `logits`."""
+        ...
+
+
 @dataclass(frozen=True)
 class Pending:
-    """Committed tokens that the draft has not seen: x_{t+1} beside the target's h_t, `count[b]` of them real."""
+    """Committed tokens that the draft has not seen: x_{t+1} beside the target's h_t, `count[b]` of them real.
+
+    Rows that `drafts` leaves out are read but not extended.
+    """
 
     tokens_BT: Tensor
     hidden_BTH: Tensor
     rows: Rows
     count: tuple[int, ...]
+    drafts: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
@@ -47,7 +77,7 @@ class DraftProposal:
 
 def run_draft(
     draft: Draft | LeanDraft,
-    head: DraftHead | LeanHead,
+    head: Head,
     tokens_BT: Tensor,
     hidden_BTH: Tensor,
     rows: Rows,
@@ -68,7 +98,7 @@ def run_draft(
 @torch.inference_mode()
 def propose(
     draft: Draft | LeanDraft,
-    head: DraftHead | LeanHead,
+    head: Head,
     pending: Pending,
     cache: SlotCache,
     limit: int,
@@ -84,7 +114,7 @@ def propose(
     last_B = torch.tensor(pending.count, device=predicted_BTH.device) - 1
     hidden_BH = predicted_BTH[torch.arange(len(pending.count)), last_B]
     starts = [start + count - 1 for start, count in zip(pending.rows.starts, pending.count, strict=True)]
-    chain = _Chain(head, control, batch, len(starts))
+    chain = _Chain(head, control, batch, pending.drafts)
     forwards = 1
     for index in range(limit):
         if index:
@@ -103,11 +133,9 @@ def propose(
 class _Chain:
     """Tokens drafted so far; a row that stopped gets padding while others go on."""
 
-    def __init__(
-        self, head: DraftHead | LeanHead, control: Control, batch: SamplingBatch, num_rows: int
-    ) -> None:
+    def __init__(self, head: Head, control: Control, batch: SamplingBatch, drafts: Sequence[bool]) -> None:
         self._head, self._control, self._batch = head, control, batch
-        self._lengths, self._going = [0] * num_rows, [True] * num_rows
+        self._lengths, self._going = [0] * len(drafts), list(drafts)
         self.tokens: list[Tensor] = []
         self._probabilities: list[Tensor] = []
 
@@ -154,9 +182,9 @@ def _signal(logits_BC: Tensor, q_BC: Tensor | None, batch: SamplingBatch, what: 
     return values
 
 
-def _expand(q_BC: Tensor, head: DraftHead | LeanHead) -> Tensor:
+def _expand(q_BC: Tensor, head: Head) -> Tensor:
     """q over the full vocabulary: 0 for every token outside the draft vocabulary."""
     if head.vocabulary_C is None:
         return q_BC
-    full_BV = q_BC.new_zeros(q_BC.shape[0], head.embedding_VH.shape[0])
+    full_BV = q_BC.new_zeros(q_BC.shape[0], head.vocab_size)
     return full_BV.index_copy_(1, head.vocabulary_C, q_BC)

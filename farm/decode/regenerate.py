@@ -17,7 +17,7 @@ from farm.config import RegenerateSettings, UserError
 from farm.data.chat import encode_chat, encode_pair
 from farm.data.features import FEATURE_DTYPE, Answer
 from farm.data.prompts import Prompt
-from farm.decode.engine import OFFLINE_PREFILL_TOKENS, Completion, Engine, FinishReason, Request
+from farm.decode.engine import OFFLINE_PREFILL_TOKENS, Completion, Engine, FinishReason, Request, Route
 from farm.decode.sampling import SamplingParams
 from farm.layers.cache import Rows
 from farm.target.load import LoadedTarget
@@ -43,7 +43,7 @@ def regenerate_rows(
     if requests:
         num_slots = min(settings.batch_rows, len(requests))
         engine = Engine(
-            target.forward, target.stop_ids, None,
+            [Route(target.forward, target.stop_ids)],
             num_slots=num_slots, max_length=min(max_length, target.max_positions), k=0,
             prefill_tokens=OFFLINE_PREFILL_TOKENS, capture=True,
         )  # fmt: skip

@@ -1,5 +1,5 @@
 # B live rows, T tokens, K drafted tokens, H hidden, V vocabulary
-"""One target, at most one draft and their caches: prefills prompts and runs rounds. Decides nothing about requests."""
+"""Targets, drafts and their caches: prefills prompts and runs rounds. Decides nothing about requests."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from farm.decode.control import Control, RoundResult
+from farm.decode.control import Control, Load, RoundResult
 from farm.decode.drafting import Drafting
 from farm.decode.penalties import Penalties, Said
 from farm.decode.propose import DraftProposal
+from farm.decode.routes import Group, Route, Routes
 from farm.decode.sampling import ACCEPT, NEXT, SamplingBatch, distribution, draw
 from farm.decode.scheduler import LiveRequest, Move, Prefill
 from farm.decode.verify import Verdict, verify_greedy, verify_sampled
-from farm.draft.model import Draft
 from farm.layers.cache import Rows
 from farm.target.forward import TargetForward
 
@@ -48,31 +48,35 @@ class Round:
 
 
 class Runner:
-    """Tensors of `num_slots` sequences of at most `max_length` tokens; all memory is taken here, once."""
+    """Tensors of `num_slots` sequences of at most `max_length` tokens; what caches take is taken once."""
 
-    def __init__(
-        self,
-        target: TargetForward,
-        draft: Draft | None,
-        *,
-        num_slots: int,
-        max_length: int,
-        max_drafted: int,
-    ) -> None:
-        if max_length > target.max_positions:
-            raise ValueError(f"max_length {max_length} exceeds the target's {target.max_positions} positions")
-        self.target = target
+    def __init__(self, like: TargetForward, *, num_slots: int, max_length: int, max_drafted: int) -> None:
+        """`like` is a forward of the shape that all have; targets are hosted by `host`."""
+        if max_length > like.max_positions:
+            raise ValueError(f"max_length {max_length} exceeds the target's {like.max_positions} positions")
+        self.routes = Routes()
+        self.device = like.device
         capacity = max_length + max_drafted + 1  # a verification may write past the last token it keeps
-        self.cache = target.new_cache(num_slots, capacity)
+        self.cache = like.new_cache(num_slots, capacity)
+        self._sizes = {"num_slots": num_slots, "capacity": capacity, "max_drafted": max_drafted}
         self.drafting: Drafting | None = None
-        if draft is not None:
-            sizes = {"num_slots": num_slots, "capacity": capacity, "max_drafted": max_drafted}
-            self.drafting = Drafting(draft, target, **sizes)
         self.seconds = Seconds()
+
+    def host(self, route: Route) -> None:
+        """Adds a target. Raises ValueError when it does not go with those that are hosted."""
+        self.routes.host(route)
+        if route.draft is not None and self.drafting is None:
+            self.drafting = Drafting(route.draft.trunk, route.forward, self.routes, **self._sizes)
+
+    def drop(self, target: str) -> None:
+        """Forgets a target that no sequence needs any more."""
+        self.routes.drop(target)
+        if self.drafting is not None:
+            self.drafting.forget()
 
     @property
     def num_bytes(self) -> int:
-        """Of all that the sequences take; weights are the target's and the draft's."""
+        """Of all that the sequences take; weights are the targets' and the drafts'."""
         return self.cache.num_bytes + (self.drafting.num_bytes if self.drafting else 0)
 
     def prefill(self, prefill: Prefill) -> tuple[Tensor, list[int]]:
@@ -80,42 +84,46 @@ class Runner:
         started = time.perf_counter()
         num_rows, start = len(prefill.rows), prefill.start
         chunks = [row.tokens[start:end] for row, end in zip(prefill.rows, prefill.ends, strict=True)]
+        targets = [row.request.target for row in prefill.rows]
+        (group,) = self.routes.groups(targets)  # the scheduler admits one group at a time
         rows = Rows([start] * num_rows, first=prefill.first)
-        tokens_BT = _pad(chunks, self.target.device)
-        hidden_BTH = self.target.forward(tokens_BT, rows, self.cache)
-        last_B = torch.tensor([len(chunk) - 1 for chunk in chunks], device=self.target.device)
+        tokens_BT = _pad(chunks, self.device)
+        loras = group.lora_rows(tokens_BT.shape[1])
+        hidden_BTH = group.forward.forward(tokens_BT, rows, self.cache, loras)
+        last_B = torch.tensor([len(chunk) - 1 for chunk in chunks], device=self.device)
         if prefill.completes:
             last_BH = hidden_BTH[torch.arange(num_rows), last_B]
-            next_B = self._first_tokens(last_BH, sampling_batch(prefill.rows))
+            next_B = _first_tokens(group.forward.logits(last_BH), sampling_batch(prefill.rows))
         else:
             (row,), (end,) = prefill.rows, prefill.ends
-            next_B = torch.tensor([row.tokens[end]], device=self.target.device)
+            next_B = torch.tensor([row.tokens[end]], device=self.device)
         if self.drafting is not None:
-            self.drafting.read_prompts(tokens_BT, hidden_BTH, last_B, next_B, rows)
+            self.drafting.read_prompts(targets, tokens_BT, hidden_BTH, last_B, next_B, rows)
         self.seconds.prefill += time.perf_counter() - started
         return hidden_BTH, next_B.tolist() if prefill.completes else []
 
-    def run(self, tokens: Sequence[Sequence[int]], batch: SamplingBatch, control: Control) -> Round:
+    def run(self, rows: Sequence[LiveRequest], batch: SamplingBatch, control: Control) -> Round:
         """One round for the sequences in slots 0..B-1: propose, verify, and remember what the draft has to read next.
 
-        `tokens` holds each whole sequence; the caches hold all of it but the last token.
+        The caches hold all tokens of a sequence but the last.
         """
-        times, lengths = [time.perf_counter()], [len(row) for row in tokens]
-        drafted = DraftProposal.none(len(tokens), self.target.device)
+        times, lengths = [time.perf_counter()], [len(row.tokens) for row in rows]
+        targets = tuple(row.request.target for row in rows)
+        groups = self.routes.groups(targets)
+        load = Load(targets, self.routes.have_drafts(targets), len(groups))
+        drafted = DraftProposal.none(len(rows), self.device)
         limit = 0
         if self.drafting is not None:
-            limit = min(self.drafting.max_drafted, control.limit(len(tokens)))
-            self.drafting.catch_up(lengths, drafts=limit > 0)
+            limit = min(self.drafting.max_drafted, control.limit(load)) if any(load.drafts) else 0
+            self.drafting.catch_up(targets, lengths, drafts=limit > 0)
         times.append(time.perf_counter())
         if self.drafting is not None and limit > 0:
-            drafted = self.drafting.propose(lengths, limit, control, batch)
+            drafted = self.drafting.propose(load, lengths, limit, control, batch)
         times.append(time.perf_counter())
-        last_B1 = torch.tensor([[row[-1]] for row in tokens], device=self.target.device)
-        rows = Rows([length - 1 for length in lengths])
-        hidden_BTH = self.target.forward(torch.cat((last_B1, drafted.tokens_BK), dim=1), rows, self.cache)
-        logits_BTV = self.target.logits(hidden_BTH)
+        last_B1 = torch.tensor([[row.tokens[-1]] for row in rows], device=self.device)
+        hidden_BTH, logits_BTV = self._verify(groups, torch.cat((last_B1, drafted.tokens_BK), dim=1), lengths)
         times.append(time.perf_counter())
-        verdict = self._decide(drafted, logits_BTV, batch)
+        verdict = _decide(drafted, logits_BTV, batch)
         committed_BT = torch.cat((drafted.tokens_BK, verdict.next_B[:, None]), dim=1)
         committed_BT.scatter_(1, verdict.num_accepted_B[:, None], verdict.next_B[:, None])
         committed, accepted = committed_BT.tolist(), verdict.num_accepted_B.tolist()
@@ -128,36 +136,52 @@ class Runner:
         self.seconds.sample += sample_s
         # Catching up is left out of what a control learns: it pays for rounds that have passed.
         result = RoundResult(
-            drafted.lengths, tuple(accepted), drafted.forwards, draft_s, time.perf_counter() - times[2]
+            load, drafted.lengths, tuple(accepted), drafted.forwards, draft_s, time.perf_counter() - times[2]
         )
         return Round(committed, hidden_BTH, result)
 
     def move(self, move: Move) -> None:
-        """Copies a sequence to another slot."""
-        self.cache.move(move.source, move.destination, move.length)
+        """Copies sequences to other slots."""
+        self.cache.move(list(move.sources), list(move.destinations), move.length)
         if self.drafting is not None:
             self.drafting.move(move)
 
-    def _first_tokens(self, last_BH: Tensor, batch: SamplingBatch) -> Tensor:
-        logits_BV = self.target.logits(last_BH)
-        if batch.penalties is not None:
-            logits_BV = batch.penalties.apply(logits_BV[:, None], [[]] * len(last_BH))[:, 0]
-        if batch.greedy:
-            return logits_BV.argmax(dim=-1)
-        return draw(distribution(logits_BV, batch), batch.uniform(0, NEXT))
+    def _verify(
+        self, groups: Sequence[Group], tokens_BT: Tensor, lengths: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states and logits of each row's last token and drafted ones, group by group."""
+        hidden, logits = [], []
+        for group in groups:
+            of_group = slice(group.first, group.last)
+            rows = Rows([length - 1 for length in lengths[of_group]], group.first)
+            loras = group.lora_rows(tokens_BT.shape[1])
+            hidden.append(group.forward.forward(tokens_BT[of_group], rows, self.cache, loras))
+            logits.append(group.forward.logits(hidden[-1]))
+        if len(groups) == 1:
+            return hidden[0], logits[0]
+        return torch.cat(hidden), torch.cat(logits)
 
-    def _decide(self, drafted: DraftProposal, logits_BTV: Tensor, batch: SamplingBatch) -> Verdict:
-        lengths_B = torch.tensor(drafted.lengths, device=logits_BTV.device)
-        if batch.penalties is not None:
-            logits_BTV = batch.penalties.apply(logits_BTV, drafted.tokens_BK.tolist())
-        if batch.greedy:
-            return verify_greedy(drafted.tokens_BK, logits_BTV.argmax(dim=-1), lengths_B)
-        p_BTV = distribution(logits_BTV.flatten(0, 1), batch.repeat(logits_BTV.shape[1])).view_as(logits_BTV)
-        k = drafted.tokens_BK.shape[1]
-        q_BKV = p_BTV[:, :0] if drafted.q_BKV is None else drafted.q_BKV
-        accept_BK = torch.stack([batch.uniform(i, ACCEPT) for i in range(k)], dim=1) if k else p_BTV[:, :0, 0]
-        next_B = batch.uniform(0, NEXT)
-        return verify_sampled(drafted.tokens_BK, p_BTV, q_BKV, accept_BK, next_B, lengths_B)
+
+def _first_tokens(logits_BV: Tensor, batch: SamplingBatch) -> Tensor:
+    if batch.penalties is not None:
+        logits_BV = batch.penalties.apply(logits_BV[:, None], [[]] * len(logits_BV))[:, 0]
+    if batch.greedy:
+        return logits_BV.argmax(dim=-1)
+    return draw(distribution(logits_BV, batch), batch.uniform(0, NEXT))
+
+
+def _decide(drafted: DraftProposal, logits_BTV: Tensor, batch: SamplingBatch) -> Verdict:
+    lengths_B = torch.tensor(drafted.lengths, device=logits_BTV.device)
+    if batch.penalties is not None:
+        logits_BTV = batch.penalties.apply(logits_BTV, drafted.tokens_BK.tolist())
+    if batch.greedy:
+        return verify_greedy(drafted.tokens_BK, logits_BTV.argmax(dim=-1), lengths_B)
+    p_BTV = distribution(logits_BTV.flatten(0, 1), batch.repeat(logits_BTV.shape[1])).view_as(logits_BTV)
+    k = drafted.tokens_BK.shape[1]
+    q_BKV = p_BTV[:, :0] if drafted.q_BKV is None else drafted.q_BKV
+    accept_BK = torch.stack([batch.uniform(i, ACCEPT) for i in range(k)], dim=1) if k else p_BTV[:, :0, 0]
+    next_B = batch.uniform(0, NEXT)
+    return verify_sampled(drafted.tokens_BK, p_BTV, q_BKV, accept_BK, next_B, lengths_B)
 
 
 def sampling_batch(rows: Sequence[LiveRequest]) -> SamplingBatch:

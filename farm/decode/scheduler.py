@@ -1,13 +1,14 @@
 """Which request runs where: slots, admissions, limits and ends. Holds no tensors.
 
-Sequences that decode are in slots 0..D-1, so that a round reads caches through views. A prompt longer than a step's
-prefill budget is worked off in chunks in the top slot, while the others go on decoding.
+Sequences that decode are in slots 0..D-1, those of one group side by side, so that a forward reads caches through
+views. A prompt longer than a step's prefill budget is worked off in chunks in the top slot, while the others go on
+decoding.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -24,9 +25,10 @@ class Request:
     id: str
     prompt_ids: tuple[int, ...]
     params: SamplingParams
+    target: str = ""  # which of the engine's targets answers
 
 
-@dataclass
+@dataclass(eq=False)
 class LiveRequest:
     """A request in a slot. The target's cache holds every token but the last once its prompt is prefilled."""
 
@@ -57,10 +59,10 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Move:
-    """Copy the first `length` positions of slot `source` to slot `destination`."""
+    """Copy the first `length` positions of the slots `sources` to `destinations`, all at once."""
 
-    source: int
-    destination: int
+    sources: tuple[int, ...]
+    destinations: tuple[int, ...]
     length: int
 
 
@@ -68,14 +70,22 @@ class Scheduler:
     """Slots and queues of one engine.
 
     Args:
+        stop_ids: the tokens that end a request, by its target.
+        group_of: what the targets have in common that are verified together.
         prefill_tokens: prompt tokens that one step may process beside its decoding, at least one prompt's chunk.
     """
 
     def __init__(
-        self, stop_ids: frozenset[int], *, num_slots: int, max_length: int, prefill_tokens: int
+        self,
+        stop_ids: Callable[[str], frozenset[int]],
+        group_of: Callable[[str], Hashable],
+        *,
+        num_slots: int,
+        max_length: int,
+        prefill_tokens: int,
     ) -> None:
-        self.stop_ids, self.num_slots, self.max_length = stop_ids, num_slots, max_length
-        self.prefill_tokens = prefill_tokens
+        self._stop_ids, self._group_of = stop_ids, group_of
+        self.num_slots, self.max_length, self.prefill_tokens = num_slots, max_length, prefill_tokens
         self.live: list[LiveRequest] = []  # decoding; the sequence in slot b is live[b]
         self._waiting: deque[Request] = deque()
         self._chunked: LiveRequest | None = None  # in the top slot, its prompt not yet processed
@@ -100,10 +110,12 @@ class Scheduler:
         self._waiting = deque(r for r in self._waiting if r.id != request_id)
         if self._chunked is not None and self._chunked.request.id == request_id:
             self._chunked = None
-        for slot, sequence in enumerate(self.live):
-            if sequence.request.id == request_id:
-                return self.release(slot)
-        return None
+        return self.release([slot for slot, one in enumerate(self.live) if one.request.id == request_id])
+
+    def uses(self, target: str) -> bool:
+        """Whether a request for the target waits or is in a slot."""
+        busy = [*self.live, *([self._chunked] if self._chunked else [])]
+        return any(r.target == target for r in (*self._waiting, *(one.request for one in busy)))
 
     def prefills(self) -> Iterator[Prefill]:
         """What of the waiting prompts this step processes: the next chunk of a long one, then whole short ones.
@@ -119,29 +131,33 @@ class Scheduler:
             end = min(start + budget, len(self._chunked.tokens))
             budget -= end - start
             yield Prefill(self.num_slots - 1, (self._chunked,), start, (end,))
+        while rows := self._next_rows(budget):
+            ends = tuple(len(row.tokens) for row in rows)
+            budget -= len(rows) * max(ends)
+            yield Prefill(len(self.live), tuple(rows), 0, ends)
+
+    def _next_rows(self, budget: int) -> list[LiveRequest]:
+        """Short prompts from the queue's head that are of one group and fit, padded, into the budget."""
         rows, widest = list[LiveRequest](), 0
         while self._waiting and self._room() > len(rows) and not self._is_long(self._waiting[0]):
-            widest = max(widest, len(self._waiting[0].prompt_ids))
-            if widest * (len(rows) + 1) > budget:
+            request = self._waiting[0]
+            widest = max(widest, len(request.prompt_ids))
+            other = rows and self._group_of(request.target) != self._group_of(rows[0].request.target)
+            if other or widest * (len(rows) + 1) > budget:
                 break
-            request = self._waiting.popleft()
-            rows.append(LiveRequest(request, list(request.prompt_ids)))
-        if rows:
-            ends = tuple(len(row.tokens) for row in rows)
-            yield Prefill(len(self.live), tuple(rows), 0, ends)
+            rows.append(LiveRequest(self._waiting.popleft(), list(request.prompt_ids)))
+        return rows
 
     def prefilled(self, prefill: Prefill) -> Move | None:
         """Takes note of a processed prefill: its sequences decode from now on, or its next chunk is due."""
         if not prefill.completes:
             self._num_chunked = prefill.ends[0]
             return None
-        move = None
         if prefill.rows[0] is self._chunked:
-            self._chunked, slot = None, len(self.live)
-            if slot != prefill.first:
-                move = Move(prefill.first, slot, prefill.ends[0])
+            self._chunked = None
+        slots = [*range(len(self.live)), *range(prefill.first, prefill.first + len(prefill.rows))]
         self.live += prefill.rows
-        return move
+        return self._regroup(slots)
 
     def commit(self, slot: int, tokens: Sequence[int]) -> list[int]:
         """Appends what a round committed, up to a stop token, the request's limit or the slot's end; what was kept."""
@@ -166,16 +182,37 @@ class Scheduler:
         full = len(sequence.tokens) >= self.max_length
         return "length" if full or sequence.num_new >= sequence.request.params.max_new_tokens else None
 
-    def release(self, slot: int) -> Move | None:
-        """Frees a slot; the last decoding sequence moves into it."""
-        last = len(self.live) - 1
-        move = None if slot == last else Move(last, slot, len(self.live[last].tokens))
-        self.live[slot] = self.live[last]
-        self.live.pop()
-        return move
+    def release(self, slots: Sequence[int]) -> Move | None:
+        """Frees slots; the last decoding sequences move into them."""
+        sources = list(range(len(self.live)))
+        for slot in sorted(slots, reverse=True):
+            self.live[slot], sources[slot] = self.live[-1], sources[-1]
+            self.live.pop()
+            sources.pop()
+        return self._regroup(sources)
+
+    def _regroup(self, sources: list[int]) -> Move | None:
+        """Puts sequences of one group side by side, few of them moving; `sources[b]` is where live[b] is now."""
+        groups = [self._group_of(one.request.target) for one in self.live]
+        order = {group: index for index, group in enumerate(dict.fromkeys(groups))}
+        wanted = sorted(order[group] for group in groups)
+        misplaced = [slot for slot, group in enumerate(groups) if order[group] != wanted[slot]]
+        # Among the misplaced, the k-th smallest group belongs into the k-th slot.
+        taken = sorted(misplaced, key=lambda slot: order[groups[slot]])
+        moved = {
+            slot: (self.live[source], sources[source]) for slot, source in zip(misplaced, taken, strict=True)
+        }
+        for slot, (sequence, source) in moved.items():
+            self.live[slot], sources[slot] = sequence, source
+        pairs = [(source, slot) for slot, source in enumerate(sources) if source != slot]
+        if not pairs:
+            return None
+        length = max(len(self.live[slot].tokens) for _, slot in pairs)
+        return Move(*(tuple(column) for column in zip(*pairs, strict=True)), length)
 
     def _stops(self, sequence: LiveRequest, token: int) -> bool:
-        return token in self.stop_ids or token in sequence.request.params.stop_ids
+        request = sequence.request
+        return token in self._stop_ids(request.target) or token in request.params.stop_ids
 
     def _is_long(self, request: Request) -> bool:
         return len(request.prompt_ids) > self.prefill_tokens

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ class LeanExpert:
 
     def add_to(self, residual_MH: Tensor, normed_MH: Tensor) -> Tensor:
         """residual + E(normed), the sum taken by the last product."""
-        return self.down.add_to(residual_MH, swiglu(normed_MH, self.gate_up))
+        return self.down.add_to(residual_MH, swiglu(self.gate_up(normed_MH)))
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,24 @@ class LeanTrunk:
         return fused
 
 
-class LeanDraft:
-    """Predicted hidden states of one draft; called like `Draft`, without gradients."""
+class ExpertSum(Protocol):
+    """One private expert for all rows, or one for each (farm/draft/routed.py)."""
 
-    def __init__(self, draft: Draft) -> None:
-        self.config = draft.config
-        self.vocabulary_C = draft.trunk.vocabulary_C
-        self._lean = LeanTrunk.of(draft.trunk)
-        self._expert = LeanExpert.of(draft.expert)
+    def add_to(self, residual_MH: Tensor, normed_MH: Tensor) -> Tensor:
+        """residual + E(normed)."""
+        ...
+
+
+class LeanDraft:
+    """Predicted hidden states of a trunk with private experts; called like `Draft`, without gradients."""
+
+    def __init__(self, trunk: LeanTrunk, experts: ExpertSum) -> None:
+        self.config = trunk.trunk.config
+        self._lean, self._experts = trunk, experts
+
+    @classmethod
+    def of(cls, draft: Draft) -> LeanDraft:
+        return cls(LeanTrunk.of(draft.trunk), LeanExpert.of(draft.expert))
 
     def __call__(
         self,
@@ -89,7 +100,7 @@ class LeanDraft:
         mixed_MX = attend(qkv_BTND[:, :, :n], k_BSGD, v_BSGD, mask).view(b * t, n * d)
         a_MH = self._lean.out.add_to(u_MH, mixed_MX)
         n_MH = self._lean.norm(a_MH)
-        a_MH = self._expert.add_to(self._lean.shared_expert.add_to(a_MH, n_MH), n_MH)
+        a_MH = self._experts.add_to(self._lean.shared_expert.add_to(a_MH, n_MH), n_MH)
         return a_MH.view(b, t, h)
 
 
@@ -98,7 +109,7 @@ class LeanHead:
 
     def __init__(self, head: DraftHead, whole: Dense) -> None:
         """`whole` is the target's own head, shared where the draft's vocabulary is not pruned."""
-        self.embedding_VH, self.vocabulary_C = head.embedding_VH, head.vocabulary_C
+        self.vocab_size, self.vocabulary_C = head.embedding_VH.shape[0], head.vocabulary_C
         self.embed, self.token_ids = head.embed, head.token_ids
         self._product = whole if head.vocabulary_C is None else Dense.of(head.weight_CH)
 

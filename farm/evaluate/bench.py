@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from farm.decode.engine import OFFLINE_PREFILL_TOKENS, Engine, Request
+from farm.decode.engine import OFFLINE_PREFILL_TOKENS, Engine, Request, Route
 from farm.decode.sampling import SamplingParams
 from farm.decode.stats import DecodeStats
 from farm.draft.model import Draft
@@ -62,7 +62,7 @@ def measure_tau(
     """Decodes every prompt once, in batches; prompt i is sampled with seed `params.seed + i`."""
     max_length = min(max(map(len, prompts)) + params.max_new_tokens, target.max_positions)
     engine = Engine(
-        target.forward, target.stop_ids, draft,
+        [Route(target.forward, target.stop_ids, draft)],
         num_slots=min(NUM_SLOTS, len(prompts)), max_length=max_length, k=k,
         prefill_tokens=OFFLINE_PREFILL_TOKENS,
     )  # fmt: skip
@@ -122,7 +122,7 @@ def _arm(
     max_new: int,
 ) -> Callable[[PromptIds], int]:
     max_length = min(max(map(len, prompts)) + max_new, target.max_positions)
-    engine = Engine(target.forward, target.stop_ids, draft, num_slots=1, max_length=max_length, k=k)
+    engine = Engine([Route(target.forward, target.stop_ids, draft)], num_slots=1, max_length=max_length, k=k)
     params = SamplingParams(max_new_tokens=max_new)
     return lambda ids: len(engine.run([Request("0", ids, params)])[0].tokens)
 

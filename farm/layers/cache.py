@@ -87,6 +87,6 @@ class SlotCache:
             values=readable[..., self.num_kv_heads :, :].unbind(0),
         )
 
-    def move(self, source: int, destination: int, length: int) -> None:
-        """Copies the first `length` positions of one slot over another, so that live slots stay 0..B-1."""
-        self.buffer[:, destination, :length] = self.buffer[:, source, :length]
+    def move(self, sources: list[int], destinations: list[int], length: int) -> None:
+        """Copies the first `length` positions of slots over others, all at once, so that slots may change places."""
+        self.buffer[:, destinations, :length] = self.buffer[:, sources, :length]

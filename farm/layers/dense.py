@@ -91,7 +91,7 @@ class RmsNorm:
         return x.mul(norm.mul_(norm).add_(self.eps).rsqrt_()).mul_(self.weight_H)
 
 
-def swiglu(x_MX: Tensor, gate_up: Dense) -> Tensor:
-    """silu(x G) * (x U) [M, F]; gate and up are one product."""
-    gate_MF, up_MF = gate_up(x_MX).chunk(2, dim=-1)
-    return functional.silu(gate_MF) * up_MF
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(g) * u [..., F] of gate and up side by side, [..., 2 F]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return functional.silu(gate) * up

@@ -27,6 +27,7 @@ from farm.layers.attention import (
 )
 from farm.layers.cache import Rows, SlotCache, Window
 from farm.layers.dense import Dense, RmsNorm, swiglu
+from farm.layers.lora import LoraRows, Part
 
 SUPPORTED = ("llama", "qwen2", "qwen3")
 
@@ -108,8 +109,13 @@ class TargetForward:
         return SlotCache(len(self.layers), num_slots, capacity, shape, self.dtype, self.device)
 
     @torch.inference_mode()
-    def forward(self, tokens_BT: Tensor, rows: Rows, cache: SlotCache) -> Tensor:
-        """Post-norm hidden states [B, T, H] of the tokens, each at its row's start + index; the cache is extended."""
+    def forward(
+        self, tokens_BT: Tensor, rows: Rows, cache: SlotCache, loras: LoraRows | None = None
+    ) -> Tensor:
+        """Post-norm hidden states [B, T, H] of the tokens, each at its row's start + index; the cache is extended.
+
+        `loras` adds to every product what the row's own LoRA says.
+        """
         window = cache.window(rows, tokens_BT.shape[1])
         positions_BT = window.positions_BT
         n, g = self.num_heads + self.num_kv_heads, self.num_kv_heads
@@ -119,7 +125,7 @@ class TargetForward:
         mask = causal_mask(positions_BT, window.context, group, self.dtype)
         x_MH = functional.embedding(tokens_BT, self.embedding).view(-1, self.hidden_size)
         for index, layer in enumerate(self.layers):
-            x_MH = self._layer(x_MH, index, layer, (cos_BTND, sin_BTND, mask, window))
+            x_MH = self._layer(x_MH, index, layer, (cos_BTND, sin_BTND, mask, window), loras)
         return self.norm(x_MH).view(*tokens_BT.shape, self.hidden_size)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -132,21 +138,26 @@ class TargetForward:
         index: int,
         layer: Layer,
         context: tuple[Tensor, Tensor, Tensor | None, Window],
+        loras: LoraRows | None,
     ) -> Tensor:
+        def adapted(part: Part, x_MX: Tensor, y_MY: Tensor) -> Tensor:
+            return y_MY if loras is None else loras.add(index, part, x_MX, y_MY)
+
         cos_BTND, sin_BTND, mask, window = context
         b, t = cos_BTND.shape[:2]
         n, g, d = self.num_heads, self.num_kv_heads, self.head_dim
         normed_MH = layer.input_norm(x_MH)
-        qkv_BTND = layer.qkv(normed_MH).view(b, t, n + 2 * g, d)
+        qkv_BTND = adapted("qkv", normed_MH, layer.qkv(normed_MH)).view(b, t, n + 2 * g, d)
         if layer.q_norm is not None and layer.k_norm is not None:
             q_BTND, k_BTGD = layer.q_norm(qkv_BTND[:, :, :n]), layer.k_norm(qkv_BTND[:, :, n : n + g])
             qkv_BTND = torch.cat((q_BTND, k_BTGD, qkv_BTND[:, :, n + g :]), dim=2)
         qkv_BTND = rotate(qkv_BTND, cos_BTND, sin_BTND)
         k_BSGD, v_BSGD = window.write(index, qkv_BTND[:, :, n:])
         mixed_MX = attend(qkv_BTND[:, :, :n], k_BSGD, v_BSGD, mask).view(b * t, n * d)
-        x_MH = layer.out.add_to(x_MH, mixed_MX)
+        x_MH = adapted("out", mixed_MX, layer.out.add_to(x_MH, mixed_MX))
         normed_MH = layer.post_norm(x_MH)
-        return layer.down.add_to(x_MH, swiglu(normed_MH, layer.gate_up))
+        gated_MF = swiglu(adapted("gate_up", normed_MH, layer.gate_up(normed_MH)))
+        return adapted("down", gated_MF, layer.down.add_to(x_MH, gated_MF))
 
 
 def unsupported_reason(config: Any) -> str | None:

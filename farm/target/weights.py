@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +24,29 @@ def read_weights(folder: Path, lora: Path | None, dtype: torch.dtype) -> dict[st
 
     Raises SafetensorError or OSError when a file is truncated, corrupt or missing.
     """
-    deltas = {} if lora is None else read_deltas(lora)
-    if deltas is None:
+    factors = {} if lora is None else read_factors(lora)
+    if factors is None:
         return None
     weights: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         weights |= load_file(file)
-    if not deltas.keys() <= weights.keys():
+    if not factors.keys() <= weights.keys():
         return None
-    return {
-        name: (value.float() + deltas[name]).to(dtype) if name in deltas else value.to(dtype)
-        for name, value in weights.items()
-    }
+    for name, pair in factors.items():
+        weights[name] = weights[name].float() + pair.up_YR @ pair.down_RX
+    return {name: value.to(dtype) for name, value in weights.items()}
 
 
-def read_deltas(lora: Path) -> dict[str, Tensor] | None:
-    """alpha / r B A of every adapted weight (LoRA, 2106.09685), fp32, by the weight's name; None if there is more."""
+@dataclass(frozen=True)
+class LoraFactors:
+    """A and alpha / r B of one adapted weight (LoRA, 2106.09685), fp32."""
+
+    down_RX: Tensor
+    up_YR: Tensor
+
+
+def read_factors(lora: Path) -> dict[str, LoraFactors] | None:
+    """The factors of every adapted weight, by the weight's name; None if the adapter has more than these."""
     config = json.loads((lora / "adapter_config.json").read_text())
     if not is_plain(config):
         return None
@@ -46,14 +54,14 @@ def read_deltas(lora: Path) -> dict[str, Tensor] | None:
     for file in sorted(lora.glob("*.safetensors")):
         tensors |= load_file(file)
     scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
-    deltas = {}
+    factors = {}
     for name, a in tensors.items():
         if not name.endswith(".lora_A.weight"):
             continue
         b = tensors[name.replace("lora_A", "lora_B")]
         weight = name.removeprefix(LORA_PREFIX).replace(".lora_A.weight", ".weight")
-        deltas[weight] = scale * (b.float() @ a.float())
-    return deltas if 2 * len(deltas) == len(tensors) else None
+        factors[weight] = LoraFactors(a.float(), scale * b.float())
+    return factors if 2 * len(factors) == len(tensors) else None
 
 
 def is_plain(config: Mapping[str, Any]) -> bool:

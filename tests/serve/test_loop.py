@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from farm.decode.engine import Engine, Request
+from farm.decode.engine import Engine, Request, Route
 from farm.decode.sampling import SamplingParams
 from farm.layers.dense import Dense
 from farm.target.forward import TargetForward
@@ -25,7 +25,7 @@ class Mailbox(queue.Queue[Progress]):
 
 def engine(seed: int = 0) -> Engine:
     forward = TargetForward.of(tiny_model(tiny_tokenizer(), seed).eval())
-    return Engine(forward, frozenset(), None, num_slots=2, max_length=128, k=0)
+    return Engine([Route(forward, frozenset())], num_slots=2, max_length=128, k=0)
 
 
 def ask(name: str, tokens: int = 20) -> Request:
@@ -84,7 +84,7 @@ def test_a_request_that_the_engine_refuses_is_told_and_stops_no_other(loop):
 
 def test_a_broken_engine_tells_its_own_requests_and_later_ones():
     broken = engine()
-    broken.runner.target.head = Dense.of(torch.zeros(3, 5))  # any forward raises from now on
+    broken.runner.routes[""].forward.head = Dense.of(torch.zeros(3, 5))  # any forward raises from now on
     loop = EngineLoop()
     loop.host("a", "v1", broken)
     loop.start()

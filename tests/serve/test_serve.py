@@ -13,7 +13,7 @@ import pytest
 
 from farm.config import TargetSpec, UserError
 from farm.data.chat import encode_chat
-from farm.decode.engine import Engine, Request
+from farm.decode.engine import Engine, Request, Route
 from farm.decode.sampling import SamplingParams
 from farm.target.load import load_target
 from tests.serve.family import build_family, publish, tiny_expert
@@ -97,7 +97,7 @@ def test_the_list_of_models_names_each_target_with_what_drafts_for_it(served):
 def test_a_greedy_chat_is_what_the_target_decodes_without_any_draft(served, target):
     loaded = load_target(TargetSpec(name=target, model=str(served.root / target), prompts=""))
     ids = tuple(encode_chat(loaded.tokenizer, HELLO, loaded.chat_template))
-    engine = Engine(loaded.forward, loaded.stop_ids, None, num_slots=1, max_length=MAX_LENGTH, k=0)
+    engine = Engine([Route(loaded.forward, loaded.stop_ids)], num_slots=1, max_length=MAX_LENGTH, k=0)
     (expected,) = engine.run([Request("direct", ids, SamplingParams(max_new_tokens=24))])
     answer = served.greedy(target)
     assert answer.choices[0].message.content == loaded.tokenizer.decode(

@@ -5,10 +5,19 @@ from collections.abc import Callable
 
 import pytest
 
-from farm.decode.control import AdaEDL, Control, Cost, Fixed, RoundResult, make_control
+from farm.decode.adaedl import AdaEDL
+from farm.decode.control import Control, Fixed, Load, RoundResult
+from farm.decode.controls import make_control
 from farm.decode.costs import RoundCosts
+from farm.decode.renewal import Cost
 
-Draw = Callable[[int], float]
+
+def load_of(rows: int) -> Load:
+    return Load(("",) * rows, (True,) * rows)
+
+
+def took(rows: int, length: int, draft_s: float, rest_s: float) -> RoundResult:
+    return RoundResult(load_of(rows), (length,) * rows, (0,) * rows, length, draft_s, rest_s)
 
 
 def play(
@@ -22,7 +31,7 @@ def play(
     rng = random.Random(0)
     drafted_sum = emitted = seconds = 0.0
     for number in range(rounds):
-        limit, kept, forwards = control.limit(rows), [0] * rows, 0
+        limit, kept, forwards = control.limit(load_of(rows)), [0] * rows, 0
         going, peaks = [True] * rows, list[list[float]]()
         for index in range(limit):
             if index and not control.more(index):
@@ -40,7 +49,9 @@ def play(
         for row in range(rows):
             hits = (rng.random() < alpha(peaks[i][row]) for i in range(kept[row]))
             accepted.append(next((i for i, hit in enumerate(hits) if not hit), kept[row]))
-        cost = RoundResult(tuple(kept), tuple(accepted), forwards, step * forwards, 1 + step * max(kept))
+        cost = RoundResult(
+            load_of(rows), tuple(kept), tuple(accepted), forwards, step * forwards, 1 + step * max(kept)
+        )
         control.observe(cost)
         if number >= rounds // 2:
             drafted_sum += sum(kept) / rows
@@ -50,7 +61,7 @@ def play(
 
 @pytest.mark.parametrize("name", ["off", "fixed", "fixed-7", "adaedl", "adaedl-published", "cost"])
 def test_every_documented_name_is_a_control(name: str) -> None:
-    assert make_control(name).limit(1) >= 0
+    assert make_control(name).limit(load_of(1)) >= 0
 
 
 @pytest.mark.parametrize("name", ["", "fixed-", "fixed-x", "fixed-0", "adaedl-2", "cost-3", "auto"])
@@ -64,9 +75,9 @@ def test_the_published_threshold_runs_away_and_ours_does_not() -> None:
     published, ours = AdaEDL(6, published=True), AdaEDL(6)
     length_published, _ = play(published, lambda peak: 0.4 + 0.5 * peak, rounds=8000)
     length_ours, _ = play(ours, lambda peak: 0.4 + 0.5 * peak, rounds=8000)
-    assert published.threshold > 1.0
+    assert published.thresholds[""].value > 1.0
     assert length_published == pytest.approx(1.0)
-    assert 0.2 <= ours.threshold <= 0.9
+    assert 0.2 <= ours.thresholds[""].value <= 0.9
     assert length_ours > 1.3
 
 
@@ -104,18 +115,18 @@ def test_costs_interpolate_between_measured_lengths_and_ignore_an_outlier() -> N
     costs = RoundCosts(8)
     for _ in range(5):
         for length in (0, 1, 4, 8):
-            costs.add(3, length, length, 0.1 * length, 1.0 + 0.2 * length)
-    costs.add(4, 4, 4, 50.0, 50.0)  # three and four rows share a bucket
-    assert costs.draft_step(4, 2) == pytest.approx(0.1, abs=0.03)
-    assert costs.verify_step(3, 6) == pytest.approx(0.2, abs=0.06)
-    assert costs.unexplored(3) == 2
-    assert costs.unexplored(1) == 0
+            costs.add(took(3, length, 0.1 * length, 1.0 + 0.2 * length))
+    costs.add(took(4, 4, 50.0, 50.0))  # three and four rows share a bucket
+    assert costs.draft_step(load_of(4), 2) == pytest.approx(0.1, abs=0.03)
+    assert costs.verify_step(load_of(3), 6) == pytest.approx(0.2, abs=0.06)
+    assert costs.unexplored(load_of(3)) == 2
+    assert costs.unexplored(load_of(1)) == 0
 
 
 def test_a_token_breaks_even_where_its_acceptance_times_its_rows_buys_its_seconds() -> None:
     """Rounds of 1 + 0.3 k seconds: at 10 tokens a second, 4 rows pay for 0.3 s from acceptance 0.75 on."""
     costs = RoundCosts(8)
-    assert costs.break_even(4, 10.0) is None
+    assert costs.break_even(load_of(4), 10.0) is None
     for length in (0, 2, 6):
-        costs.add(4, length, length, 0.1 * length, 1.0 + 0.2 * length)
-    assert costs.break_even(4, 10.0) == pytest.approx(10.0 * 0.3 / 4)
+        costs.add(took(4, length, 0.1 * length, 1.0 + 0.2 * length))
+    assert costs.break_even(load_of(4), 10.0) == pytest.approx(10.0 * 0.3 / 4)

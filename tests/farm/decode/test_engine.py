@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from farm.decode.control import Fixed, make_control
-from farm.decode.engine import Completion, Engine, Request
+from farm.decode.control import Fixed, Load
+from farm.decode.controls import make_control
+from farm.decode.engine import Completion, Engine, Request, Route
 from farm.decode.propose import DraftProposal
 from farm.decode.sampling import SamplingBatch, SamplingParams
 from farm.draft.model import Draft
@@ -18,7 +19,7 @@ from farm.target.forward import TargetForward
 from tests.farm.models import tiny_model, tiny_pair
 
 NO_STOP: frozenset[int] = frozenset()
-CONTROLS = ["off", "fixed-9", "adaedl", "adaedl-published", "cost"]
+CONTROLS = ["off", "fixed", "adaedl", "adaedl-published", "cost"]
 
 
 def prompts(num: int, seed: int, vocab: int = 32) -> list[tuple[int, ...]]:
@@ -32,7 +33,7 @@ def decode(
 ) -> list[Completion]:
     chosen = {"num_slots": 3, "max_length": 64, "k": 3, "stop_ids": NO_STOP} | options
     stop_ids = chosen.pop("stop_ids")
-    return Engine(target, stop_ids, draft, **chosen).run(requests)
+    return Engine([Route(target, stop_ids, draft)], **chosen).run(requests)
 
 
 @given(
@@ -92,7 +93,7 @@ def test_neighbours_never_change_a_requests_tokens() -> None:
 
 def test_the_cache_after_rounds_equals_a_fresh_prefill() -> None:
     target, draft = tiny_pair()
-    engine = Engine(target, NO_STOP, draft, num_slots=3, max_length=64, k=3)
+    engine = Engine([Route(target, NO_STOP, draft)], num_slots=3, max_length=64, k=3)
     for i, ids in enumerate(prompts(3, 5)):
         engine.add(Request(str(i), ids, SamplingParams(temperature=1.0, seed=i, max_new_tokens=40)))
     for _ in range(6):
@@ -133,7 +134,7 @@ def test_a_cancelled_request_frees_its_slot_and_leaves_the_others_unchanged() ->
         Request(str(i), ids, SamplingParams(max_new_tokens=20)) for i, ids in enumerate(prompts(3, 8))
     ]
     expected = decode(target, draft, requests)[2].tokens
-    engine = Engine(target, NO_STOP, draft, num_slots=3, max_length=64, k=3)
+    engine = Engine([Route(target, NO_STOP, draft)], num_slots=3, max_length=64, k=3)
     for request in requests:
         engine.add(request)
     engine.step()
@@ -149,7 +150,7 @@ def test_a_cancelled_request_frees_its_slot_and_leaves_the_others_unchanged() ->
 @pytest.mark.parametrize("ids", [(), tuple(range(64))])
 def test_a_prompt_that_cannot_be_answered_is_refused(ids: tuple[int, ...]) -> None:
     target, _ = tiny_pair()
-    engine = Engine(target, NO_STOP, None, num_slots=1, max_length=64, k=0)
+    engine = Engine([Route(target, NO_STOP)], num_slots=1, max_length=64, k=0)
     with pytest.raises(ValueError, match="prompt"):
         engine.add(Request("a", ids, SamplingParams()))
 
@@ -158,7 +159,7 @@ def test_proposals_of_a_pruned_draft_stay_inside_its_vocabulary(monkeypatch: pyt
     target, draft = tiny_pair()
     draft.trunk.vocabulary_C = vocabulary = torch.tensor([2, 3, 5, 7, 11])
     seen: list[DraftProposal] = []
-    engine = Engine(target, NO_STOP, draft, num_slots=2, max_length=64, k=3)
+    engine = Engine([Route(target, NO_STOP, draft)], num_slots=2, max_length=64, k=3)
     drafting = engine.runner.drafting
     assert drafting is not None
     real = drafting.propose
@@ -178,7 +179,7 @@ def test_a_long_prompt_is_prefilled_in_chunks_while_the_others_decode() -> None:
     target, draft = tiny_pair()
     short = Request("short", (1, 2, 3), SamplingParams(max_new_tokens=20))
     long = Request("long", tuple(range(1, 31)), SamplingParams(max_new_tokens=8))
-    engine = Engine(target, NO_STOP, draft, num_slots=2, max_length=64, k=2, prefill_tokens=8)
+    engine = Engine([Route(target, NO_STOP, draft)], num_slots=2, max_length=64, k=2, prefill_tokens=8)
     engine.add(short)
     engine.step()
     engine.add(long)
@@ -202,7 +203,7 @@ def test_a_request_cancelled_while_its_prompt_is_prefilled_leaves_the_others_unc
         "short": Request("short", (1, 2, 3), SamplingParams(max_new_tokens=20)),
         "long": Request("long", tuple(range(1, 31)), SamplingParams(max_new_tokens=8)),
     }
-    engine = Engine(target, NO_STOP, draft, num_slots=3, max_length=64, k=2, prefill_tokens=8)
+    engine = Engine([Route(target, NO_STOP, draft)], num_slots=3, max_length=64, k=2, prefill_tokens=8)
     for request in requests.values():
         engine.add(request)
     engine.step()
@@ -222,12 +223,12 @@ def test_a_draft_that_rested_for_long_proposes_as_if_it_had_read_all() -> None:
     class Rests(Fixed):
         rounds = 0
 
-        def limit(self, num_rows: int) -> int:
+        def limit(self, load: Load) -> int:
             self.rounds += 1
-            return 0 if self.rounds <= 70 else super().limit(num_rows)
+            return 0 if self.rounds <= 70 else super().limit(load)
 
     def drafted_at_the_end(control: Fixed) -> list[int]:
-        engine = Engine(target, NO_STOP, draft, num_slots=1, max_length=100, k=3, control=control)
+        engine = Engine([Route(target, NO_STOP, draft)], num_slots=1, max_length=100, k=3, control=control)
         engine.add(request)
         while len(engine.scheduler.live[0].tokens if engine.scheduler.live else ()) < 74:
             engine.step()
@@ -235,8 +236,9 @@ def test_a_draft_that_rested_for_long_proposes_as_if_it_had_read_all() -> None:
         (sequence,) = engine.scheduler.live
         drafting, lengths = engine.runner.drafting, [len(sequence.tokens)]
         assert drafting is not None
-        drafting.catch_up(lengths, drafts=True)
-        proposal = drafting.propose(lengths, 3, Fixed(3), batch)
+        load = Load(("",), (True,))
+        drafting.catch_up(load.targets, lengths, drafts=True)
+        proposal = drafting.propose(load, lengths, 3, Fixed(3), batch)
         return [*lengths, *proposal.tokens_BK[0].tolist()]
 
     assert drafted_at_the_end(Rests(3)) == drafted_at_the_end(Fixed(1))
@@ -244,7 +246,7 @@ def test_a_draft_that_rested_for_long_proposes_as_if_it_had_read_all() -> None:
 
 def test_seconds_add_up_to_the_time_of_the_steps() -> None:
     target, draft = tiny_pair()
-    engine = Engine(target, NO_STOP, draft, num_slots=2, max_length=64, k=3)
+    engine = Engine([Route(target, NO_STOP, draft)], num_slots=2, max_length=64, k=3)
     started = time.perf_counter()
     engine.run([Request(str(i), (1, 2, 3), SamplingParams(max_new_tokens=30)) for i in range(4)])
     total = time.perf_counter() - started

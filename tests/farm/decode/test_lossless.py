@@ -13,8 +13,8 @@ from torch import Tensor
 import farm.decode.propose as propose_module
 import farm.decode.runner as runner_module
 import farm.decode.verify as verify_module
-from farm.decode.control import make_control
-from farm.decode.engine import Engine, Request
+from farm.decode.controls import make_control
+from farm.decode.engine import Engine, Request, Route
 from farm.decode.penalties import Said, penalise
 from farm.decode.sampling import SamplingBatch, SamplingParams, distribution, draw
 from farm.decode.verify import Verdict
@@ -51,9 +51,7 @@ def sampled_counts(
     counts = torch.zeros(VOCAB**DEPTH, dtype=torch.int64)
     for first in range(0, num, BATCH):
         engine = Engine(
-            target,
-            frozenset(),
-            draft,
+            [Route(target, frozenset(), draft)],
             num_slots=BATCH,
             max_length=8,
             k=2,
@@ -217,7 +215,9 @@ def test_acceptance_at_the_first_position_is_the_overlap_of_p_and_q(
         return real(drafted, p, q, accept, following, of)
 
     monkeypatch.setattr(runner_module, "verify_sampled", verify)
-    engine = Engine(target, frozenset(), draft, num_slots=BATCH, max_length=8, k=2, prefill_tokens=2 * BATCH)
+    engine = Engine(
+        [Route(target, frozenset(), draft)], num_slots=BATCH, max_length=8, k=2, prefill_tokens=2 * BATCH
+    )
     engine.run(request(seed, 3) for seed in range(BATCH))
     expected = float(torch.cat(overlaps).mean())
     sigma = math.sqrt(expected * (1 - expected) / engine.stats.rounds)

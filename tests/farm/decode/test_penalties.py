@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from farm.decode.control import make_control
-from farm.decode.engine import Engine, Request
+from farm.decode.controls import make_control
+from farm.decode.engine import Engine, Request, Route
 from farm.decode.penalties import Penalties, Said
 from farm.decode.sampling import SamplingBatch, SamplingParams, distribution
 from farm.target.forward import TargetForward
@@ -82,7 +82,7 @@ def test_greedy_speculation_with_penalties_is_plain_decoding_with_them(
     decoded = []
     for speculates in (False, True):
         engine = Engine(
-            target, frozenset(), draft if speculates else None,
+            [Route(target, frozenset(), draft if speculates else None)],
             num_slots=3, max_length=64, k=3, control=make_control(control, 3),
         )  # fmt: skip
         decoded.append([done.tokens for done in engine.run(requests)])
@@ -99,7 +99,7 @@ def test_min_p_keeps_tokens_above_a_share_of_the_likeliest() -> None:
 
 def test_a_requests_own_stop_tokens_end_it_alone() -> None:
     target, _ = tiny_pair()
-    free = Engine(target, frozenset(), None, num_slots=2, max_length=64, k=0)
+    free = Engine([Route(target, frozenset())], num_slots=2, max_length=64, k=0)
     plain = free.run([Request("a", (1, 2, 3), SamplingParams(max_new_tokens=12))])[0].tokens
     stop = plain[5]
     params = SamplingParams(max_new_tokens=12, stop_ids=frozenset({stop}))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from farm.decode.control import Fixed, Signal
-from farm.decode.engine import Engine, Request
+from farm.decode.engine import Engine, Request, Route
 from farm.decode.sampling import SamplingParams
 from tests.farm.decode.test_engine import NO_STOP, tiny_pair
 
@@ -29,7 +29,9 @@ def heard(signal: Signal, *params: SamplingParams) -> list[float]:
     """The signals of the first round, a row each; every row has the same prompt."""
     target, draft = tiny_pair()
     control = Listens(signal)
-    engine = Engine(target, NO_STOP, draft, num_slots=len(params), max_length=64, k=1, control=control)
+    engine = Engine(
+        [Route(target, NO_STOP, draft)], num_slots=len(params), max_length=64, k=1, control=control
+    )
     for row, one in enumerate(params):
         engine.add(Request(str(row), (1, 2, 3), one))
     engine.step()

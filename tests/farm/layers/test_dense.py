@@ -45,5 +45,5 @@ def test_rms_norm_is_torchs_at_every_scale(dtype: torch.dtype, scale: float) -> 
 
 def test_swiglu_gates_the_second_half_by_the_first() -> None:
     x, gate, up = torch.randn(3, 8), torch.randn(16, 8), torch.randn(16, 8)
-    got = swiglu(x, Dense.of(torch.cat((gate, up))))
+    got = swiglu(Dense.of(torch.cat((gate, up)))(x))
     torch.testing.assert_close(got, functional.silu(x @ gate.T) * (x @ up.T))

@@ -1,0 +1,118 @@
+# B rows, C draft vocabulary, H hidden
+"""Weights of the drafts as a batch needs them: one trunk, the private expert of every row, the head of every row."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from farm.decode.routes import Group, Routes
+from farm.draft.expert import Expert
+from farm.draft.lean import ExpertSum, LeanDraft, LeanExpert, LeanHead, LeanTrunk
+from farm.draft.model import DraftHead
+from farm.draft.routed import ExpertStack, RoutedExperts
+from farm.draft.trunk import Trunk
+from farm.target.forward import TargetForward
+
+KEPT_STACKS = 4  # mixtures of experts whose weights stay stacked in memory
+
+
+@dataclass(frozen=True)
+class MixedHeads:
+    """The embeddings and heads of several forwards, each for its own rows; like `LeanHead`."""
+
+    heads: tuple[LeanHead, ...]
+    groups: tuple[Group, ...]
+
+    @property
+    def vocabulary_C(self) -> Tensor | None:  # noqa: N802 - named as LeanHead's
+        return self.heads[0].vocabulary_C
+
+    @property
+    def vocab_size(self) -> int:
+        return self.heads[0].vocab_size
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """[B, ..., H] of token ids [B, ...]."""
+        pairs = zip(self.heads, self.groups, strict=True)
+        return torch.cat([head.embed(tokens[group.first : group.last]) for head, group in pairs])
+
+    def logits(self, hidden_BH: Tensor) -> Tensor:
+        """[B, C]."""
+        pairs = zip(self.heads, self.groups, strict=True)
+        return torch.cat([head.logits(hidden_BH[group.first : group.last]) for head, group in pairs])
+
+    def token_ids(self, columns: Tensor) -> Tensor:
+        """Token ids of columns of `logits`."""
+        return self.heads[0].token_ids(columns)
+
+
+Bound = tuple[LeanDraft, LeanHead | MixedHeads]
+
+
+class Drafts:
+    """Every draft of `routes` over one trunk; fused weights are made when a batch first needs them."""
+
+    def __init__(self, trunk: Trunk, routes: Routes) -> None:
+        self._routes, self._trunk = routes, LeanTrunk.of(trunk)
+        self._experts: dict[int, LeanExpert] = {}
+        self._heads: dict[int, LeanHead] = {}
+        self._stacks: OrderedDict[tuple[int, ...], ExpertStack] = OrderedDict()
+        self._bound: tuple[tuple[str, ...], Bound] | None = None  # of the last batch
+
+    def bind(self, targets: Sequence[str]) -> Bound:
+        """The trunk with each row's expert, and each row's head; kept until the batch is another one."""
+        key = tuple(targets)
+        if self._bound is None or self._bound[0] != key:
+            groups = tuple(self._routes.groups(targets))
+            heads = tuple(self._head(group.forward) for group in groups)
+            head = heads[0] if len(heads) == 1 else MixedHeads(heads, groups)
+            self._bound = key, (LeanDraft(self._trunk, self._experts_of(key)), head)
+        return self._bound[1]
+
+    def forget(self) -> None:
+        """Drops what was made for targets that are hosted no more."""
+        forwards = {id(route.forward) for route in self._routes}
+        experts = {id(route.draft.expert) for route in self._routes if route.draft is not None}
+        self._bound = None
+        self._heads = {key: head for key, head in self._heads.items() if key in forwards}
+        self._experts = {key: expert for key, expert in self._experts.items() if key in experts}
+        for key in [key for key in self._stacks if not experts.issuperset(key)]:
+            del self._stacks[key]
+
+    def _experts_of(self, targets: tuple[str, ...]) -> ExpertSum:
+        """A row without a draft of its own runs with any expert; nothing that it proposes is verified."""
+        by_target = {
+            name: draft.expert for name in set(targets) if (draft := self._routes[name].draft) is not None
+        }
+        present = {id(by_target[name]): by_target[name] for name in sorted(by_target)}
+        if not present:
+            present = {id(route.draft.expert): route.draft.expert for route in self._routes if route.draft}
+            present = dict(list(present.items())[:1])
+        if len(present) == 1:
+            ((key, expert),) = present.items()
+            if key not in self._experts:
+                self._experts[key] = LeanExpert.of(expert)
+            return self._experts[key]
+        index = {key: i for i, key in enumerate(present)}
+        which = [index[id(by_target[name])] if name in by_target else 0 for name in targets]
+        return RoutedExperts.of(self._stack(present), which)
+
+    def _stack(self, experts: dict[int, Expert]) -> ExpertStack:
+        key = tuple(experts)
+        if key not in self._stacks:
+            self._stacks[key] = ExpertStack.of(list(experts.values()))
+            if len(self._stacks) > KEPT_STACKS:
+                self._stacks.popitem(last=False)
+        self._stacks.move_to_end(key)
+        return self._stacks[key]
+
+    def _head(self, forward: TargetForward) -> LeanHead:
+        if id(forward) not in self._heads:
+            pruned = DraftHead.of(forward.embedding, forward.head_weight, self._trunk.trunk.vocabulary_C)
+            self._heads[id(forward)] = LeanHead(pruned, forward.head)
+        return self._heads[id(forward)]

@@ -1,0 +1,119 @@
+"""The draft length of most tokens a second, from measured seconds and measured acceptance."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from farm.decode.control import Load, RoundResult, Signal
+from farm.decode.costs import AcceptanceByPeak, Ratio, RoundCosts
+
+
+class Acceptance:
+    """What one target has taught: acceptance by the draft's largest probability, and by position."""
+
+    def __init__(self, max_length: int) -> None:
+        self.by_peak = AcceptanceByPeak()
+        self.by_position = [Ratio(0.6, 2.0, memory=300) for _ in range(max_length)]
+
+    def mean_survival(self) -> list[float]:
+        """Probability that a row accepts all tokens up to each position."""
+        survival, product = [], 1.0
+        for ratio in self.by_position:
+            product *= ratio.value
+            survival.append(product)
+        return survival
+
+
+class Cost:
+    """Drafts and verifies a position where it is expected to raise tokens a second (renewal reward).
+
+    Position j pays where sum_b S_bj > R dt: S_bj the probability that row b accepts all up to j, dt the position's
+    share of draft and verification, R the rate that this rule itself reaches (Dinkelbach's iteration) or that of plain
+    decoding. Acceptance is looked up by the largest probability of the draft's distribution, times are those of past
+    rounds. Where plain decoding is faster nothing is drafted, and a round in PROBE_EVERY looks again; as often, a
+    round drafts to the end, so that acceptance stays known where the rule would stop.
+    """
+
+    signal: Signal = "peak"
+    PROBE_EVERY, REST, MARGIN = 48, 192, 1.02
+
+    def __init__(self, max_length: int) -> None:
+        self.max_length = max_length
+        self._costs = RoundCosts(max_length)
+        self._of_target: defaultdict[str, Acceptance] = defaultdict(lambda: Acceptance(max_length))
+        # Tokens a second of rounds that followed the rule, by rows and groups.
+        self._rates: dict[tuple[int, int], Ratio] = {}
+        self._round, self._rest_until = 0, 0
+        self._load, self._forced, self._rate = Load((), ()), False, 0.0
+        self._survival_B: list[float] = []
+        self._peaks: list[list[float]] = []
+
+    def limit(self, load: Load) -> int:
+        self._round += 1
+        self._load, self._survival_B, self._peaks = load, [float(drafts) for drafts in load.drafts], []
+        trial = self._costs.unexplored(load)
+        if trial is None and self._round % self.PROBE_EVERY == 0:
+            trial = min(self.max_length, 1 + self._costs.best(load, self._mean_survival())[0])
+        self._forced = trial is not None
+        if trial is not None:
+            return trial
+        return self.max_length if self._speculates() else 0
+
+    def _speculates(self) -> bool:
+        """Whether the rule beats plain decoding: by what it reached lately, or else by what a fixed length would."""
+        plain, key = self._costs.plain(self._load), self._key()
+        if key not in self._rates:
+            _, fixed = self._costs.best(self._load, self._mean_survival())
+            if self._round < self._rest_until or fixed < self.MARGIN * plain:
+                return False
+            self._rates[key] = Ratio(fixed, 8 * self._load.num_rows / fixed, memory=64)
+        known = self._rates[key].value
+        self._rate = max(plain, known)
+        if known * self.MARGIN < plain:
+            del self._rates[key]
+            self._rest_until = self._round + self.REST
+            return False
+        return True
+
+    def keep(self, index: int, signal_B: Sequence[float]) -> list[bool]:
+        self._peaks.append(list(signal_B))
+        rows = zip(self._load.targets, self._survival_B, signal_B, strict=True)
+        self._survival_B = [
+            survival * self._of_target[name].by_peak.of(peak) for name, survival, peak in rows
+        ]
+        dt = self._costs.verify_step(self._load, index)
+        pays = self._forced or sum(self._survival_B) > self._rate * dt
+        return [pays] * len(signal_B)
+
+    def more(self, index: int) -> bool:
+        if self._forced:
+            return True
+        dt = self._costs.draft_step(self._load, index) + self._costs.verify_step(self._load, index)
+        rows = zip(self._load.targets, self._survival_B, strict=True)
+        expected = sum(survival * self._of_target[name].by_position[index].value for name, survival in rows)
+        return expected > self._rate * dt
+
+    def observe(self, result: RoundResult) -> None:
+        self._costs.add(result)
+        key = self._key()
+        if result.forwards and not self._forced and key in self._rates:
+            self._rates[key].add(result.tokens, result.seconds)
+        rows = zip(result.load.targets, result.drafted, result.accepted, strict=True)
+        for row, (target, drafted, accepted) in enumerate(rows):
+            known = self._of_target[target]
+            for index in range(min(drafted, accepted + 1)):
+                hit = float(index < accepted)
+                known.by_position[index].add(hit, 1.0)
+                known.by_peak.add(self._peaks[index][row], hit)
+
+    def _key(self) -> tuple[int, int]:
+        return self._load.num_rows, self._load.num_groups
+
+    def _mean_survival(self) -> list[float]:
+        """Over the rows of this round; those without a draft accept nothing."""
+        rows = zip(self._load.targets, self._load.drafts, strict=True)
+        nothing = [0.0] * self.max_length
+        survival = (self._of_target[name].mean_survival() if drafts else nothing for name, drafts in rows)
+        columns = zip(*survival, strict=True)
+        return [sum(column) / self._load.num_rows for column in columns]

@@ -1,0 +1,126 @@
+# B rows, T tokens, M = B T
+"""Which model decodes which request: the targets that an engine hosts, and a batch's rows by the forward they need."""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from farm.draft.model import Draft
+from farm.layers.lora import Lora, LoraRows, stack_loras
+from farm.target.forward import TargetForward
+
+KEPT_STACKS = 16  # mixtures of LoRAs whose deltas stay side by side in memory
+
+
+@dataclass(frozen=True)
+class Route:
+    """What decodes the requests for `target`: a forward, perhaps a LoRA over it, a draft or none, and its end tokens.
+
+    Routes of one engine have forwards of the same shape, and drafts over the same trunk. Those that share a forward
+    are verified together, whatever their LoRAs.
+    """
+
+    forward: TargetForward
+    stop_ids: frozenset[int]
+    draft: Draft | None = None
+    lora: Lora | None = None
+    target: str = ""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Neighbouring rows that one forward serves: rows `first` to `last` - 1 of the batch."""
+
+    forward: TargetForward
+    first: int
+    last: int
+    loras: Lora | None  # of the group's targets side by side; None when none of them has one
+    which: tuple[int, ...]  # index of each row's LoRA in `loras`, -1 for none
+
+    def lora_rows(self, num_tokens: int) -> LoraRows | None:
+        """The deltas of this group's rows with `num_tokens` tokens each."""
+        if self.loras is None:
+            return None
+        which_B = torch.tensor(self.which, device=self.forward.device)
+        return LoraRows(self.loras, which_B.repeat_interleave(num_tokens))
+
+
+class Routes:
+    """The targets of one engine by name."""
+
+    def __init__(self) -> None:
+        self._routes: dict[str, Route] = {}
+        self._stacks: OrderedDict[tuple[str, ...], Lora] = OrderedDict()
+
+    def __getitem__(self, target: str) -> Route:
+        return self._routes[target]
+
+    def __contains__(self, target: str) -> bool:
+        return target in self._routes
+
+    def __iter__(self) -> itertools.chain[Route]:
+        return itertools.chain(self._routes.values())
+
+    def host(self, route: Route) -> None:
+        """Adds a target. Raises ValueError when its forward or its trunk differs from the others'."""
+        if route.target in self._routes:
+            raise ValueError(f"target {route.target!r} is hosted already; a new version takes a new name")
+        for other in self._routes.values():
+            if shape(other.forward) != shape(route.forward):
+                raise ValueError(
+                    f"target {route.target!r}: its forward has another shape than {other.target!r}'s"
+                )
+            if route.draft and other.draft and route.draft.trunk is not other.draft.trunk:
+                raise ValueError(
+                    f"target {route.target!r}: its draft has another trunk than {other.target!r}'s"
+                )
+        self._routes[route.target] = route
+
+    def drop(self, target: str) -> None:
+        """Forgets a target that no request needs any more."""
+        del self._routes[target]
+        for key in [key for key in self._stacks if target in key]:
+            del self._stacks[key]
+
+    def have_drafts(self, targets: Sequence[str]) -> tuple[bool, ...]:
+        """Whether each row's target has a draft."""
+        return tuple(self._routes[target].draft is not None for target in targets)
+
+    def group_of(self, target: str) -> int:
+        """A number that targets of one forward share."""
+        return id(self._routes[target].forward)
+
+    def groups(self, targets: Sequence[str]) -> list[Group]:
+        """Neighbouring rows of one forward together; `targets` names the target of every row."""
+        found, first = [], 0
+        for _, names in itertools.groupby(targets, self.group_of):
+            rows = list(names)
+            present = tuple(
+                dict.fromkeys(name for name in sorted(rows) if self._routes[name].lora is not None)
+            )
+            index = {name: i for i, name in enumerate(present)}
+            loras = self._stack(present) if present else None
+            which = tuple(index.get(name, -1) for name in rows)
+            found.append(Group(self._routes[rows[0]].forward, first, first + len(rows), loras, which))
+            first += len(rows)
+        return found
+
+    def _stack(self, present: tuple[str, ...]) -> Lora:
+        if present not in self._stacks:
+            loras = [self._routes[name].lora for name in present]
+            self._stacks[present] = stack_loras([lora for lora in loras if lora is not None])
+            if len(self._stacks) > KEPT_STACKS:
+                self._stacks.popitem(last=False)
+        self._stacks.move_to_end(present)
+        return self._stacks[present]
+
+
+def shape(forward: TargetForward) -> tuple[object, ...]:
+    """What forwards must have in common to share one cache."""
+    heads = (len(forward.layers), forward.num_kv_heads, forward.head_dim)
+    return (*heads, forward.hidden_size, forward.vocab_size, forward.dtype, forward.device)

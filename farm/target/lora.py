@@ -1,0 +1,59 @@
+# X inputs, Y outputs, R rank columns
+"""A PEFT adapter as deltas over its base's forward, so that LoRA targets of one base share the base in memory."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from farm.layers.lora import Delta, Lora, Part
+from farm.target.forward import TargetForward
+from farm.target.weights import LoraFactors, read_factors
+
+# The projections that are fused in each product of a layer (farm/target/forward.py).
+PROJECTIONS: dict[Part, tuple[str, ...]] = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "out": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+
+
+def open_lora(folder: Path, base: TargetForward) -> Lora | None:
+    """A PEFT adapter's deltas for the base's forward; None if it changes more than the products of the layers.
+
+    Raises SafetensorError or OSError when a file cannot be read.
+    """
+    factors = read_factors(folder)
+    if factors is None:
+        return None
+    projections = list(itertools.chain.from_iterable(PROJECTIONS.values()))
+    names = {f"model.layers.{i}.{name}.weight" for i in range(len(base.layers)) for name in projections}
+    if not factors.keys() <= names:
+        return None
+    layers = tuple(_layer(factors, f"model.layers.{i}.", base) for i in range(len(base.layers)))
+    return Lora(layers)
+
+
+def _layer(factors: Mapping[str, LoraFactors], prefix: str, base: TargetForward) -> dict[Part, Delta]:
+    n, g = base.num_heads * base.head_dim, base.num_kv_heads * base.head_dim
+    found: dict[Part, Delta] = {}
+    for part, projections in PROJECTIONS.items():
+        pairs = [factors.get(f"{prefix}{name}.weight") for name in projections]
+        if not any(pairs):
+            continue
+        first = next(pair for pair in pairs if pair is not None)
+        sizes = (n, g, g) if part == "qkv" else (first.up_YR.shape[0],) * len(pairs)
+        blocks = [
+            torch.zeros(0, size) if pair is None else pair.up_YR.t()
+            for pair, size in zip(pairs, sizes, strict=True)
+        ]
+        down_XR = torch.cat([pair.down_RX for pair in pairs if pair is not None]).t()
+        up_RY = torch.block_diag(*blocks)
+        like = {"dtype": base.dtype, "device": base.device}
+        ranks = (down_XR.shape[1],)
+        found[part] = Delta(down_XR.contiguous().to(**like), up_RY.to(**like), ranks)
+    return found

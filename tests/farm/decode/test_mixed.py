@@ -1,0 +1,162 @@
+"""Requests for several targets in one engine: the tokens, the draft and the cost of each are what it has alone."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from farm.decode.engine import Completion, Engine, Request, Route
+from farm.decode.propose import DraftProposal
+from farm.decode.sampling import SamplingParams
+from farm.target.forward import TargetForward
+from tests.farm.decode.family import NO_STOP, expert_like, family
+from tests.farm.models import tiny_model, tiny_pair
+
+Family = tuple[list[Route], dict[str, Route]]
+NAMES = ["base", "full", "plain", "lora0", "lora1"]
+
+
+@pytest.fixture(scope="module")
+def routes(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    return family(tmp_path_factory.mktemp("family"))
+
+
+def requests_for(names: list[str], seed: int, **options: Any) -> list[Request]:
+    rng = random.Random(seed)
+    made = []
+    for index, name in enumerate(names):
+        ids = tuple(rng.randrange(32) for _ in range(rng.randint(2, 12)))
+        params = SamplingParams(max_new_tokens=rng.randint(1, 24), seed=index, **options)
+        made.append(Request(str(index), ids, params, name))
+    return made
+
+
+class Watched:
+    """An engine, and what was drafted for each request in all its rounds."""
+
+    def __init__(self, routes: list[Route], **options: Any) -> None:
+        self.engine = Engine(routes, max_length=40, **options)
+        self.drafted: defaultdict[str, list[list[int]]] = defaultdict(list)
+        drafting = self.engine.runner.drafting
+        if drafting is not None:
+            self._real = drafting.propose
+            drafting.propose = self._propose  # type: ignore[method-assign]
+
+    def _propose(self, *args: Any) -> DraftProposal:
+        proposal = self._real(*args)
+        rows = zip(self.engine.scheduler.live, proposal.tokens_BK.tolist(), proposal.lengths, strict=True)
+        for sequence, tokens, length in rows:
+            self.drafted[sequence.request.id].append(tokens[:length])
+        return proposal
+
+
+def alone(routes: Family, request: Request, k: int) -> tuple[Completion, list[list[int]]]:
+    """The request by itself, with its LoRA merged; what it was answered and what was drafted."""
+    watched = Watched([routes[1][request.target]], num_slots=1, k=k)
+    return watched.engine.run([request])[0], watched.drafted[request.id]
+
+
+@given(
+    names=st.lists(st.sampled_from(NAMES), min_size=1, max_size=9),
+    seed=st.integers(0, 1000),
+    num_slots=st.integers(1, 6),
+    k=st.integers(0, 4),
+    temperature=st.sampled_from([0.0, 1.0]),
+    prefill_tokens=st.sampled_from([5, 512]),
+)
+@settings(max_examples=25, deadline=None)
+def test_a_mixed_batch_gives_every_target_the_tokens_it_gives_alone(
+    routes: Family,
+    names: list[str],
+    seed: int,
+    num_slots: int,
+    k: int,
+    temperature: float,
+    prefill_tokens: int,
+) -> None:
+    """fp64, joins and leaves: also the same proposals, each by its own expert from its own features."""
+    requests = requests_for(names, seed, temperature=temperature)
+    watched = Watched(routes[0], num_slots=num_slots, k=k, prefill_tokens=prefill_tokens)
+    for request, done in zip(requests, watched.engine.run(requests), strict=True):
+        expected, drafted = alone(routes, request, k)
+        assert done.tokens == expected.tokens
+        assert done.finish_reason == expected.finish_reason
+        assert [tokens for tokens in watched.drafted[request.id] if tokens] == drafted
+
+
+def test_the_loras_change_what_is_decoded(routes: Family) -> None:
+    """Else the test above could not tell a lost delta."""
+    asked = [Request(name, (1, 2, 3), SamplingParams(max_new_tokens=16), name) for name in NAMES]
+    tokens = {
+        done.request_id: done.tokens for done in Engine(routes[0], num_slots=5, max_length=40, k=0).run(asked)
+    }
+    assert len({tokens[name] for name in ("base", "full", "lora0", "lora1")}) == 4
+
+
+def test_a_round_costs_a_forward_for_each_checkpoint_not_for_each_target(
+    routes: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    real = TargetForward.forward
+
+    def counting(self: TargetForward, tokens_BT: torch.Tensor, *rest: Any) -> torch.Tensor:
+        calls.append(len(tokens_BT))
+        return real(self, tokens_BT, *rest)
+
+    engine = Engine(routes[0], num_slots=8, max_length=40, k=2)
+    long = SamplingParams(max_new_tokens=30)
+    for index, name in enumerate(["lora0", "full", "base", "lora1", "full", "plain", "lora0"]):
+        engine.add(Request(str(index), (1, 2, 3), long, name))
+    engine.step()
+    monkeypatch.setattr(TargetForward, "forward", counting)
+    engine.step()
+    assert sorted(calls) == [2, 5]
+
+
+def test_statistics_are_kept_by_target(routes: Family) -> None:
+    engine = Engine(routes[0], num_slots=4, max_length=40, k=2)
+    done = engine.run(requests_for(["base", "lora0", "base"], 1))
+    assert engine.stats_of["base"].emitted == done[0].stats.emitted + done[2].stats.emitted
+    assert engine.stats.emitted == sum(one.stats.emitted for one in done)
+
+
+def test_a_target_is_hosted_and_dropped_while_others_decode(routes: Family) -> None:
+    mixed, _ = routes
+    request = Request("a", (1, 2, 3), SamplingParams(max_new_tokens=24), "base")
+    expected = alone(routes, request, 3)[0].tokens
+    engine = Engine(mixed[:1], num_slots=3, max_length=40, k=3)
+    engine.add(request)
+    engine.step()
+    newer = replace(mixed[3], target="lora0@v2")
+    engine.host(newer)
+    engine.add(replace(request, id="b", target="lora0@v2"))
+    engine.step()
+    with pytest.raises(ValueError, match="still has requests"):
+        engine.drop("lora0@v2")
+    finished = {}
+    while engine.has_work:
+        finished |= {out.request_id: out.completion.tokens for out in engine.step() if out.completion}
+    engine.drop("lora0@v2")
+    assert finished["a"] == expected
+    assert finished["b"] == alone(routes, replace(request, target="lora0"), 3)[0].tokens
+    with pytest.raises(ValueError, match="not hosted"):
+        engine.add(replace(request, target="lora0@v2"))
+
+
+def test_targets_that_cannot_share_an_engine_are_refused(routes: Family) -> None:
+    engine = Engine(routes[0], num_slots=2, max_length=40, k=2)
+    deeper = TargetForward.of(tiny_model(layers=3).double())
+    with pytest.raises(ValueError, match="another shape"):
+        engine.host(Route(deeper, NO_STOP, target="deeper"))
+    other = expert_like(tiny_pair(seed=4)[1].double(), 64, 0)
+    with pytest.raises(ValueError, match="another trunk"):
+        engine.host(Route(routes[0][0].forward, NO_STOP, other, target="other"))
+    with pytest.raises(ValueError, match="hosted already"):
+        engine.host(routes[0][0])
