@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from farm.cli.options import ManifestPath, Overrides, app, console
+from farm.cli.options import (
+    ManifestPath,
+    MeasuredTarget,
+    MeasuresPath,
+    Overrides,
+    PromptsSource,
+    app,
+    console,
+    keep_measures,
+)
 from farm.config import UserError, load_manifest
 
 bench_app = typer.Typer(no_args_is_help=True, help="Benchmarks; results go to a folder.")
@@ -19,21 +27,15 @@ app.add_typer(bench_app, name="bench")
 @app.command()
 def evaluate(
     manifest: ManifestPath,
-    target: Annotated[str, typer.Option(help="A target's name, or `base`.")],
-    prompts: Annotated[Path, typer.Option(help="JSONL, Parquet or a folder of prompts.")],
-    out: Annotated[Path, typer.Option(help="JSON file for the measures.")],
+    target: MeasuredTarget,
+    prompts: PromptsSource,
+    out: MeasuresPath,
     overrides: Overrides = None,
 ) -> None:
     """Measure the base draft and the live adapter of a target on any prompts."""
     from farm.evaluate.published import evaluate_published
 
-    measured = evaluate_published(load_manifest(manifest, overrides or ()), target, str(prompts))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(measured, indent=1) + "\n")
-    for name in ("tau_base_draft", "tau_adapted", "tokens_per_s_autoregressive", "speedup_adapted"):
-        if measured.get(name) is not None:
-            console.print(f"{name:<28} {measured[name]:.3f}", highlight=False)
-    console.print(out, markup=False, soft_wrap=True)
+    keep_measures(evaluate_published(load_manifest(manifest, overrides or ()), target, prompts), out)
 
 
 @bench_app.command("decode")
