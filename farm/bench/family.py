@@ -15,8 +15,8 @@ from farm.data.prompts import load_prompts, split_rows
 from farm.draft.model import Draft
 from farm.evaluate.bench import PromptIds
 from farm.evaluate.published import Published
-from farm.evaluate.target import OpenTrunk, encode_prompts, open_target
-from farm.target.load import LoadedTarget, load_model
+from farm.evaluate.target import OpenTrunk, encode_prompts
+from farm.target.load import LoadedTarget, load_model, open_target
 
 TRIAL_TOKENS = 16  # generated in each dtype to find the one in which `transformers` is faster
 
