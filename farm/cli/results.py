@@ -63,21 +63,20 @@ def bench_decode(
     if not manifest.exists():
         raise UserError(f"{manifest}: does not exist; run `farm demo` first, or give an onboarded manifest")
     settled = load_manifest(manifest, overrides or ())
-    model = (
-        "zoo"
-        if (manifest.parent / "base").is_dir()
-        else "smollm2"
-        if "smollm2" in settled.base.lower()
-        else "own"
-    )
     arms = quick_arms() if quick else full_arms(ragged=ragged)
     rows, floors = [], {}
     for member in members(settled, target or ()):
         floors[member.name] = measure_floor(member.target.forward)
-        every = measure(member, model, arms, repeats)
+        every = measure(member, family_name(manifest), arms, repeats)
         rows += track(
             every, member.name, total=len(arms) * repeats, console=console, disable=not console.is_terminal
         )
     console.print(table(rows), width=max(console.width, 132))
     for path in write(out, rows, floors, " ".join(["farm", *sys.argv[1:]])):
         console.print(path, markup=False, soft_wrap=True)
+
+
+def family_name(manifest: Path) -> str:
+    """What rows of a benchmark call the family: the manifest's name, or its folder's when it is a manifest.yaml."""
+    path = manifest.resolve()
+    return path.parent.name if path.stem == "manifest" else path.stem
