@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
 from farm.cli.options import (
     ManifestPath,
@@ -18,10 +20,16 @@ from farm.cli.options import (
     console,
     keep_measures,
 )
-from farm.config import UserError, load_manifest
+from farm.config import Manifest, UserError, load_manifest
 
 bench_app = typer.Typer(no_args_is_help=True, help="Benchmarks; results go to a folder.")
 app.add_typer(bench_app, name="bench")
+
+FamilyPath = Annotated[
+    Path, typer.Argument(help="A family's manifest; default: the demo's zoo.", metavar="[MANIFEST]")
+]
+ZOO = Path(".farm/zoo/manifest.yaml")
+TABLE_WIDTH = 132  # of a benchmark's table where the terminal is narrower or says nothing
 
 
 @app.command()
@@ -40,9 +48,7 @@ def evaluate(
 
 @bench_app.command("decode")
 def bench_decode(
-    manifest: Annotated[
-        Path, typer.Argument(help="An onboarded family; default: the demo's zoo.", metavar="[MANIFEST]")
-    ] = Path(".farm/zoo/manifest.yaml"),
+    manifest: FamilyPath = ZOO,
     out: Annotated[Path, typer.Option(help="Folder of decode.json and decode.png.")] = Path("docs/bench"),
     target: Annotated[
         list[str] | None, typer.Option(help="A target's name, repeatable; default: every full one.")
@@ -60,9 +66,7 @@ def bench_decode(
     from farm.bench.floor import measure_floor
     from farm.bench.report import table, write
 
-    if not manifest.exists():
-        raise UserError(f"{manifest}: does not exist; run `farm demo` first, or give an onboarded manifest")
-    settled = load_manifest(manifest, overrides or ())
+    settled = _family(manifest, overrides)
     arms = quick_arms() if quick else full_arms(ragged=ragged)
     rows, floors = [], {}
     for member in members(settled, target or ()):
@@ -71,9 +75,43 @@ def bench_decode(
         rows += track(
             every, member.name, total=len(arms) * repeats, console=console, disable=not console.is_terminal
         )
-    console.print(table(rows), width=max(console.width, 132))
-    for path in write(out, rows, floors, " ".join(["farm", *sys.argv[1:]])):
+    _show_wide(table(rows))
+    for path in write(out, rows, floors, _command()):
         console.print(path, markup=False, soft_wrap=True)
+
+
+@bench_app.command("operators")
+def bench_operators(
+    manifest: FamilyPath = ZOO,
+    out: Annotated[Path, typer.Option(help="Folder of operators.json.")] = Path("docs/bench"),
+    repeats: Annotated[int, typer.Option(help="Times that both sides run in turn.", min=3)] = 20,
+    overrides: Overrides = None,
+) -> None:
+    """Products, norm, sampling and forward beside the library's, at the sizes of the family's base model."""
+    from rich.progress import track
+
+    from farm.bench.operators import model_pairs
+    from farm.bench.pairs import measure, table, write
+
+    pairs = model_pairs(_family(manifest, overrides))
+    shown = track(pairs, "measuring", console=console, disable=not console.is_terminal)
+    rows = [measure(pair, family_name(manifest), repeats) for pair in shown]
+    _show_wide(table(rows))
+    console.print(write(out, rows, _command()), markup=False, soft_wrap=True)
+
+
+def _family(manifest: Path, overrides: list[str] | None) -> Manifest:
+    if not manifest.exists():
+        raise UserError(f"{manifest}: does not exist; run `farm demo` first, or give a family's manifest")
+    return load_manifest(manifest, overrides or ())
+
+
+def _show_wide(shown: Table) -> None:
+    Console(width=max(console.width, TABLE_WIDTH)).print(shown)
+
+
+def _command() -> str:
+    return " ".join(["farm", *sys.argv[1:]])
 
 
 def family_name(manifest: Path) -> str:
