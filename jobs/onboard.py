@@ -5,16 +5,15 @@ in the manifest. The last line names the report.
 """
 
 import sys
-from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from farm.cli.options import DryRun, ManifestPath, Overrides, mistakes_exit
 from farm.config import load_manifest
 from farm.evaluate.report import terminal_table
 from farm.fleet.onboard import exit_code, onboard, plan_onboarding
 from farm.fleet.session import connect
-from jobs.options import ManifestPath, Overrides, mistakes_exit
 
 LOG_WIDTH = 150  # of a job's log, where no terminal says how wide it is
 
@@ -22,13 +21,7 @@ app = typer.Typer(add_completion=False)
 
 
 @app.command()
-def main(
-    manifest: ManifestPath,
-    overrides: Overrides = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the plan and its cost; run nothing.")
-    ] = False,
-) -> None:
+def main(manifest: ManifestPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Regenerate, adapt, evaluate and publish every target of the manifest that is not done yet."""
     console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
     with mistakes_exit():

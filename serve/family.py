@@ -23,7 +23,7 @@ from farm.draft.model import Draft
 from farm.draft.trunk import Trunk
 from farm.registry import Registry, Version
 from farm.store import open_store
-from farm.target.load import LoadedTarget, load_target
+from farm.target.load import LoadedTarget, load_target, resolve_dtype
 
 Module = TypeVar("Module", Trunk, Expert)
 log = logging.getLogger("ray.serve")
@@ -53,8 +53,7 @@ class Family:
         opened = open_store(store)
         self._registry, self._artifacts = Registry(opened), Artifacts(opened)
         self._record = self._registry.family()
-        wanted = dtype or self._record.get("dtype", "auto")
-        self._dtype = ("float32" if device == "cpu" else "bfloat16") if wanted == "auto" else wanted
+        self._dtype = resolve_dtype(dtype or self._record.get("dtype", "auto"), device)
         self._device = device
         self.trunk = self._load_trunk()
 

@@ -19,7 +19,7 @@ from serve.detokenize import TextStream
 from serve.family import LOAD_ERRORS, PLAIN, Family, ServedDraft
 from serve.loop import EngineLoop, Lane, Progress
 from serve.records import Ask, Delta, Hosted, Item
-from serve.schemas import ErrorBody, context_exceeded, unavailable, unknown_model
+from serve.schemas import ErrorBody, context_exceeded, mistake_in_bias, unavailable, unknown_model
 
 POLL_S = 2.0  # how often the live pointers are looked at
 log = logging.getLogger("ray.serve")
@@ -49,12 +49,14 @@ class EngineHost:
         if target is None:
             yield unknown_model(ask.target)
             return
+        mistake = mistake_in_bias(ask.sampling["logit_bias"], target.forward.vocab_size)
+        if mistake is not None:
+            yield mistake
+            return
         try:
             request = await asyncio.to_thread(self._request, target, ask)
         except UserError as error:
-            field = "messages" if ask.messages else "prompt"
-            param = "logit_bias" if str(error).startswith("logit_bias") else field
-            yield ErrorBody(status=400, message=str(error), param=param)
+            yield ErrorBody(status=400, message=str(error), param="messages" if ask.messages else "prompt")
             return
         room = self._max_length(target) - len(request.prompt_ids)
         if room < 1:
@@ -98,13 +100,6 @@ class EngineHost:
             ids = list(ask.prompt)
             if any(not 0 <= token < target.forward.vocab_size for token in ids):
                 raise UserError(f"prompt: token ids must be from 0 to {target.forward.vocab_size - 1}")
-        unknown = [
-            token for token, _ in ask.sampling["logit_bias"] if not 0 <= token < target.forward.vocab_size
-        ]
-        if unknown:
-            raise UserError(
-                f"logit_bias: {unknown[0]} is no token id; they are below {target.forward.vocab_size}"
-            )
         params = SamplingParams(
             **ask.sampling,
             seed=secrets.randbits(63) if ask.seed is None else ask.seed,

@@ -1,5 +1,6 @@
 """What clients may ask, strictly: a field that is not served is refused by name, null means absent."""
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -148,6 +149,15 @@ def mistake_in_body(details: list[Any]) -> ErrorBody:
         return ErrorBody(status=400, message=message, param=field, code="unsupported_parameter")
     message = first["msg"].removeprefix("Value error, ")
     return ErrorBody(status=400, message=f"{field or 'body'}: {message}", param=field, code="invalid_value")
+
+
+def mistake_in_bias(bias: Iterable[tuple[int, float]], vocab_size: int) -> ErrorBody | None:
+    """The envelope for the first (token, value) whose token the target does not have; None if it has all."""
+    for token, _ in bias:
+        if not 0 <= token < vocab_size:
+            message = f"logit_bias: {token} is no token id; they are below {vocab_size}"
+            return ErrorBody(status=400, message=message, param="logit_bias")
+    return None
 
 
 def unknown_model(name: str) -> ErrorBody:

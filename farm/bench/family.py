@@ -10,16 +10,13 @@ from typing import Any
 
 import torch
 
-from farm.artifacts import TRUNK, Artifacts
 from farm.config import Manifest, TargetSpec, UserError
 from farm.data.prompts import load_prompts, split_rows
-from farm.draft.checkpoint import EXPERT_FILE
 from farm.draft.model import Draft
 from farm.evaluate.bench import PromptIds
-from farm.evaluate.target import OpenTrunk, encode_prompts, open_target
-from farm.registry import Registry
-from farm.store import open_store
-from farm.target.load import LoadedTarget, load_model
+from farm.evaluate.published import Published
+from farm.evaluate.target import OpenTrunk, encode_prompts
+from farm.target.load import LoadedTarget, load_model, open_target
 
 TRIAL_TOKENS = 16  # generated in each dtype to find the one in which `transformers` is faster
 
@@ -42,22 +39,14 @@ def members(manifest: Manifest, names: Sequence[str]) -> Iterator[Member]:
 
     Raises UserError when the store holds no family or no such target.
     """
-    store = open_store(manifest.store)
-    registry, artifacts = Registry(store), Artifacts(store)
-    key = registry.family()["trunk_key"]
-    trunk = artifacts.find(TRUNK, key)
-    if trunk is None:
-        raise UserError(f"{store.uri}: the family's trunk {key} is gone; run `farm onboard` again")
+    published = Published.of(manifest.store)
     known = {spec.name: spec for spec in manifest.targets}
     unknown = [name for name in names if name not in known]
     if unknown:
         raise UserError(f"--target {unknown[0]}: the manifest has no such target; it has {', '.join(known)}")
-    folder = artifacts.path(trunk, EXPERT_FILE).parent
     for name in names or [spec.name for spec in manifest.targets if spec.lora is None]:
-        live = registry.live(name)
-        fits = live is not None and live.card["trunk_key"] == key
-        expert = str(registry.path(live, EXPERT_FILE)) if live is not None and fits else None
-        yield _open(manifest, known[name], folder, expert)
+        live = published.live_expert(name)
+        yield _open(manifest, known[name], published.trunk_folder, None if live is None else str(live.file))
 
 
 def _open(manifest: Manifest, spec: TargetSpec, folder: Path, expert: str | None) -> Member:

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.table import Table
@@ -26,6 +27,12 @@ class Ratio:
     low: float
     high: float
 
+    @classmethod
+    def of(cls, paired: Sequence[float]) -> Ratio:
+        """Of the ratio that each repeat gave."""
+        low, high = np.quantile(paired, [0.05, 0.95])
+        return cls(statistics.median(paired), float(low), float(high))
+
     def __str__(self) -> str:
         return f"{self.median:.2f} ({self.low:.2f}–{self.high:.2f})"
 
@@ -44,9 +51,7 @@ def grouped(rows: Iterable[Row]) -> dict[Key, list[Row]]:
 
 def ratio(rows: Sequence[Row], reference: Sequence[Row]) -> Ratio:
     """Speed of an arm over another's in the same repeats."""
-    pairs = [a.tokens_per_s / b.tokens_per_s for a, b in zip(rows, reference, strict=True)]
-    low, high = np.quantile(pairs, [0.05, 0.95])
-    return Ratio(statistics.median(pairs), float(low), float(high))
+    return Ratio.of([a.tokens_per_s / b.tokens_per_s for a, b in zip(rows, reference, strict=True)])
 
 
 def against(arms: dict[Key, list[Row]], key: Key, engine: str) -> Ratio | None:
@@ -108,10 +113,7 @@ def write(folder: Path, rows: Sequence[Row], floors: dict[str, Floor], command: 
     """decode.json and decode.png; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     record = {
-        "command": command,
-        "git_sha": git_sha(),
-        "versions": versions(),
-        "hardware": hardware(),
+        **origin(command),
         "floors": {
             name: {**asdict(floor), "seconds": floor.seconds, "share": _floor_share(rows, name, floor)}
             for name, floor in floors.items()
@@ -121,6 +123,11 @@ def write(folder: Path, rows: Sequence[Row], floors: dict[str, Floor], command: 
     (folder / "decode.json").write_text(json.dumps(record, indent=1) + "\n")
     plot(folder / "decode.png", rows)
     return [folder / "decode.json", folder / "decode.png"]
+
+
+def origin(command: str) -> dict[str, Any]:
+    """Where a benchmark's file comes from: the command, the commit, the libraries, the machine."""
+    return {"command": command, "git_sha": git_sha(), "versions": versions(), "hardware": hardware()}
 
 
 def _floor_share(rows: Sequence[Row], target: str, floor: Floor) -> float | None:

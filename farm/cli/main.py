@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
-
-from rich.console import Console
 
 # Importing them registers their commands, in the order of the help.
 from farm.cli import onboarding, results, serving  # noqa: F401
-from farm.cli.options import app
-from farm.config import UserError
+from farm.cli.options import app, mistakes_exit
 
 
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit code 2."""
     _quiet_libraries()
-    try:
+    with mistakes_exit():
         app()
-    except UserError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
-        sys.exit(2)
 
 
 def _quiet_libraries() -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from farm.cli.options import DryRun, ManifestPath, Overrides, app, console, training_bars
+from farm.cli.options import DryRun, ManifestPath, Overrides, app, console, show_trunk, training_bars
 from farm.config import Manifest, UserError, load_manifest
 from farm.registry import Registry
 from farm.store import open_store
@@ -93,9 +93,7 @@ def train_trunk(manifest: ManifestPath, overrides: Overrides = None) -> None:
 
     with connect():
         folder, tau = run(load_manifest(manifest, overrides or ()), console.print)
-    if tau is not None:
-        console.print(f"tau of the base draft on the base: {tau:.2f}", highlight=False)
-    console.print(f"trunk: {folder}", markup=False, soft_wrap=True)
+    show_trunk(folder, tau)
 
 
 @app.command()

@@ -1,15 +1,18 @@
-"""What the commands share: the app, the console, common options, bars for long work."""
+"""What the commands and the jobs share: common options, how a mistake ends them, what they show; the app itself."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from farm.errors import UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console()
@@ -18,6 +21,20 @@ ManifestPath = Annotated[Path, typer.Argument(help="The family's manifest.yaml."
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="a.b=value, or name=value for ${name}.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and its cost; run nothing.")]
 StorePath = Annotated[str, typer.Option("--store", help="The store's folder or URI.")]
+MeasuredTarget = Annotated[str, typer.Option("--target", help="A target's name, or `base`.")]
+PromptsSource = Annotated[str, typer.Option("--prompts", help="JSONL, Parquet or a folder of prompts.")]
+MeasuresPath = Annotated[Path, typer.Option("--out", help="JSON file for the measures.")]
+SHOWN = ("tau_base_draft", "tau_adapted", "tokens_per_s_autoregressive", "speedup_adapted")
+
+
+@contextmanager
+def mistakes_exit() -> Iterator[None]:
+    """A UserError is one line on stderr and exit code 2."""
+    try:
+        yield
+    except UserError as error:
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        raise SystemExit(2) from None
 
 
 @contextmanager
@@ -35,6 +52,23 @@ def training_bars() -> Iterator[Callable[[str, int, int], None]]:
                 console.print(f"training {what}: step {step} of {of}", highlight=False)
 
         yield show
+
+
+def keep_measures(measured: Mapping[str, Any], out: Path) -> None:
+    """Writes what `evaluate` measured as JSON and shows the figures that decide; the last line names the file."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(measured, indent=1) + "\n")
+    for name in SHOWN:
+        if measured.get(name) is not None:
+            console.print(f"{name:<28} {measured[name]:.3f}", highlight=False)
+    console.print(out, markup=False, soft_wrap=True)
+
+
+def show_trunk(folder: str, tau: float | None) -> None:
+    """What training a trunk came to; the last line names its folder."""
+    if tau is not None:
+        console.print(f"tau of the base draft on the base: {tau:.2f}", highlight=False)
+    console.print(f"trunk: {folder}", markup=False, soft_wrap=True)
 
 
 def store_uri(value: str) -> str:

@@ -2,45 +2,53 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
-from farm.cli.options import ManifestPath, Overrides, app, console
-from farm.config import UserError, load_manifest
+from farm.cli.options import (
+    ManifestPath,
+    MeasuredTarget,
+    MeasuresPath,
+    Overrides,
+    PromptsSource,
+    app,
+    console,
+    keep_measures,
+)
+from farm.config import Manifest, UserError, load_manifest
 
 bench_app = typer.Typer(no_args_is_help=True, help="Benchmarks; results go to a folder.")
 app.add_typer(bench_app, name="bench")
+
+FamilyPath = Annotated[
+    Path, typer.Argument(help="A family's manifest; default: the demo's zoo.", metavar="[MANIFEST]")
+]
+ZOO = Path(".farm/zoo/manifest.yaml")
+TABLE_WIDTH = 132  # of a benchmark's table where the terminal is narrower or says nothing
 
 
 @app.command()
 def evaluate(
     manifest: ManifestPath,
-    target: Annotated[str, typer.Option(help="A target's name, or `base`.")],
-    prompts: Annotated[Path, typer.Option(help="JSONL, Parquet or a folder of prompts.")],
-    out: Annotated[Path, typer.Option(help="JSON file for the measures.")],
+    target: MeasuredTarget,
+    prompts: PromptsSource,
+    out: MeasuresPath,
     overrides: Overrides = None,
 ) -> None:
     """Measure the base draft and the live adapter of a target on any prompts."""
     from farm.evaluate.published import evaluate_published
 
-    measured = evaluate_published(load_manifest(manifest, overrides or ()), target, str(prompts))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(measured, indent=1) + "\n")
-    for name in ("tau_base_draft", "tau_adapted", "tokens_per_s_autoregressive", "speedup_adapted"):
-        if measured.get(name) is not None:
-            console.print(f"{name:<28} {measured[name]:.3f}", highlight=False)
-    console.print(out, markup=False, soft_wrap=True)
+    keep_measures(evaluate_published(load_manifest(manifest, overrides or ()), target, prompts), out)
 
 
 @bench_app.command("decode")
 def bench_decode(
-    manifest: Annotated[
-        Path, typer.Argument(help="An onboarded family; default: the demo's zoo.", metavar="[MANIFEST]")
-    ] = Path(".farm/zoo/manifest.yaml"),
+    manifest: FamilyPath = ZOO,
     out: Annotated[Path, typer.Option(help="Folder of decode.json and decode.png.")] = Path("docs/bench"),
     target: Annotated[
         list[str] | None, typer.Option(help="A target's name, repeatable; default: every full one.")
@@ -58,24 +66,55 @@ def bench_decode(
     from farm.bench.floor import measure_floor
     from farm.bench.report import table, write
 
-    if not manifest.exists():
-        raise UserError(f"{manifest}: does not exist; run `farm demo` first, or give an onboarded manifest")
-    settled = load_manifest(manifest, overrides or ())
-    model = (
-        "zoo"
-        if (manifest.parent / "base").is_dir()
-        else "smollm2"
-        if "smollm2" in settled.base.lower()
-        else "own"
-    )
+    settled = _family(manifest, overrides)
     arms = quick_arms() if quick else full_arms(ragged=ragged)
     rows, floors = [], {}
     for member in members(settled, target or ()):
         floors[member.name] = measure_floor(member.target.forward)
-        every = measure(member, model, arms, repeats)
+        every = measure(member, family_name(manifest), arms, repeats)
         rows += track(
             every, member.name, total=len(arms) * repeats, console=console, disable=not console.is_terminal
         )
-    console.print(table(rows), width=max(console.width, 132))
-    for path in write(out, rows, floors, " ".join(["farm", *sys.argv[1:]])):
+    _show_wide(table(rows))
+    for path in write(out, rows, floors, _command()):
         console.print(path, markup=False, soft_wrap=True)
+
+
+@bench_app.command("operators")
+def bench_operators(
+    manifest: FamilyPath = ZOO,
+    out: Annotated[Path, typer.Option(help="Folder of operators.json.")] = Path("docs/bench"),
+    repeats: Annotated[int, typer.Option(help="Times that both sides run in turn.", min=3)] = 20,
+    overrides: Overrides = None,
+) -> None:
+    """Products, norm, sampling and forward beside the library's, at the sizes of the family's base model."""
+    from rich.progress import track
+
+    from farm.bench.operators import model_pairs
+    from farm.bench.pairs import measure, table, write
+
+    pairs = model_pairs(_family(manifest, overrides))
+    shown = track(pairs, "measuring", console=console, disable=not console.is_terminal)
+    rows = [measure(pair, family_name(manifest), repeats) for pair in shown]
+    _show_wide(table(rows))
+    console.print(write(out, rows, _command()), markup=False, soft_wrap=True)
+
+
+def _family(manifest: Path, overrides: list[str] | None) -> Manifest:
+    if not manifest.exists():
+        raise UserError(f"{manifest}: does not exist; run `farm demo` first, or give a family's manifest")
+    return load_manifest(manifest, overrides or ())
+
+
+def _show_wide(shown: Table) -> None:
+    Console(width=max(console.width, TABLE_WIDTH)).print(shown)
+
+
+def _command() -> str:
+    return " ".join(["farm", *sys.argv[1:]])
+
+
+def family_name(manifest: Path) -> str:
+    """What rows of a benchmark call the family: the manifest's name, or its folder's when it is a manifest.yaml."""
+    path = manifest.resolve()
+    return path.parent.name if path.stem == "manifest" else path.stem

@@ -10,8 +10,8 @@ from farm.config import Dtype, EvaluateSettings, ProbeSettings, TargetSpec
 from farm.data.prompts import Prompt
 from farm.decode.sampling import SamplingParams
 from farm.evaluate.bench import measure_tau
-from farm.evaluate.target import OpenTrunk, encode_prompts, open_target
-from farm.target.load import check_family, load_target
+from farm.evaluate.target import OpenTrunk, encode_prompts
+from farm.target.load import check_family, load_target, open_target
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from farm.artifacts import TRUNK, Artifacts
@@ -17,25 +19,53 @@ from farm.target.load import placement
 BASE = "base"
 
 
+@dataclass(frozen=True)
+class LiveExpert:
+    """A target's live adapter: its version and a local copy of its private expert."""
+
+    version: str
+    file: Path
+
+
+@dataclass(frozen=True)
+class Published:
+    """The family that a store holds: its registry, and its trunk in a local folder with the base's private expert."""
+
+    registry: Registry
+    trunk_key: str
+    trunk_folder: Path
+
+    @classmethod
+    def of(cls, uri: str) -> Published:
+        """What the store at `uri` has published. Raises UserError when it holds no family, or lost its trunk."""
+        store = open_store(uri)
+        registry, artifacts = Registry(store), Artifacts(store)
+        key = registry.family()["trunk_key"]
+        trunk = artifacts.find(TRUNK, key)
+        if trunk is None:
+            raise UserError(f"{store.uri}: the family's trunk {key} is gone; run `farm onboard` again")
+        return cls(registry, key, artifacts.path(trunk, EXPERT_FILE).parent)
+
+    def live_expert(self, target: str) -> LiveExpert | None:
+        """None while the base draft serves, or when the live adapter was made for another trunk."""
+        live = self.registry.live(target)
+        if live is None or live.card["trunk_key"] != self.trunk_key:
+            return None
+        return LiveExpert(live.version, self.registry.path(live, EXPERT_FILE))
+
+
 def evaluate_published(manifest: Manifest, target: str, prompts: str) -> dict[str, Any]:
     """The measured fields of a report row (records.TargetRow) for `target` on every prompt of a file.
 
     `base` measures the base with its own draft. Raises UserError when there is no such target, or when the store has
     no trunk of this family yet.
     """
-    store = open_store(manifest.store)
-    registry, artifacts = Registry(store), Artifacts(store)
-    trunk_key = registry.family()["trunk_key"]
-    trunk = artifacts.find(TRUNK, trunk_key)
-    if trunk is None:
-        raise UserError(f"{store.uri}: the family's trunk {trunk_key} is gone; run `farm onboard` again")
+    published = Published.of(manifest.store)
     spec = _spec(manifest, target)
-    live = registry.live(target) if target != BASE else None
-    if live is not None and live.card["trunk_key"] != trunk_key:
-        live = None
-    adapted = None if live is None else str(registry.path(live, EXPERT_FILE))
+    live = published.live_expert(target) if target != BASE else None
+    adapted = None if live is None else str(live.file)
     chosen = load_prompts(prompts).prompts
-    trunk_folder = str(artifacts.path(trunk, EXPERT_FILE).parent)
+    trunk_folder = str(published.trunk_folder)
     row = evaluate_target(
         EvaluateTask(spec, manifest.evaluate, trunk_folder, adapted, None, chosen, manifest.dtype)
     )

@@ -25,7 +25,7 @@ from farm.draft.model import Draft
 from farm.draft.trunk import Trunk
 from farm.evaluate.bench import PromptIds, TauResult, measure_speed, measure_tau
 from farm.evaluate.gate import gain_interval, tau_of
-from farm.target.load import LoadedTarget, load_model, load_target, placement
+from farm.target.load import LoadedTarget, load_model, open_target, placement
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,6 @@ class OpenTrunk:
         placed = self.trunk.fc.weight
         expert = load_expert(self.trunk.config, path).to(placed.device, placed.dtype)
         return Draft(self.trunk, expert).requires_grad_(False)
-
-
-def open_target(spec: TargetSpec, dtype: Dtype) -> LoadedTarget:
-    """The target on this process's device, in the dtype that is meant."""
-    resolved, device = placement(dtype)
-    return load_target(spec, dtype=resolved, device=device)
 
 
 def evaluate_target(task: EvaluateTask) -> dict[str, Any]:

@@ -80,11 +80,13 @@ class RegenerateActor:
     def __init__(self, config: ActorConfig) -> None:
         import torch
 
+        from farm.target.load import open_target
+
         torch.set_num_threads(config.num_threads)
         self._config = config
         self._artifacts = Artifacts(open_store(config.store))
         self._failures: dict[str, str] = {}
-        self._targets = LiveTargets(config.memory_bytes, partial(_load, config.dtype))
+        self._targets = LiveTargets(config.memory_bytes, partial(open_target, dtype=config.dtype))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         rows = [
@@ -129,13 +131,6 @@ class RegenerateActor:
         }
         self._artifacts.put_file(ANSWERS, job.key, card_name(shard), json.dumps(card).encode())
         return len(answers)
-
-
-def _load(dtype: Dtype, spec: TargetSpec) -> "LoadedTarget":
-    from farm.target.load import load_target, placement
-
-    resolved, device = placement(dtype)
-    return load_target(spec, dtype=resolved, device=device)
 
 
 def _release_device_memory() -> None:

@@ -97,12 +97,13 @@ def _steps_done(
     if shown_as is None or get_context().get_world_rank() != 0:
         return None
     run_id, targets = shown_as
-    board, last = StatusBoard(open_store(store), run_id), [0.0]
+    board, written = StatusBoard(open_store(store), run_id), -STATUS_EVERY_S
 
     def show(done: int, of: int) -> None:
-        if done < of and time.monotonic() - last[0] < STATUS_EVERY_S:
+        nonlocal written
+        if done < of and time.monotonic() - written < STATUS_EVERY_S:
             return
-        last[0] = time.monotonic()
+        written = time.monotonic()
         for target in targets:
             board.update(target, rows_done=done, rows_total=of)
 

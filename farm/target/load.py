@@ -38,12 +38,23 @@ class LoadedTarget:
     config: Any  # the transformers config
 
 
-def placement(dtype: Dtype) -> tuple[str, str]:
-    """The dtype that `auto` stands for in this process, and the device that targets decode on."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def resolve_dtype(dtype: Dtype, device: str) -> str:
+    """The dtype that `auto` stands for on a device."""
     if dtype != "auto":
-        return dtype, device
-    return ("bfloat16" if device == "cuda" else "float32"), device
+        return dtype
+    return "float32" if device == "cpu" else "bfloat16"
+
+
+def placement(dtype: Dtype) -> tuple[str, str]:
+    """The dtype that is meant in this process, and the device that targets decode on."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return resolve_dtype(dtype, device), device
+
+
+def open_target(spec: TargetSpec, dtype: Dtype) -> LoadedTarget:
+    """The target on this process's device, in the dtype that is meant. Raises Refused as `load_target` does."""
+    resolved, device = placement(dtype)
+    return load_target(spec, dtype=resolved, device=device)
 
 
 def load_target(spec: TargetSpec, *, dtype: str = "float32", device: str = "cpu") -> LoadedTarget:

@@ -229,9 +229,18 @@ def test_a_wrong_override_is_one_clear_message(folder, overrides, told):
     assert told in mistake(folder, with_target(prompts="${data}"), *overrides)
 
 
-@pytest.mark.parametrize("content", ["", "- a\n", "a: [", "\x00", "targets: &x [*x]"])
-def test_a_file_that_is_no_manifest_is_refused(folder, content):
-    mistake(folder, content)
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("", "must be a mapping with base, store and targets"),
+        ("- a\n", "must be a mapping with base, store and targets"),
+        ("a: [", "is not YAML"),
+        ("\x00", "is not YAML"),
+        ("targets: &x [*x]", "an alias refers to itself; remove it"),
+    ],
+)
+def test_a_file_that_is_no_manifest_is_refused_with_what_is_wrong(folder, content, told):
+    assert told in mistake(folder, content)
 
 
 def test_a_manifest_that_is_not_there_is_refused(tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from serve.schemas import ChatRequest, TextRequest, mistake_in_body
+from serve.schemas import ChatRequest, TextRequest, mistake_in_bias, mistake_in_body
 
 HELLO = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
 
@@ -82,3 +82,13 @@ def test_an_answer_of_ours_can_be_sent_back_as_the_client_library_dumps_it():
     said = {"role": "assistant", "content": "hi", "refusal": None, "audio": None, "tool_calls": None}
     request = ChatRequest.model_validate({"model": "m", "messages": [*HELLO["messages"], said]})
     assert request.messages[1].content == "hi"
+
+
+def test_a_bias_on_a_token_the_target_lacks_is_told_with_its_field():
+    """The vocabulary is the target's, so this is known only where the target is."""
+    assert mistake_in_bias([(0, 1.0), (319, -100.0)], 320) is None
+    for token in (-1, 320):
+        error = mistake_in_bias([(5, 1.0), (token, 1.0)], 320)
+        assert error is not None
+        assert (error.status, error.param) == (400, "logit_bias")
+        assert f"logit_bias: {token} is no token id" in error.message

@@ -196,8 +196,9 @@ def test_bias_and_penalties_reach_the_sampler(served):
 
 
 def test_a_bias_on_a_token_that_does_not_exist_is_a_400(served):
-    with pytest.raises(openai.BadRequestError, match="logit_bias"):
+    with pytest.raises(openai.BadRequestError, match="logit_bias") as caught:
         served.greedy("adapted", max_tokens=2, logit_bias={"999999": 1})
+    assert caught.value.body["param"] == "logit_bias"
 
 
 def test_an_unknown_model_is_a_404_with_openais_envelope(served):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from farm.config import Refused, TargetSpec
+from farm.config import Dtype, Refused, TargetSpec
 from farm.layers.cache import Rows
 from farm.target import zoo
 from farm.target.load import (
@@ -14,6 +14,8 @@ from farm.target.load import (
     load_embedding_and_head,
     load_model,
     load_target,
+    open_target,
+    resolve_dtype,
     target_digest,
 )
 from tests.farm.models import tiny_model
@@ -28,6 +30,30 @@ def checkpoint(folder: Path, tokenizer: object, **options: object) -> TargetSpec
     folder.mkdir(parents=True)
     zoo.save(tiny_model(vocab=1024, **options), tokenizer, folder)  # type: ignore[arg-type]
     return TargetSpec(name=folder.name, model=str(folder), prompts="")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "resolved"),
+    [
+        ("auto", "cpu", "float32"),
+        ("auto", "cuda", "bfloat16"),
+        ("bfloat16", "cpu", "bfloat16"),
+        ("float32", "cuda", "float32"),
+    ],
+)
+def test_auto_is_the_devices_dtype_and_a_named_dtype_stays(dtype: Dtype, device: str, resolved: str) -> None:
+    assert resolve_dtype(dtype, device) == resolved
+
+
+def test_a_target_opens_on_this_machines_device_in_the_dtype_asked_for(
+    tmp_path: Path, tokenizer: object
+) -> None:
+    spec = checkpoint(tmp_path / "base", tokenizer)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for dtype in ("auto", "bfloat16"):
+        forward = open_target(spec, dtype).forward
+        assert forward.device.type == device
+        assert forward.dtype == getattr(torch, resolve_dtype(dtype, device))
 
 
 def test_a_lora_target_computes_base_plus_delta(tmp_path: Path, tokenizer: object) -> None:
