@@ -1,14 +1,16 @@
 """What a store says is to be served: its targets, the trunk once, and each target's draft."""
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 
 from farm.artifacts import TRUNK, Artifacts
 from farm.config import Dtype, TargetSpec, UserError
+from farm.data.chat import read_template
 from farm.draft.checkpoint import (
     CONFIG_FILE,
     EXPERT_FILE,
@@ -23,7 +25,8 @@ from farm.draft.model import Draft
 from farm.draft.trunk import Trunk
 from farm.registry import Registry, Version
 from farm.store import open_store
-from farm.target.load import LoadedTarget, load_target, resolve_dtype
+from farm.target.load import LoadedTarget, load_target, resolve_dtype, stop_ids
+from farm.target.lora import open_beside
 
 Module = TypeVar("Module", Trunk, Expert)
 log = logging.getLogger("ray.serve")
@@ -58,12 +61,32 @@ class Family:
         self.trunk = self._load_trunk()
 
     def targets(self) -> Iterator[LoadedTarget]:
-        """Load the targets one by one; one that cannot be loaded is left out, with its reason in the log."""
-        for name, fields in sorted(self._record["targets"].items()):
+        """Load the targets one by one; one that cannot be loaded is left out, with its reason in the log.
+
+        A checkpoint that several targets have in common is loaded once; their LoRAs lie beside it.
+        """
+        specs = [self._spec(name, fields) for name, fields in sorted(self._record["targets"].items())]
+        shared = {model for model, count in Counter(spec.model for spec in specs).items() if count > 1}
+        checkpoints: dict[str, LoadedTarget] = {}
+        for spec in specs:
             try:
-                yield load_target(self._spec(name, fields), dtype=self._dtype, device=self._device)
+                yield self._open(spec, checkpoints) if spec.model in shared else self._load(spec)
             except LOAD_ERRORS as error:
-                log.error("%s is not served: %s", name, error)
+                log.error("%s is not served: %s", spec.name, error)
+
+    def _open(self, spec: TargetSpec, checkpoints: dict[str, LoadedTarget]) -> LoadedTarget:
+        if spec.model not in checkpoints:
+            checkpoints[spec.model] = self._load(spec.model_copy(update={"lora": None}))
+        checkpoint = checkpoints[spec.model]
+        if spec.lora is not None:
+            return open_beside(spec, checkpoint) or self._load(spec)
+        return replace(
+            checkpoint, name=spec.name, chat_template=read_template(spec.chat_template),
+            stop_ids=stop_ids(spec, checkpoint.config, checkpoint.tokenizer),
+        )  # fmt: skip
+
+    def _load(self, spec: TargetSpec) -> LoadedTarget:
+        return load_target(spec, dtype=self._dtype, device=self._device)
 
     def live(self, target: str) -> Version | None:
         """The adapter version that is to serve now; None: the base's draft."""

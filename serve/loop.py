@@ -1,4 +1,4 @@
-"""One thread that owns every engine: they are not thread-safe, and a forward would block an event loop."""
+"""One thread that owns the engines: they are not thread-safe, and a forward would block an event loop."""
 
 import logging
 import queue
@@ -6,11 +6,11 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, TypeVar
 
-from farm.decode.engine import Engine, Request
+from farm.decode.engine import Engine, Output, Request, Route
 
 log = logging.getLogger("ray.serve")
 T = TypeVar("T")
@@ -32,27 +32,36 @@ Sink = Callable[[Progress], None]
 
 @dataclass
 class Lane:
-    """An engine and the requests it was given; a lane that lost its route goes when they are done."""
+    """A version of a target, the engine that decodes it, and its open requests; when replaced it goes with them."""
 
     target: str
     version: str
     engine: Engine
     sinks: dict[str, Sink] = field(default_factory=dict)
 
+    @property
+    def route(self) -> str:
+        """The name under which the engine hosts it."""
+        return f"{self.target}@{self.version}"
+
 
 class EngineLoop:
     """Steps the engines that have work, in turn. Every public method may be called from any thread.
 
-    A sink is called from this thread and must return at once. If an engine raises, the thread ends, every
-    open request is told, and `failure` says why.
+    Targets share an engine, and with it every step, where their models have one shape; `new_engine` makes another one
+    where they do not. A sink is called from this thread and must return at once. If an engine raises, the thread ends,
+    every open request is told, and `failure` says why.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, new_engine: Callable[[Route], Engine]) -> None:
+        self._new_engine = new_engine
         self._thread = threading.Thread(target=self._run, name="engines", daemon=True)
         self.failure: str | None = None
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._routes: dict[str, Lane] = {}
+        self._engines: list[Engine] = []
+        self._current: dict[str, Lane] = {}
         self._lanes: list[Lane] = []
+        self._lane_of: dict[str, Lane] = {}  # by request
         self._stopping = False
 
     @property
@@ -62,9 +71,9 @@ class EngineLoop:
     def start(self) -> None:
         self._thread.start()
 
-    def host(self, target: str, version: str, engine: Engine) -> None:
-        """Give new requests for `target` to `engine`; an engine it had before finishes what it was given."""
-        self._commands.put(partial(self._host, Lane(target, version, engine)))
+    def host(self, target: str, version: str, route: Route) -> None:
+        """Give new requests for `target` to this version; the one before finishes what it was given."""
+        self._commands.put(partial(self._host, target, version, route))
 
     def submit(self, target: str, request: Request, sink: Sink) -> None:
         """Queue a request for a hosted target; its progress goes to `sink`."""
@@ -77,7 +86,7 @@ class EngineLoop:
     def inspect(self, look: Callable[[list[Lane], Mapping[str, Lane]], T]) -> "Future[T]":
         """What `look` says of all lanes and of the ones that take new requests, called between two steps."""
         answer: Future[T] = Future()
-        self._command(lambda: answer.set_result(look(self._lanes, self._routes)))
+        self._command(lambda: answer.set_result(look(self._lanes, self._current)))
         return answer
 
     def stop(self, wait_s: float = 0.0) -> None:
@@ -89,8 +98,10 @@ class EngineLoop:
         try:
             while not self._stopping:
                 self._obey()
-                for lane in list(self._lanes):
-                    self._step(lane)
+                for engine in self._engines:
+                    if engine.has_work:
+                        self._deliver(engine.step())
+                self._drop_replaced()
             self.failure = "stopped"
         except Exception as error:
             log.exception("the engine thread ends")
@@ -113,7 +124,7 @@ class EngineLoop:
 
     def _obey(self) -> None:
         """Run the queued commands; with nothing to decode, wait for one."""
-        idle = not any(lane.engine.has_work for lane in self._lanes)
+        idle = not any(engine.has_work for engine in self._engines)
         while not self._stopping:
             try:
                 command = self._commands.get(block=idle)
@@ -122,38 +133,55 @@ class EngineLoop:
             command()
             idle = False
 
-    def _step(self, lane: Lane) -> None:
-        if lane.engine.has_work:
-            for output in lane.engine.step():
-                sink = lane.sinks.get(output.request_id)
-                if output.finish_reason is not None:
-                    lane.sinks.pop(output.request_id, None)
-                if sink is not None:
-                    sink(Progress(lane.version, output.tokens, output.finish_reason))
-        if not lane.engine.has_work and self._routes.get(lane.target) is not lane:
-            self._lanes.remove(lane)
-            log.info("%s@%s: its last request is done, its engine is dropped", lane.target, lane.version)
+    def _deliver(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            lane = self._lane_of[output.request_id]
+            sink = lane.sinks[output.request_id]
+            if output.finish_reason is not None:
+                del lane.sinks[output.request_id], self._lane_of[output.request_id]
+            sink(Progress(lane.version, output.tokens, output.finish_reason))
 
-    def _host(self, lane: Lane) -> None:
-        self._routes[lane.target] = lane
-        self._lanes.append(lane)
+    def _drop_replaced(self) -> None:
+        for lane in list(self._lanes):
+            if not lane.sinks and self._current[lane.target] is not lane:
+                lane.engine.drop(lane.route)
+                self._lanes.remove(lane)
+                log.info("%s: its last request is done, it is dropped", lane.route)
+
+    def _host(self, target: str, version: str, route: Route) -> None:
+        lane = next((one for one in self._lanes if (one.target, one.version) == (target, version)), None)
+        if lane is None:  # else it still has requests, and a version never changes
+            lane = Lane(target, version, self._engine_for(replace(route, target=f"{target}@{version}")))
+            self._lanes.append(lane)
+        self._current[target] = lane
+
+    def _engine_for(self, route: Route) -> Engine:
+        """The first engine that can host the route, with the route in it."""
+        for engine in self._engines:
+            with suppress(ValueError):
+                engine.host(route)
+                return engine
+        engine = self._new_engine(route)
+        self._engines.append(engine)
+        return engine
 
     def _submit(self, target: str, request: Request, sink: Sink) -> None:
-        lane = self._routes[target]
+        lane = self._current[target]
         if self.failure is not None:
             sink(Progress(lane.version, failed=self.failure))
             return
         try:
-            lane.engine.add(request)
+            lane.engine.add(replace(request, target=lane.route))
         except ValueError as error:
             sink(Progress(lane.version, refused=str(error)))
             return
-        lane.sinks[request.id] = sink
+        lane.sinks[request.id], self._lane_of[request.id] = sink, lane
 
     def _cancel(self, request_id: str) -> None:
-        for lane in self._lanes:
-            if lane.sinks.pop(request_id, None) is not None:
-                lane.engine.cancel(request_id)
+        lane = self._lane_of.pop(request_id, None)
+        if lane is not None:
+            del lane.sinks[request_id]
+            lane.engine.cancel(request_id)
 
     def _end(self) -> None:
         self._stopping = True

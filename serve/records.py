@@ -61,7 +61,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class Hosted:
-    """One engine of a replica. `is_current`: new requests go to it; else it finishes its last ones."""
+    """A version that a replica hosts. `is_current`: new requests go to it; else it finishes its last ones."""
 
     target: str
     version: str

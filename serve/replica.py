@@ -14,6 +14,7 @@ from farm.data.chat import encode_chat
 from farm.decode.controls import make_control
 from farm.decode.engine import Engine, Request, Route
 from farm.decode.sampling import SamplingParams
+from farm.decode.stats import DecodeStats
 from farm.target.load import LoadedTarget
 from serve.detokenize import TextStream
 from serve.family import LOAD_ERRORS, PLAIN, Family, ServedDraft
@@ -32,7 +33,7 @@ class EngineHost:
     def __init__(self, store: str, settings: ServeSettings, dtype: Dtype | None, device: str) -> None:
         self._settings = settings
         self._family = Family(store, dtype, device)
-        self._engines = EngineLoop()
+        self._engines = EngineLoop(self._new_engine)
         self._targets: dict[str, LoadedTarget] = {}
         self._seen: dict[str, str | None] = {}  # live version last acted upon, loaded or not
         for target in self._family.targets():
@@ -120,15 +121,19 @@ class EngineHost:
         self._host(target, draft)
 
     def _host(self, target: LoadedTarget, draft: ServedDraft) -> None:
-        engine = Engine(
-            [Route(target.forward, target.stop_ids, draft.draft)],
-            num_slots=self._settings.num_slots,
-            max_length=self._max_length(target),
-            k=self._settings.k,
-            control=make_control(self._settings.control, self._settings.k),
-        )
-        self._engines.host(target.name, draft.version, engine)
+        route = Route(target.forward, target.stop_ids, draft.draft, target.lora)
+        self._engines.host(target.name, draft.version, route)
         log.info("%s@%s takes the requests from now on", target.name, draft.version)
+
+    def _new_engine(self, route: Route) -> Engine:
+        settings = self._settings
+        return Engine(
+            [route],
+            num_slots=settings.num_slots,
+            max_length=min(settings.max_length, route.forward.max_positions),
+            k=settings.k,
+            control=make_control(settings.control, settings.k),
+        )
 
     async def _watch(self) -> None:
         """Follow the live pointers. What goes wrong with one target is logged and leaves it as it is."""
@@ -183,16 +188,18 @@ def _decode(target: LoadedTarget, tokens: Sequence[int]) -> str:
 
 
 def _describe(lanes: list[Lane], current: Mapping[str, Lane]) -> list[Hosted]:
-    return [
-        Hosted(
-            target=lane.target,
-            version=lane.version,
-            is_current=current[lane.target] is lane,
-            num_open=len(lane.sinks),
-            num_live=lane.engine.num_live,
-            rounds=lane.engine.stats.rounds,
-            emitted=lane.engine.stats.emitted,
-            pid=os.getpid(),
-        )
-        for lane in lanes
-    ]
+    return [_hosted(lane, is_current=current[lane.target] is lane) for lane in lanes]
+
+
+def _hosted(lane: Lane, *, is_current: bool) -> Hosted:
+    stats = lane.engine.stats_of.get(lane.route, DecodeStats())
+    return Hosted(
+        target=lane.target,
+        version=lane.version,
+        is_current=is_current,
+        num_open=len(lane.sinks),
+        num_live=sum(row.request.target == lane.route for row in lane.engine.scheduler.live),
+        rounds=stats.rounds,
+        emitted=stats.emitted,
+        pid=os.getpid(),
+    )

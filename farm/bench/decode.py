@@ -159,18 +159,25 @@ def _engine_run(member: Member, arm: Arm, draft: Draft | None, task: Task) -> Ca
     )  # fmt: skip
 
     def run(task: Task) -> Measured:
-        before, emitted, rounds = seconds_so_far(engine), engine.stats.emitted, engine.stats.rounds
-        started = time.perf_counter()
         pairs = enumerate(zip(task.prompts, task.num_new, strict=True))
-        done = engine.run(Request(str(i), ids, SamplingParams(max_new_tokens=new)) for i, (ids, new) in pairs)
-        seconds = time.perf_counter() - started
-        assert [len(one.tokens) for one in done] == list(task.num_new)
-        spent = {name: value - before[name] for name, value in seconds_so_far(engine).items()}
-        rounds = engine.stats.rounds - rounds
-        tau = (engine.stats.emitted - emitted) / rounds
-        return Measured(seconds, {"tau": tau, "rounds": rounds, **spent})
+        return timed(
+            engine, [Request(str(i), ids, SamplingParams(max_new_tokens=new)) for i, (ids, new) in pairs]
+        )
 
     return run
+
+
+def timed(engine: Engine, requests: Sequence[Request]) -> Measured:
+    """Answers the requests to their full length; what that took, and where."""
+    before, emitted, rounds = seconds_so_far(engine), engine.stats.emitted, engine.stats.rounds
+    started = time.perf_counter()
+    done = engine.run(requests)
+    seconds = time.perf_counter() - started
+    assert [len(one.tokens) for one in done] == [one.params.max_new_tokens for one in requests]
+    spent = {name: value - before[name] for name, value in seconds_so_far(engine).items()}
+    rounds = engine.stats.rounds - rounds
+    tau = (engine.stats.emitted - emitted) / rounds
+    return Measured(seconds, {"tau": tau, "rounds": rounds, **spent})
 
 
 def seconds_so_far(engine: Engine) -> dict[str, float]:

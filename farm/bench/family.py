@@ -52,13 +52,14 @@ def members(manifest: Manifest, names: Sequence[str]) -> Iterator[Member]:
 def _open(manifest: Manifest, spec: TargetSpec, folder: Path, expert: str | None) -> Member:
     target = open_target(spec, manifest.dtype)
     trunk = OpenTrunk.of(folder, target)
-    prompts = _held_out(manifest, spec, target)
+    prompts = held_out(manifest, spec, target)
     dtype, reference = _faster(spec, str(target.forward.device), prompts[0])
     adapted = None if expert is None else trunk.draft(expert)
     return Member(spec.name, target, trunk.draft(None), adapted, reference, dtype, prompts)
 
 
-def _held_out(manifest: Manifest, spec: TargetSpec, target: LoadedTarget) -> tuple[PromptIds, ...]:
+def held_out(manifest: Manifest, spec: TargetSpec, target: LoadedTarget) -> tuple[PromptIds, ...]:
+    """The target's prompts that nothing was adapted on. Raises UserError when none leaves room for an answer."""
     found, settings = load_prompts(spec.prompts), manifest.evaluate
     _, rows = split_rows(found.num_rows, manifest.regenerate.rows, settings.rows, settings.prompts)
     chosen = [prompt for prompt in found.prompts if prompt.row in rows]

@@ -121,6 +121,6 @@ class Routes:
 
 
 def shape(forward: TargetForward) -> tuple[object, ...]:
-    """What forwards must have in common to share one cache."""
-    heads = (len(forward.layers), forward.num_kv_heads, forward.head_dim)
-    return (*heads, forward.hidden_size, forward.vocab_size, forward.dtype, forward.device)
+    """What forwards must have in common to share the slots of one engine."""
+    cache = (len(forward.layers), forward.num_kv_heads, forward.head_dim, forward.max_positions)
+    return (*cache, forward.hidden_size, forward.vocab_size, forward.dtype, forward.device)

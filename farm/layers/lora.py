@@ -20,7 +20,7 @@ Part = Literal["qkv", "out", "gate_up", "down"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Delta:
     """What LoRAs add to one product: x `down_XR`, masked by `ranks`, times `up_RY`. `ranks`: columns by LoRA."""
 
@@ -29,7 +29,7 @@ class Delta:
     ranks: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Lora:
     """The deltas of one target, or of several side by side, by layer and product; a product may have none."""
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from farm.config import Dtype, Refused, TargetSpec
 from farm.data.chat import read_template
+from farm.layers.lora import Lora
 from farm.target.forward import TargetForward
 from farm.target.weights import read_weights
 
@@ -36,6 +37,7 @@ class LoadedTarget:
     chat_template: str | None  # text of the manifest's template; None: the tokenizer's own
     max_positions: int
     config: Any  # the transformers config
+    lora: Lora | None = None  # beside a forward that other targets share; None: whatever it was is merged
 
 
 def resolve_dtype(dtype: Dtype, device: str) -> str:

@@ -5,12 +5,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
+from farm.config import Refused, TargetSpec
+from farm.data.chat import read_template
 from farm.layers.lora import Delta, Lora, Part
 from farm.target.forward import TargetForward
+from farm.target.load import LoadedTarget, check_folder, stop_ids
 from farm.target.weights import LoraFactors, read_factors
 
 # The projections that are fused in each product of a layer (farm/target/forward.py).
@@ -20,6 +25,27 @@ PROJECTIONS: dict[Part, tuple[str, ...]] = {
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "down": ("mlp.down_proj",),
 }
+
+
+def open_beside(spec: TargetSpec, base: LoadedTarget) -> LoadedTarget | None:
+    """A LoRA target over the forward of `base`, its checkpoint without the LoRA; None if it has to be merged.
+
+    Raises Refused, naming the reason, when the adapter cannot be read.
+    """
+    assert spec.lora is not None
+    check_folder(spec.name, Path(spec.lora), "adapter_config.json")
+    try:
+        lora = open_lora(Path(spec.lora), base.forward)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise Refused(
+            f"{spec.name}: {spec.lora} cannot be loaded ({type(error).__name__}: {error})"
+        ) from error
+    if lora is None:
+        return None
+    return replace(
+        base, name=spec.name, lora=lora, chat_template=read_template(spec.chat_template),
+        stop_ids=stop_ids(spec, base.config, base.tokenizer), num_bytes=lora.num_bytes,
+    )  # fmt: skip
 
 
 def open_lora(folder: Path, base: TargetForward) -> Lora | None:

@@ -41,14 +41,14 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Any:
+def tiny_model(tokenizer: PreTrainedTokenizerFast, seed: int, num_layers: int = 2) -> Any:
     """Random weights, large enough that greedy answers vary; they never end by themselves."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=num_layers,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=32,

@@ -23,9 +23,12 @@ class Mailbox(queue.Queue[Progress]):
         return found
 
 
-def engine(seed: int = 0) -> Engine:
-    forward = TargetForward.of(tiny_model(tiny_tokenizer(), seed).eval())
-    return Engine([Route(forward, frozenset())], num_slots=2, max_length=128, k=0)
+def route(seed: int = 0, num_layers: int = 2) -> Route:
+    return Route(TargetForward.of(tiny_model(tiny_tokenizer(), seed, num_layers).eval()), frozenset())
+
+
+def engine(route: Route) -> Engine:
+    return Engine([route], num_slots=2, max_length=128, k=0)
 
 
 def ask(name: str, tokens: int = 20) -> Request:
@@ -34,9 +37,9 @@ def ask(name: str, tokens: int = 20) -> Request:
 
 @pytest.fixture
 def loop() -> Iterator[EngineLoop]:
-    loop = EngineLoop()
-    loop.host("a", "v1", engine(0))
-    loop.host("b", "base", engine(1))
+    loop = EngineLoop(engine)
+    loop.host("a", "v1", route(0))
+    loop.host("b", "base", route(1))
     loop.start()
     yield loop
     loop.stop(wait_s=10)
@@ -48,7 +51,7 @@ def test_requests_of_two_targets_get_what_their_own_engine_gives(loop):
     for name, box in boxes.items():
         loop.submit(name, ask(name), box.put)
     for seed, (name, box) in enumerate(boxes.items()):
-        (expected,) = engine(seed).run([ask(name)])
+        (expected,) = engine(route(seed)).run([ask(name)])
         assert tuple(token for progress in box.rest() for token in progress.tokens) == expected.tokens
 
 
@@ -56,7 +59,7 @@ def test_a_request_keeps_the_version_it_was_given_to_and_the_old_engine_goes(loo
     old, new = Mailbox(), Mailbox()
     loop.submit("a", ask("old", 100), old.put)
     assert old.get(timeout=10).version == "v1"
-    loop.host("a", "v2", engine(2))
+    loop.host("a", "v2", route(2))
     loop.submit("a", ask("new"), new.put)
     assert {progress.version for progress in new.rest()} == {"v2"}
     assert {progress.version for progress in old.rest()} == {"v1"}
@@ -83,9 +86,9 @@ def test_a_request_that_the_engine_refuses_is_told_and_stops_no_other(loop):
 
 
 def test_a_broken_engine_tells_its_own_requests_and_later_ones():
-    broken = engine()
-    broken.runner.routes[""].forward.head = Dense.of(torch.zeros(3, 5))  # any forward raises from now on
-    loop = EngineLoop()
+    broken = route()
+    broken.forward.head = Dense.of(torch.zeros(3, 5))  # any forward raises from now on
+    loop = EngineLoop(engine)
     loop.host("a", "v1", broken)
     loop.start()
     first, later = Mailbox(), Mailbox()
@@ -95,3 +98,28 @@ def test_a_broken_engine_tells_its_own_requests_and_later_ones():
     assert not loop.is_alive
     loop.submit("a", ask("later"), later.put)
     assert later.rest()[-1].failed
+
+
+def test_targets_of_one_shape_share_an_engine_and_another_shape_gets_its_own(loop):
+    loop.host("deep", "v1", route(3, num_layers=3))
+    engines = loop.inspect(lambda lanes, current: {name: id(lane.engine) for name, lane in current.items()})
+    of_target = engines.result(timeout=10)
+    assert of_target["a"] == of_target["b"] != of_target["deep"]
+    boxes = {name: Mailbox() for name in ("a", "deep")}
+    for name, box in boxes.items():
+        loop.submit(name, ask(name), box.put)
+    assert {name: box.rest()[-1].finish_reason for name, box in boxes.items()} == dict.fromkeys(
+        boxes, "length"
+    )
+
+
+def test_going_back_to_a_version_that_still_decodes_gives_it_new_requests(loop):
+    old, again = Mailbox(), Mailbox()
+    first = route(0)
+    loop.host("a", "v2", first)
+    loop.submit("a", ask("old", 100), old.put)
+    loop.host("a", "v3", route(4))
+    loop.host("a", "v2", first)
+    loop.submit("a", ask("again"), again.put)
+    assert {progress.version for progress in again.rest()} == {"v2"}
+    assert old.rest()[-1].finish_reason == "length"
