@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -21,6 +21,10 @@ from farm.cli.options import (
     keep_measures,
 )
 from farm.config import Manifest, UserError, load_manifest
+
+if TYPE_CHECKING:
+    from farm.bench.decode import Row
+    from farm.bench.mixed import Case
 
 bench_app = typer.Typer(no_args_is_help=True, help="Benchmarks; results go to a folder.")
 app.add_typer(bench_app, name="bench")
@@ -96,6 +100,28 @@ def bench_operators(
     pairs = model_pairs(_family(manifest, overrides))
     shown = track(pairs, "measuring", console=console, disable=not console.is_terminal)
     rows = [measure(pair, family_name(manifest), repeats) for pair in shown]
+    _show_wide(table(rows))
+    console.print(write(out, rows, _command()), markup=False, soft_wrap=True)
+
+
+@bench_app.command("mixed")
+def bench_mixed(
+    manifest: FamilyPath = ZOO,
+    out: Annotated[Path, typer.Option(help="Folder of mixed.json.")] = Path("docs/bench"),
+    repeats: Annotated[int, typer.Option(help="Times that all cases run in turn.", min=3)] = 5,
+    overrides: Overrides = None,
+) -> None:
+    """Batches of several targets beside the same batches on each of them alone."""
+    from rich.progress import track
+
+    from farm.bench.mixed import CONTROLS, cases, measure, table, write
+
+    every = cases(_family(manifest, overrides))
+    total = len(every) * len(CONTROLS) * repeats
+    measured = measure(every, family_name(manifest), repeats)
+    rows: dict[tuple[Case, str], list[Row]] = {}
+    for case, row in track(measured, "measuring", total, console=console, disable=not console.is_terminal):
+        rows.setdefault((case, row.control), []).append(row)
     _show_wide(table(rows))
     console.print(write(out, rows, _command()), markup=False, soft_wrap=True)
 
