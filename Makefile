@@ -1,15 +1,17 @@
 # make demo   build .venv, then train a small family and onboard it
 # make test   build .venv, check and run the tests
+# make vllm-venv   build .vllm-venv, which `farm bench decode --engine vllm` compares with
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.ready
+VLLM := .vllm-venv
 # Options for finding torch. The project runs on a CPU: with an index that has only CUDA builds under the plain
 # version, name PyTorch's CPU index here, for instance TORCH_OPTIONS='--index-url URL'.
 TORCH_OPTIONS ?=
 
-.PHONY: setup demo test check
+.PHONY: setup demo test check vllm-venv
 
 setup: $(STAMP)
 
@@ -32,3 +34,12 @@ check: setup
 
 test: check
 	RAY_AUTH_MODE=disabled OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# its own environment: vLLM's versions of these libraries are not this project's
+vllm-venv: $(VLLM)/.ready
+
+$(VLLM)/.ready: vllm-requirements.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet $(TORCH_OPTIONS) torch==2.13.0
+	$(VLLM)/bin/python -m pip install --quiet --no-deps -r vllm-requirements.txt
+	touch $(VLLM)/.ready

@@ -39,8 +39,9 @@ def test_only_the_library_is_installed():
     assert {name.split(".")[0] for name in found} == {"farm"}
 
 
-def test_constraints_pin_everything_exactly_and_hold_no_cuda():
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
+@pytest.mark.parametrize("file", ["constraints.txt", "vllm-requirements.txt"])
+def test_constraints_pin_everything_exactly_and_hold_no_cuda(file):
+    lines = (ROOT / file).read_text().splitlines()
     pins = [line for line in lines if not line.startswith("#")]
     assert all(line.count("==") == 1 and "@" not in line and "/" not in line for line in pins)
     assert not [line for line in pins if line.startswith(("nvidia", "cuda", "triton", "farm"))]

@@ -7,15 +7,18 @@ repeat, so that a machine that slows down slows both of its sides.
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 
 from farm.bench.family import Member, generate
+from farm.bench.vllm_engine import CONTROLS as VLLM_CONTROLS
+from farm.bench.vllm_engine import VllmEngine
 from farm.decode.controls import make_control
 from farm.decode.engine import Engine, Request, Route
 from farm.decode.sampling import SamplingParams
@@ -32,8 +35,8 @@ RAGGED_REQUESTS, RAGGED_SHORTEST, RAGGED_LONGEST, RAGGED_SLOTS = 64, 16, 256, 8
 class Arm:
     """One way to decode. `batch` counts requests side by side."""
 
-    engine: Literal["transformers", "transformers-assisted", "farm"]
-    control: str
+    engine: Literal["transformers", "transformers-assisted", "farm", "vllm"]
+    control: str  # of the draft length; ngram: vLLM drafts by looking its context up
     draft: Literal["none", "base", "adapted"]
     batch: int
     workload: Workload = "equal"
@@ -110,23 +113,54 @@ def _arms(batch: int, base: Sequence[str], adapted: Sequence[str]) -> list[Arm]:
     ]
 
 
-def measure(member: Member, model: str, arms: Sequence[Arm], repeats: int) -> Iterator[Row]:
-    """Runs every arm once to warm up, then all of them in turn, `repeats` times."""
+def with_vllm(arms: Sequence[Arm]) -> list[Arm]:
+    """The arms, and behind those of each batch size and workload vLLM's, plain and with its n-gram proposer."""
+    out: list[Arm] = []
+    for (batch, workload), group in itertools.groupby(arms, key=lambda arm: (arm.batch, arm.workload)):
+        out += [*group, *(Arm("vllm", control, "none", batch, workload) for control in VLLM_CONTROLS)]
+    return out
+
+
+def largest(member: Member, arms: Sequence[Arm]) -> tuple[int, int]:
+    """Positions of the longest request of any arm, and the most requests side by side."""
+    tasks = [_task(member, arm) for arm in arms]
+    longest = max(
+        len(ids) + new for task in tasks for ids, new in zip(task.prompts, task.num_new, strict=True)
+    )
+    return longest, max(arm.batch for arm in arms)
+
+
+def measure(
+    member: Member,
+    model: str,
+    arms: Sequence[Arm],
+    repeats: int,
+    vllm: Mapping[str, VllmEngine] | None = None,
+) -> Iterator[Row]:
+    """Runs every arm once to warm up, then all of them in turn, `repeats` times; `vllm` has an engine a control."""
     arms = [arm for arm in arms if arm.draft != "adapted" or member.adapted is not None]
-    runs = [(arm, _runner(member, arm), _task(member, arm)) for arm in arms]
+    runs = [(arm, _runner(member, arm, vllm or {}), _task(member, arm)) for arm in arms]
     for _, run, task in runs:
         run(task)
     for repeat in range(repeats):
         for arm, run, task in runs:
             measured = run(task)
-            farm = arm.engine == "farm"
             yield Row(
                 **asdict(arm), model=model, target=member.name,
                 adapters=int(arm.draft == "adapted"),
-                dtype=str(member.target.forward.dtype).removeprefix("torch.") if farm else member.reference_dtype,
-                threads=torch.get_num_threads(), repeat=repeat,
+                dtype=_dtype(member, arm, vllm or {}), threads=torch.get_num_threads(), repeat=repeat,
                 tokens_per_s=task.tokens / measured.seconds, **measured.fields,
             )  # fmt: skip
+
+
+def _dtype(member: Member, arm: Arm, vllm: Mapping[str, VllmEngine]) -> str:
+    if arm.engine == "vllm":
+        return vllm[arm.control].settings.dtype
+    return (
+        str(member.target.forward.dtype).removeprefix("torch.")
+        if arm.engine == "farm"
+        else member.reference_dtype
+    )
 
 
 def _task(member: Member, arm: Arm) -> Task:
@@ -141,7 +175,10 @@ def _task(member: Member, arm: Arm) -> Task:
     return Task(prompts, tuple(min(length, room) for length in lengths))
 
 
-def _runner(member: Member, arm: Arm) -> Callable[[Task], Measured]:
+def _runner(member: Member, arm: Arm, vllm: Mapping[str, VllmEngine]) -> Callable[[Task], Measured]:
+    if arm.engine == "vllm":
+        engine = vllm[arm.control]
+        return lambda task: _vllm_run(engine, arm, task)
     if arm.engine == "farm":
         draft = {"none": None, "base": member.base_draft, "adapted": member.adapted}[arm.draft]
         return _engine_run(member, arm, draft, _task(member, arm))
@@ -198,3 +235,9 @@ def _generate_run(member: Member, arm: Arm, task: Task, options: dict[str, Any])
         out_BT = generate(member.reference, tokens_BT, longest, attention_mask=mask_BT, **options)
         assert out_BT.shape[1] == width + longest
     return Measured(time.perf_counter() - started, {})
+
+
+def _vllm_run(engine: VllmEngine, arm: Arm, task: Task) -> Measured:
+    tokens, seconds = engine.generate(task.prompts, task.num_new, arm.batch)
+    assert [len(one) for one in tokens] == list(task.num_new)
+    return Measured(seconds, {})

@@ -157,7 +157,7 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
                 if (target, batch, "equal", engine, control, draft) in arms
             ]
             measured = [(batch, found.median) for batch, found in points if found is not None]
-            label = {"none": "plain"}.get(draft, f"{control}, {draft} draft") if engine == "farm" else engine
+            label = _label(engine, control, draft)
             panel.plot(*zip(*measured, strict=True), marker="o", markersize=3.5, linewidth=1.4, label=label)
         panel.set_xscale("log", base=2)
         ticks = sorted({key[1] for key in arms})
@@ -168,3 +168,9 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
     panels[0].set_ylabel("tokens/s over transformers generate")
     panels[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.savefig(path, dpi=130)
+
+
+def _label(engine: str, control: str, draft: str) -> str:
+    if engine != "farm":
+        return engine if control == "off" else f"{engine}, {control}"
+    return "plain" if draft == "none" else f"{control}, {draft} draft"

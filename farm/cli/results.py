@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,6 +38,12 @@ ZOO = Path(".farm/zoo/manifest.yaml")
 TABLE_WIDTH = 132  # of a benchmark's table where the terminal is narrower or says nothing
 
 
+class OtherEngine(StrEnum):
+    """What can be measured beside `transformers` and farm."""
+
+    VLLM = "vllm"
+
+
 @app.command()
 def evaluate(
     manifest: ManifestPath,
@@ -51,11 +59,14 @@ def evaluate(
 
 
 @bench_app.command("decode")
-def bench_decode(
+def bench_decode(  # noqa: PLR0913 - the options of a command
     manifest: FamilyPath = ZOO,
     out: Annotated[Path, typer.Option(help="Folder of decode.json and decode.png.")] = Path("docs/bench"),
     target: Annotated[
         list[str] | None, typer.Option(help="A target's name, repeatable; default: every full one.")
+    ] = None,
+    engine: Annotated[
+        list[OtherEngine] | None, typer.Option(help="Another engine beside; needs `make vllm-venv`.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Batch 1 and 8, the main arms only.")] = False,
     repeats: Annotated[int, typer.Option(help="Times that all arms run in turn.", min=3)] = 5,
@@ -65,20 +76,29 @@ def bench_decode(
     """Speed of `generate`, plain decoding, both drafts and every control of the draft length, in one run."""
     from rich.progress import track
 
-    from farm.bench.decode import full_arms, measure, quick_arms
+    from farm.bench.decode import full_arms, largest, measure, quick_arms, with_vllm
     from farm.bench.family import members
     from farm.bench.floor import measure_floor
     from farm.bench.report import table, write
+    from farm.bench.vllm_engine import check_loadable, find_python, vllm_engines
 
     settled = _family(manifest, overrides)
     arms = quick_arms() if quick else full_arms(ragged=ragged)
+    specs = {spec.name: spec for spec in settled.targets}
+    if engine:
+        arms = with_vllm(arms)
+        find_python()
+        for name in target or [spec.name for spec in settled.targets if spec.lora is None]:
+            if name in specs:
+                check_loadable(specs[name])
     rows, floors = [], {}
     for member in members(settled, target or ()):
         floors[member.name] = measure_floor(member.target.forward)
-        every = measure(member, family_name(manifest), arms, repeats)
-        rows += track(
-            every, member.name, total=len(arms) * repeats, console=console, disable=not console.is_terminal
-        )
+        spec, config, prompt = specs[member.name], member.target.config, member.prompts[0]
+        with vllm_engines(spec, config, largest(member, arms), prompt) if engine else nullcontext() as vllm:
+            every = measure(member, family_name(manifest), arms, repeats, vllm)
+            total = len(arms) * repeats
+            rows += track(every, member.name, total, console=console, disable=not console.is_terminal)
     _show_wide(table(rows))
     for path in write(out, rows, floors, _command()):
         console.print(path, markup=False, soft_wrap=True)

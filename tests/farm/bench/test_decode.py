@@ -1,15 +1,18 @@
 """The benchmark of decoding: every arm emits the same tokens' number, ratios are paired, results can be read."""
 
+import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from farm.bench.decode import Arm, Row, full_arms, measure, quick_arms
+from farm.bench.decode import Arm, Row, full_arms, largest, measure, quick_arms, with_vllm
 from farm.bench.family import Member
 from farm.bench.floor import Floor
 from farm.bench.report import against, grouped, key_of, predicted, table, write
+from farm.bench.vllm_engine import VllmEngine, VllmSettings
 from farm.draft.config import DraftConfig
 from farm.draft.model import new_draft
 from farm.target.forward import TargetForward
@@ -58,6 +61,63 @@ def test_the_full_run_has_every_batch_size_control_and_workload() -> None:
     assert {"off", "fixed-4", "adaedl", "adaedl-published", "cost"} <= {arm.control for arm in arms}
     assert {arm.workload for arm in arms} == {"equal", "ragged"}
     assert len(set(arms)) == len(arms)
+
+
+def test_vllm_has_two_arms_beside_those_of_each_batch_size_and_workload() -> None:
+    arms = with_vllm(full_arms())
+    assert [arm for arm in arms if arm.engine != "vllm"] == full_arms()
+    assert len(set(arms)) == len(arms)
+    places = [(arm.batch, arm.workload) for arm in arms]
+    assert [place for place, _ in itertools.groupby(places)] == list(dict.fromkeys(places)), (
+        "one block a place"
+    )
+    for place in set(places):
+        found = [a for a in arms if a.engine == "vllm" and (a.batch, a.workload) == place]
+        assert [(a.control, a.draft) for a in found] == [("off", "none"), ("ngram", "none")]
+
+
+class FakeVllm(VllmEngine):
+    """Answers in a second for every slot, and remembers what it was asked."""
+
+    def __init__(self, dtype: str, *, too_few: int = 0) -> None:
+        self.settings = VllmSettings("m", dtype, 512, 16, False)
+        self.asked: list[tuple[int, int]] = []
+        self.too_few = too_few
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], num_new: Sequence[int], slots: int
+    ) -> tuple[list[list[int]], float]:
+        self.asked.append((len(prompts), slots))
+        return [[7] * (new - self.too_few) for new in num_new], float(slots)
+
+
+def test_rows_of_vllm_carry_its_own_seconds_and_dtype_at_equal_requests(member: Member) -> None:
+    engines = {"off": FakeVllm("bfloat16"), "ngram": FakeVllm("bfloat16")}
+    arms = with_vllm([Arm("farm", "off", "none", 2), Arm("farm", "off", "none", 8, "ragged")])
+    rows = list(measure(member, "zoo", arms, 2, engines))
+    vllm = [row for row in rows if row.engine == "vllm"]
+    assert {(row.control, row.draft, row.batch, row.workload) for row in vllm} == {
+        (control, "none", batch, workload)
+        for control in ("off", "ngram")
+        for batch, workload in ((2, "equal"), (8, "ragged"))
+    }
+    assert {row.dtype for row in vllm} == {"bfloat16"}
+    assert {row.dtype for row in rows if row.engine == "farm"} == {"float32"}
+    assert {row.tokens_per_s for row in vllm if row.batch == 2} == {64.0}
+    assert engines["ngram"].asked == [(2, 2), (64, 8)] * 3, "once to warm up, then a repeat each"
+    short = FakeVllm("float32", too_few=1)
+    with pytest.raises(AssertionError):
+        list(measure(member, "zoo", with_vllm(arms[:1]), 1, {"off": short, "ngram": short}))
+
+
+def test_an_engine_is_made_for_the_longest_request_of_any_arm(member: Member) -> None:
+    longest = max(map(len, member.prompts))
+    assert largest(member, [Arm("farm", "off", "none", 16)]) == (longest + 64, 16)
+    positions, slots = largest(
+        member, [Arm("farm", "off", "none", 1), Arm("farm", "off", "none", 8, "ragged")]
+    )
+    assert longest + 200 < positions <= longest + 256
+    assert slots == 8
 
 
 def test_ratios_are_taken_within_a_repeat() -> None:
