@@ -5,10 +5,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,8 +16,11 @@ from torch import Tensor
 from farm.config import Dtype, Refused, TargetSpec
 from farm.data.chat import read_template
 from farm.layers.lora import Lora
-from farm.target.forward import TargetForward
+from farm.target.forward import TargetForward, unsupported_reason
 from farm.target.weights import read_weights
+
+if TYPE_CHECKING:
+    from farm.target.reference import ReferenceForward
 
 WEIGHT_SUFFIXES = (".safetensors", ".gguf")
 ENDS = ("model.embed_tokens.weight", "lm_head.weight")
@@ -30,7 +32,7 @@ class LoadedTarget:
     """A target ready to run, with what is needed to talk to it."""
 
     name: str
-    forward: TargetForward
+    forward: TargetForward | ReferenceForward
     tokenizer: Any  # a transformers PreTrainedTokenizerBase
     stop_ids: frozenset[int]
     num_bytes: int  # of weights in memory
@@ -62,9 +64,8 @@ def open_target(spec: TargetSpec, dtype: Dtype) -> LoadedTarget:
 def load_target(spec: TargetSpec, *, dtype: str = "float32", device: str = "cpu") -> LoadedTarget:
     """Loads weights and tokenizer; a LoRA is merged. Raises Refused, naming the reason, for this target alone."""
     try:
-        config, weights = _config_and_weights(spec, getattr(torch, dtype))
+        config, forward = _config_and_forward(spec, getattr(torch, dtype), device)
         tokenizer = load_tokenizer(spec.model)
-        forward = TargetForward(config, weights, device)
     except Refused:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -83,8 +84,13 @@ def load_target(spec: TargetSpec, *, dtype: str = "float32", device: str = "cpu"
     )
 
 
-def _config_and_weights(spec: TargetSpec, dtype: torch.dtype) -> tuple[Any, Mapping[str, Tensor]]:
-    """Read from the files where they say everything, else through the libraries' own models."""
+def _config_and_forward(
+    spec: TargetSpec, dtype: torch.dtype, device: str
+) -> tuple[Any, TargetForward | ReferenceForward]:
+    """The lean forward where it computes the architecture, else the model of `transformers`.
+
+    Weights are read from the files where they say everything, else through the libraries' own models.
+    """
     from transformers import AutoConfig
 
     folder = Path(spec.model)
@@ -92,11 +98,17 @@ def _config_and_weights(spec: TargetSpec, dtype: torch.dtype) -> tuple[Any, Mapp
         check_folder(spec.name, folder)
         if spec.lora is not None:
             check_folder(spec.name, Path(spec.lora), "adapter_config.json")
-        weights = read_weights(folder, None if spec.lora is None else Path(spec.lora), dtype)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        lora = None if spec.lora is None else Path(spec.lora)
+        weights = read_weights(folder, lora, dtype) if unsupported_reason(config) is None else None
         if weights is not None:
-            return AutoConfig.from_pretrained(folder, trust_remote_code=False), weights
+            return config, TargetForward(config, weights, device)
     model = load_model(spec, str(dtype).removeprefix("torch."))
-    return model.config, model.state_dict()
+    if unsupported_reason(model.config) is None:
+        return model.config, TargetForward.of(model.to(device))
+    from farm.target.reference import ReferenceForward
+
+    return model.config, ReferenceForward(model.to(device))
 
 
 def load_model(spec: TargetSpec, dtype: str = "float32") -> Any:
@@ -137,8 +149,7 @@ def load_embedding_and_head(spec: TargetSpec) -> tuple[Tensor, Tensor]:
     """
     folder = Path(spec.model)
     if not folder.is_dir() or not _lora_leaves_ends(spec.lora):
-        model = load_model(spec)
-        return model.get_input_embeddings().weight.detach(), model.get_output_embeddings().weight.detach()
+        return _ends(load_model(spec))
     check_folder(spec.name, folder)
     found: dict[str, Tensor] = {}
     try:
@@ -148,11 +159,13 @@ def load_embedding_and_head(spec: TargetSpec) -> tuple[Tensor, Tensor]:
     except (OSError, SafetensorError) as error:
         raise Refused(f"{spec.name}: {folder} cannot be read ({error}); copy the checkpoint again") from error
     embedding, head = (found.get(name) for name in ENDS)
-    if embedding is None:
-        raise Refused(
-            f"{spec.name}: {folder} has no {ENDS[0]}; only Llama and Qwen type checkpoints can be adapted"
-        )
+    if embedding is None:  # other architectures have other names for it
+        return _ends(load_model(spec))
     return embedding, embedding if head is None else head
+
+
+def _ends(model: Any) -> tuple[Tensor, Tensor]:
+    return model.get_input_embeddings().weight.detach(), model.get_output_embeddings().weight.detach()
 
 
 def _lora_leaves_ends(lora: str | None) -> bool:

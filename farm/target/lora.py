@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -17,6 +18,9 @@ from farm.layers.lora import Delta, Lora, Part
 from farm.target.forward import TargetForward
 from farm.target.load import LoadedTarget, check_folder, stop_ids
 from farm.target.weights import LoraFactors, read_factors
+
+if TYPE_CHECKING:
+    from farm.target.reference import ReferenceForward
 
 # The projections that are fused in each product of a layer (farm/target/forward.py).
 PROJECTIONS: dict[Part, tuple[str, ...]] = {
@@ -48,11 +52,14 @@ def open_beside(spec: TargetSpec, base: LoadedTarget) -> LoadedTarget | None:
     )  # fmt: skip
 
 
-def open_lora(folder: Path, base: TargetForward) -> Lora | None:
+def open_lora(folder: Path, base: TargetForward | ReferenceForward) -> Lora | None:
     """A PEFT adapter's deltas for the base's forward; None if it changes more than the products of the layers.
 
-    Raises SafetensorError or OSError when a file cannot be read.
+    None as well for a base whose layers are not fused here. Raises SafetensorError or OSError when a file cannot be
+    read.
     """
+    if not isinstance(base, TargetForward):
+        return None
     factors = read_factors(folder)
     if factors is None:
         return None

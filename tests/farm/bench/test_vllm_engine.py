@@ -20,7 +20,7 @@ from farm.bench.vllm_engine import (
     vllm_engines,
 )
 from farm.config import TargetSpec, UserError
-from farm.decode.engine import Engine, Request
+from farm.decode.engine import Engine, Request, Route
 from farm.decode.sampling import SamplingParams
 from farm.target import zoo
 from farm.target.load import load_target
@@ -111,7 +111,8 @@ def test_both_engines_of_vllm_decode_the_tokens_that_ours_decodes(tmp_path: Path
         Request(str(i), ids, SamplingParams(max_new_tokens=new))
         for i, (ids, new) in enumerate(zip(prompts, num_new, strict=True))
     ]
-    ours = Engine(target.forward, frozenset(), None, num_slots=2, max_length=64, k=0).run(requests)
+    route = Route(target.forward, frozenset())
+    ours = Engine([route], num_slots=2, max_length=64, k=0).run(requests)
     with vllm_engines(spec, target.config, (64, 4), prompts[0], dtypes=("float32",)) as engines:
         for engine in engines.values():
             tokens, seconds = engine.generate(prompts, num_new, 2)
