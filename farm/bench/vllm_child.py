@@ -2,22 +2,28 @@
 
 The first line in is `{"model", "dtype", "max_length", "slots", "ngram"}`, answered by `{"ready": true}` once the engine
 is built. Every further line `{"prompts", "num_new", "slots"}` is answered by `{"tokens", "seconds"}`: greedy tokens,
-exactly as many as asked for, and the time it took to generate them. End of input ends the process.
+exactly as many as asked for, and the time it took to generate them. End of input ends the process, as does the end of
+its parent.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import time
 from typing import Any, TextIO
 
+PR_SET_PDEATHSIG = 1
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 2, "prompt_lookup_max": 4}
 
 
 def main() -> None:
     """Serves lines until the input ends."""
+    if sys.platform == "linux":  # a stopped process does not notice that its input has ended
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what vLLM and its libraries print is no answer
     engine = build(json.loads(sys.stdin.readline()))

@@ -48,7 +48,6 @@ class VllmEngine:
         """Raises UserError with the end of the child's output when it cannot build the engine."""
         self.settings = settings
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
-        # A process group of this session: should this process die, the kernel hangs up on the stopped group.
         self._child = subprocess.Popen(
             [str(python), "-P", str(CHILD)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,

@@ -1,9 +1,12 @@
 """vLLM as a child process: what crosses the pipe, and that its greedy tokens are ours."""
 
+import contextlib
 import os
 import signal
+import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,52 +30,110 @@ from farm.target.load import load_target
 from tests.farm.models import tiny_model
 
 SETTINGS = VllmSettings("a-model", "float32", 64, 2, False)
-ECHO = """
-import json, sys
-print("noise of a library", file=sys.stderr)
-print(json.dumps({"ready": json.loads(sys.stdin.readline())}), flush=True)
-for line in sys.stdin:
-    task = json.loads(line)
-    print(json.dumps({"tokens": [[n] * n for n in task["num_new"]], "seconds": task["slots"]}), flush=True)
+# In the place of vLLM: a request's every token is the number of requests that were live in that step.
+STUB = """
+class SamplingParams:
+    def __init__(self, temperature, max_tokens, ignore_eos, detokenize):
+        assert temperature == 0 and ignore_eos
+        self.left = max_tokens
+
+class Request:
+    def __init__(self, request_id, params):
+        self.request_id, self.params, self.token_ids, self.outputs = request_id, params, [], [self]
+
+    @property
+    def finished(self):
+        return self.params.left == 0
+
+class LLM:
+    def __init__(self, model, **options):
+        print("noise of a library")
+        if model == "broken":
+            raise RuntimeError("no such architecture")
+        self.llm_engine, self.live = self, []
+
+    def add_request(self, request_id, prompt, params):
+        assert prompt["prompt_token_ids"]
+        self.live.append(Request(request_id, params))
+
+    def step(self):
+        for request in self.live:
+            request.token_ids.append(len(self.live))
+            request.params.left -= 1
+        done = self.live
+        self.live = [request for request in done if not request.finished]
+        return done
 """
-BROKEN = "import sys; sys.stdin.readline(); raise RuntimeError('no such architecture')"
+PARENT = """
+import os, sys
+from pathlib import Path
+from farm.bench import vllm_engine
+vllm_engine.environment = lambda *_: {}
+settings = vllm_engine.VllmSettings("a-model", "float32", 64, 2, False)
+engine = vllm_engine.VllmEngine(settings, 1, Path(sys.executable))
+print(engine._child.pid, flush=True)
+os._exit(0)
+"""
 
 
-def state(pid: int) -> str:
-    """R, S, T (stopped) and so on, as the kernel names it."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+def becomes(pid: int, *states: str) -> bool:
+    """Whether a process gets into one of the kernel's states (T stopped, Z ended) within ten seconds."""
+    for _ in range(200):
+        try:
+            now = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            now = "Z"
+        if now in states:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 @pytest.fixture
-def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[VllmEngine]:
-    """The engine's own end of the pipe, with a script that knows the protocol behind it."""
-    script = tmp_path / "child.py"
-    script.write_text(ECHO)
-    monkeypatch.setattr(vllm_engine, "CHILD", script)
+def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a `vllm` that the child finds instead of the real one."""
+    (tmp_path / "vllm.py").write_text(STUB)
+    monkeypatch.setattr(vllm_engine, "environment", lambda *_: {"PYTHONPATH": str(tmp_path)})
+    return tmp_path
+
+
+def test_the_child_answers_and_is_stopped_between_questions(stub: Path) -> None:
     engine = VllmEngine(SETTINGS, 1, Path(sys.executable))
-    yield engine
+    pid = engine._child.pid
+    for prompts, num_new, slots, expected in (
+        ([(1, 2), (3,), (4,)], [2, 1, 2], 3, [[3, 2], [3], [3, 2]]),
+        ([(1, 2), (3,), (4,)], [2, 1, 2], 1, [[1, 1], [1], [1, 1]]),
+        ([(1,), (1,), (1,), (1,)], [1, 3, 1, 1], 2, [[2], [2, 2, 2], [2], [2]]),
+    ):
+        assert becomes(pid, "T")
+        tokens, seconds = engine.generate(prompts, num_new, slots)
+        assert tokens == expected
+        assert seconds > 0
     engine.close()
-
-
-def test_the_child_answers_and_is_stopped_between_questions(child: VllmEngine) -> None:
-    pid = child._child.pid
-    os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
-    assert state(pid) == "T"
-    assert child.generate([(1, 2), (3,)], [2, 1], 5) == ([[2, 2], [1]], 5)
-    assert child.generate([(1,)], [3], 7) == ([[3, 3, 3]], 7)
-    os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
-    assert state(pid) == "T"
-    child.close()
+    engine.close()
     with pytest.raises(ProcessLookupError):
         os.killpg(pid, signal.SIGCONT)
 
 
-def test_a_child_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = tmp_path / "child.py"
-    script.write_text(BROKEN)
-    monkeypatch.setattr(vllm_engine, "CHILD", script)
-    with pytest.raises(UserError, match=r"a-model: vLLM failed in float32: .*no such architecture"):
-        VllmEngine(SETTINGS, 1, Path(sys.executable))
+def test_a_child_that_fails_says_why(stub: Path) -> None:
+    with pytest.raises(UserError, match=r"broken: vLLM failed in float32: .*no such architecture"):
+        VllmEngine(replace(SETTINGS, model="broken"), 1, Path(sys.executable))
+
+
+def test_a_stopped_child_ends_with_its_parent(stub: Path) -> None:
+    folders = os.pathsep.join([str(stub), str(Path(__file__).parents[3])])
+    done = subprocess.run(
+        [sys.executable, "-c", PARENT],
+        env=os.environ | {"PYTHONPATH": folders},
+        capture_output=True,
+        text=True,
+    )
+    pid = int(done.stdout)
+    try:
+        assert becomes(pid, "Z")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_a_missing_environment_names_the_command_that_builds_it(tmp_path: Path) -> None:
