@@ -14,7 +14,6 @@ from farm.decode.control import Control, Signal
 from farm.decode.sampling import DRAFT, SamplingBatch, distribution, draw
 from farm.draft.lean import LeanDraft
 from farm.draft.model import Draft
-from farm.layers.attention import causal_mask
 from farm.layers.cache import Rows, SlotCache
 
 
@@ -86,7 +85,7 @@ def run_draft(
     """Predicted hidden states [B, T, H]; the draft's cache is extended at the rows' positions."""
     window = cache.window(rows, tokens_BT.shape[1])
     group = draft.config.num_heads // draft.config.num_kv_heads
-    mask_B1TS = causal_mask(window.positions_BT, window.context, group, hidden_BTH.dtype)
+    mask_B1TS = window.mask(group, hidden_BTH.dtype)
 
     def remember(kv_BTPD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         return *window.write(0, kv_BTPD), mask_B1TS
