@@ -33,7 +33,7 @@ class Head(Protocol):
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[B, C] of hidden states [B, H]."""
+        """[B, ..., C] of hidden states [B, ..., H]."""
         ...
 
     def token_ids(self, columns: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ class _Chain:
             self.tokens.append(self._head.token_ids(logits_BC.argmax(dim=-1)))
         else:
             self.tokens.append(self._head.token_ids(draw(q_BC, batch.uniform(index, DRAFT))))
-            self._probabilities.append(_expand(q_BC, self._head))
+            self._probabilities.append(expand(q_BC, self._head))
         return True
 
     def proposal(self, forwards: int, device: torch.device) -> DraftProposal:
@@ -181,7 +181,7 @@ def _signal(logits_BC: Tensor, q_BC: Tensor | None, batch: SamplingBatch, what: 
     return values
 
 
-def _expand(q_BC: Tensor, head: Head) -> Tensor:
+def expand(q_BC: Tensor, head: Head) -> Tensor:
     """q over the full vocabulary: 0 for every token outside the draft vocabulary."""
     if head.vocabulary_C is None:
         return q_BC

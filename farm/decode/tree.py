@@ -7,6 +7,7 @@ allow; a sampled tree has its shape before anything is drawn, or what is verifie
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -50,8 +51,8 @@ class Tree:
     """B trees of M nodes each. Node 0 is the root, the last committed token; parents come before their children.
 
     Siblings stand in the order in which they were drawn, have different tokens, and are verified in this order.
-    `parents_BM` of the root is 0. Where `real_BM` is False a draft had no token left: such nodes come after their real
-    siblings, have no real child and are never accepted.
+    `parents_BM` of the root is 0. Where `real_BM` is False there is no token: the row has no draft, or its draft
+    had no token left. Such nodes come after their real siblings, have no real child and are never accepted.
     """
 
     tokens_BM: Tensor
@@ -118,3 +119,11 @@ def static_parents(width: int, depth: int, num_nodes: int) -> tuple[int, ...]:
     best = sorted(range(1, len(parents)), key=lambda node: (-reach[node], node))[:num_nodes]
     kept = [0, *sorted(best)]
     return tuple(kept.index(parents[node]) for node in kept)
+
+
+def depths_of(parents: Sequence[int]) -> list[int]:
+    """Depth of each node, 0 of the root, which comes first."""
+    depths = [0]
+    for parent in parents[1:]:
+        depths.append(depths[parent] + 1)
+    return depths

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import farm.decode.verify_tree as verify_tree_module
-from farm.decode.tree import Tree, TreeShape, chain_tree, static_parents
+from farm.decode.tree import Tree, TreeShape, chain_tree, depths_of, static_parents
 from farm.decode.verify import verify_greedy, verify_sampled
 from farm.decode.verify_tree import AfterNodes, Drawn, verify_tree_greedy, verify_tree_sampled, walk_tree
 
@@ -64,13 +64,6 @@ class Drawings:
     tree: Tree
     weight_B: Tensor
     prefixes: list[list[Prefix]]
-
-
-def depths_of(parents: Prefix) -> list[int]:
-    depths = [0]
-    for parent in parents[1:]:
-        depths.append(depths[parent] + 1)
-    return depths
 
 
 def drawings(world: World, parents: Prefix, kind: str) -> Drawings:

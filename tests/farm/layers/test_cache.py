@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from farm.decode.propose import run_draft
-from farm.decode.tree import Tree
+from farm.decode.tree import Tree, depths_of
 from farm.draft.lean import LeanDraft, LeanHead
 from farm.draft.model import DraftHead
 from farm.layers.cache import Branches, Rows, SlotCache
 from farm.target.forward import TargetForward
-from tests.farm.decode.test_verify_tree import depths_of
 from tests.farm.models import TYPES, tiny_model, tiny_pair
 
 PARENTS = ((0, 0, 0, 1, 1, 2, 3), (0, 0, 1, 1, 2, 3, 5), (0, 0, 0, 0, 3, 3, 5))
