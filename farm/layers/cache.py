@@ -29,6 +29,9 @@ class Branches:
     depths_BT: Tensor  # int64
     seen_BTE: Tensor  # boolean
 
+    def of_rows(self, rows: slice) -> Branches:
+        return Branches(self.depths_BT[rows], self.seen_BTE[rows])
+
 
 @dataclass(frozen=True)
 class Rows:
