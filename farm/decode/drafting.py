@@ -11,9 +11,12 @@ from torch import Tensor
 from farm.decode.control import Control, Load
 from farm.decode.drafts import Drafts
 from farm.decode.propose import DraftProposal, Pending, propose, run_draft
+from farm.decode.propose_tree import TreeProposal, propose_tree
 from farm.decode.routes import Routes
 from farm.decode.sampling import SamplingBatch
 from farm.decode.scheduler import Move
+from farm.decode.tree import TreeShape
+from farm.decode.tree_reader import TreeReader
 from farm.draft.trunk import Trunk
 from farm.layers.cache import Rows, SlotCache
 from farm.target.forward import TargetForward
@@ -90,15 +93,25 @@ class Drafting:
         self, load: Load, lengths: Sequence[int], limit: int, control: Control, batch: SamplingBatch
     ) -> DraftProposal:
         """Reads what is unread and extends each row, of `lengths` tokens, by at most `limit` > 0 tokens."""
+        pending = self._pending(load, lengths)
+        return propose(*self._drafts.bind(load.targets), pending, self._cache, limit, control, batch)
+
+    def propose_tree(
+        self, load: Load, lengths: Sequence[int], shape: TreeShape, batch: SamplingBatch
+    ) -> TreeProposal:
+        """Reads what is unread and extends each row, of `lengths` tokens, by a tree."""
+        pending = self._pending(load, lengths)
+        return propose_tree(TreeReader(*self._drafts.bind(load.targets), pending, self._cache), shape, batch)
+
+    def _pending(self, load: Load, lengths: Sequence[int]) -> Pending:
         counts = self._unread[: len(lengths)]
-        pending = Pending(
+        return Pending(
             tokens_BT=self._tokens_NT[: len(lengths), : max(counts)],
             hidden_BTH=self._hidden_NTH[: len(lengths), : max(counts)],
             rows=self._unread_rows(lengths),
             count=tuple(counts),
             drafts=load.drafts,
         )
-        return propose(*self._drafts.bind(load.targets), pending, self._cache, limit, control, batch)
 
     def remember(
         self, committed_BT: Tensor, hidden_BTH: Tensor, accepted: Sequence[int], *, was_read: bool

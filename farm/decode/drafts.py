@@ -41,10 +41,10 @@ class MixedHeads:
         pairs = zip(self.heads, self.groups, strict=True)
         return torch.cat([head.embed(tokens[group.first : group.last]) for head, group in pairs])
 
-    def logits(self, hidden_BH: Tensor) -> Tensor:
-        """[B, C]."""
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[B, ..., C] of hidden states [B, ..., H]."""
         pairs = zip(self.heads, self.groups, strict=True)
-        return torch.cat([head.logits(hidden_BH[group.first : group.last]) for head, group in pairs])
+        return torch.cat([head.logits(hidden[group.first : group.last]) for head, group in pairs])
 
     def token_ids(self, columns: Tensor) -> Tensor:
         """Token ids of columns of `logits`."""

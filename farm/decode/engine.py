@@ -22,6 +22,7 @@ from farm.decode.scheduler import FinishReason as FinishReason
 from farm.decode.scheduler import LiveRequest, Move, Prefill, Scheduler
 from farm.decode.scheduler import Request as Request
 from farm.decode.stats import DecodeStats
+from farm.decode.tree import TreeShape
 
 PREFILL_TOKENS = 512
 OFFLINE_PREFILL_TOKENS = 4096  # where nobody waits for the next token
@@ -55,13 +56,15 @@ class Engine:
         routes: the targets, at least one; more may be hosted later.
         k: most tokens that a round drafts.
         control: how many it does draft; None: always `k`.
+        tree: drafted in place of a chain in every round for which the control's limit is above 0.
         prefill_tokens: prompt tokens processed in one step beside its round.
         capture: keep the target's hidden states of every processed token.
 
-    Raises ValueError when the targets cannot share an engine (see Routes.host).
+    Raises ValueError when the targets cannot share an engine (see Routes.host), and for a tree beside a control that
+    reads a draft's distributions.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the knobs of decoding, each with a name
         self,
         routes: Sequence[Route],
         *,
@@ -69,13 +72,18 @@ class Engine:
         max_length: int,
         k: int,
         control: Control | None = None,
+        tree: TreeShape | None = None,
         prefill_tokens: int = PREFILL_TOKENS,
         capture: bool = False,
     ) -> None:
         self.capture = capture
         self.control = Fixed(k) if control is None else control
+        if tree is not None and self.control.signal != "none":
+            raise ValueError(
+                f"{type(self.control).__name__} cuts chains by what it sees of them; it cannot cut trees"
+            )
         like = routes[0].forward
-        self.runner = Runner(like, num_slots=num_slots, max_length=max_length, max_drafted=k)
+        self.runner = Runner(like, num_slots=num_slots, max_length=max_length, max_drafted=k, tree=tree)
         self.scheduler = Scheduler(
             lambda target: self.runner.routes[target].stop_ids, self.runner.routes.group_of,
             num_slots=num_slots, max_length=max_length, prefill_tokens=prefill_tokens,

@@ -7,7 +7,7 @@ verified sees exactly what plain decoding would have seen there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,10 +48,24 @@ class Penalties:
 
         `vocabulary_C` names the columns' tokens where the logits are a draft's.
         """
+        after = range(first, first + logits_BTV.shape[1])
+        paths = {row: [drafted[row][:num] for num in after] for row in self.rows}
+        return self.apply_to_paths(logits_BTV, paths, vocabulary_C)
+
+    def apply_to_paths(
+        self,
+        logits_BTV: Tensor,
+        paths: Mapping[int, Sequence[Sequence[int]]],
+        vocabulary_C: Tensor | None = None,
+    ) -> Tensor:
+        """New logits: index t of row b follows the row's own tokens and then `paths[b][t]`.
+
+        `paths` has an entry for each of `rows`.
+        """
         out_BTV = logits_BTV.float().clone()
         for row, (params, said) in self.rows.items():
-            for position in range(logits_BTV.shape[1]):
-                after = Said([*said.tokens, *drafted[row][: first + position]], said.num_prompt)
+            for position, path in enumerate(paths[row]):
+                after = Said([*said.tokens, *path], said.num_prompt)
                 out_BTV[row, position] = penalise(out_BTV[row, position], params, after, vocabulary_C)
         return out_BTV
 

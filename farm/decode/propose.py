@@ -14,7 +14,6 @@ from farm.decode.control import Control, Signal
 from farm.decode.sampling import DRAFT, SamplingBatch, distribution, draw
 from farm.draft.lean import LeanDraft
 from farm.draft.model import Draft
-from farm.layers.attention import causal_mask
 from farm.layers.cache import Rows, SlotCache
 
 
@@ -34,7 +33,7 @@ class Head(Protocol):
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[B, C] of hidden states [B, H]."""
+        """[B, ..., C] of hidden states [B, ..., H]."""
         ...
 
     def token_ids(self, columns: Tensor) -> Tensor:
@@ -86,7 +85,7 @@ def run_draft(
     """Predicted hidden states [B, T, H]; the draft's cache is extended at the rows' positions."""
     window = cache.window(rows, tokens_BT.shape[1])
     group = draft.config.num_heads // draft.config.num_kv_heads
-    mask_B1TS = causal_mask(window.positions_BT, window.context, group, hidden_BTH.dtype)
+    mask_B1TS = window.mask(group, hidden_BTH.dtype)
 
     def remember(kv_BTPD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         return *window.write(0, kv_BTPD), mask_B1TS
@@ -157,7 +156,7 @@ class _Chain:
             self.tokens.append(self._head.token_ids(logits_BC.argmax(dim=-1)))
         else:
             self.tokens.append(self._head.token_ids(draw(q_BC, batch.uniform(index, DRAFT))))
-            self._probabilities.append(_expand(q_BC, self._head))
+            self._probabilities.append(expand(q_BC, self._head))
         return True
 
     def proposal(self, forwards: int, device: torch.device) -> DraftProposal:
@@ -182,7 +181,7 @@ def _signal(logits_BC: Tensor, q_BC: Tensor | None, batch: SamplingBatch, what: 
     return values
 
 
-def _expand(q_BC: Tensor, head: Head) -> Tensor:
+def expand(q_BC: Tensor, head: Head) -> Tensor:
     """q over the full vocabulary: 0 for every token outside the draft vocabulary."""
     if head.vocabulary_C is None:
         return q_BC

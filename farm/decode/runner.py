@@ -15,11 +15,14 @@ from farm.decode.control import Control, Load, RoundResult
 from farm.decode.drafting import Drafting
 from farm.decode.penalties import Penalties, Said
 from farm.decode.propose import DraftProposal
+from farm.decode.propose_tree import TreeProposal
 from farm.decode.routes import Group, Route, Routes
 from farm.decode.sampling import ACCEPT, NEXT, SamplingBatch, distribution, draw
 from farm.decode.scheduler import LiveRequest, Move, Prefill
+from farm.decode.tree import TreeShape
+from farm.decode.tree_round import branches, decide_tree, in_line
 from farm.decode.verify import Verdict, verify_greedy, verify_sampled
-from farm.layers.cache import Rows
+from farm.layers.cache import Branches, Rows
 from farm.target.forward import TargetForward
 
 
@@ -50,12 +53,25 @@ class Round:
 class Runner:
     """Tensors of `num_slots` sequences of at most `max_length` tokens; what caches take is taken once."""
 
-    def __init__(self, like: TargetForward, *, num_slots: int, max_length: int, max_drafted: int) -> None:
-        """`like` is a forward of the shape that all have; targets are hosted by `host`."""
+    def __init__(
+        self,
+        like: TargetForward,
+        *,
+        num_slots: int,
+        max_length: int,
+        max_drafted: int,
+        tree: TreeShape | None = None,
+    ) -> None:
+        """`like` is a forward of the shape that all have; targets are hosted by `host`.
+
+        Drafts propose chains of at most `max_drafted` tokens, or where there is a `tree`, that.
+        """
         if max_length > like.max_positions:
             raise ValueError(f"max_length {max_length} exceeds the target's {like.max_positions} positions")
         self.routes = Routes()
-        self.device = like.device
+        self.device, self.tree = like.device, tree
+        if tree is not None:
+            max_drafted = tree.num_entries
         capacity = max_length + max_drafted + 1  # a verification may write past the last token it keeps
         self.cache = like.new_cache(num_slots, capacity)
         self._sizes = {"num_slots": num_slots, "capacity": capacity, "max_drafted": max_drafted}
@@ -111,19 +127,32 @@ class Runner:
         targets = tuple(row.request.target for row in rows)
         groups = self.routes.groups(targets)
         load = Load(targets, self.routes.have_drafts(targets), len(groups))
-        drafted = DraftProposal.none(len(rows), self.device)
+        drafted: DraftProposal | TreeProposal = DraftProposal.none(len(rows), self.device)
         limit = 0
         if self.drafting is not None:
             limit = min(self.drafting.max_drafted, control.limit(load)) if any(load.drafts) else 0
             self.drafting.catch_up(targets, lengths, drafts=limit > 0)
         times.append(time.perf_counter())
         if self.drafting is not None and limit > 0:
-            drafted = self.drafting.propose(load, lengths, limit, control, batch)
+            if self.tree is None:
+                drafted = self.drafting.propose(load, lengths, limit, control, batch)
+            else:
+                drafted = self.drafting.propose_tree(load, lengths, self.tree, batch)
         times.append(time.perf_counter())
         last_B1 = torch.tensor([[row.tokens[-1]] for row in rows], device=self.device)
-        hidden_BTH, logits_BTV = self._verify(groups, torch.cat((last_B1, drafted.tokens_BK), dim=1), lengths)
+        if isinstance(drafted, TreeProposal):
+            tree = branches(drafted.tree)
+            hidden_BTH, logits_BTV = self._verify(groups, drafted.tree.tokens_BM, lengths, tree)
+        else:
+            tokens_BT = torch.cat((last_B1, drafted.tokens_BK), dim=1)
+            hidden_BTH, logits_BTV = self._verify(groups, tokens_BT, lengths)
         times.append(time.perf_counter())
-        verdict = _decide(drafted, logits_BTV, batch)
+        if isinstance(drafted, TreeProposal):
+            found = decide_tree(drafted, logits_BTV, batch)
+            self.cache.keep(Rows([length - 1 for length in lengths]), found.path.nodes_BP)
+            drafted, verdict, hidden_BTH = in_line(drafted, found, hidden_BTH)
+        else:
+            verdict = _decide(drafted, logits_BTV, batch)
         committed_BT = torch.cat((drafted.tokens_BK, verdict.next_B[:, None]), dim=1)
         committed_BT.scatter_(1, verdict.num_accepted_B[:, None], verdict.next_B[:, None])
         committed, accepted = committed_BT.tolist(), verdict.num_accepted_B.tolist()
@@ -147,13 +176,18 @@ class Runner:
             self.drafting.move(move)
 
     def _verify(
-        self, groups: Sequence[Group], tokens_BT: Tensor, lengths: Sequence[int]
+        self,
+        groups: Sequence[Group],
+        tokens_BT: Tensor,
+        lengths: Sequence[int],
+        tree: Branches | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Hidden states and logits of each row's last token and drafted ones, group by group."""
         hidden, logits = [], []
         for group in groups:
             of_group = slice(group.first, group.last)
-            rows = Rows([length - 1 for length in lengths[of_group]], group.first)
+            starts = [length - 1 for length in lengths[of_group]]
+            rows = Rows(starts, group.first, None if tree is None else tree.of_rows(of_group))
             loras = group.lora_rows(tokens_BT.shape[1])
             hidden.append(group.forward.forward(tokens_BT[of_group], rows, self.cache, loras))
             logits.append(group.forward.logits(hidden[-1]))

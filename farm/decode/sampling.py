@@ -110,8 +110,12 @@ class SamplingBatch:
         """u in [0, 1) as float64 [B], a function of (seed, round, index in the round, use) alone."""
         return uniform(self.seed_B, self.round_B, index, use)
 
+    def uniforms(self, num: int, use: int) -> Tensor:
+        """`uniform` of the indices 0..num - 1, [B, num]."""
+        return uniform(self.seed_B[:, None], self.round_B[:, None], torch.arange(num), use)
 
-def uniform(seed: Tensor, round_: Tensor, index: int, use: int) -> Tensor:
+
+def uniform(seed: Tensor, round_: Tensor, index: int | Tensor, use: int) -> Tensor:
     """Counter-based uniform numbers in [0, 1), float64, by splitmix64 over the mixed counters."""
     state = _mix(seed + _wrap(0x9E3779B97F4A7C15))
     for counter in (round_, index, use):

@@ -115,4 +115,5 @@ class LeanHead:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., C] of hidden states [..., H]."""
-        return self._product(hidden)
+        logits = self._product(hidden.reshape(-1, hidden.shape[-1]))
+        return logits.view(*hidden.shape[:-1], logits.shape[-1])

@@ -1,4 +1,4 @@
-# B rows, T tokens, S positions read, N query heads, G key/value heads, R = N / G, D head size
+# B rows, T tokens, S entries read, E entries of a tree, N query heads, G key/value heads, R = N / G, D head size
 """Rotary positions and grouped-query attention over a slot cache."""
 
 from __future__ import annotations
@@ -54,7 +54,20 @@ def causal_mask(positions_BT: Tensor, context: int, group: int, dtype: torch.dty
     if positions_BT.shape == (1, 1):
         return None
     hidden_BTS = torch.arange(context, device=positions_BT.device) > positions_BT[..., None]
-    mask_BTS = torch.zeros(hidden_BTS.shape, dtype=dtype, device=positions_BT.device)
+    return _additive(hidden_BTS, group, dtype)
+
+
+def tree_mask(starts_B: Tensor, seen_BTE: Tensor, context: int, group: int, dtype: torch.dtype) -> Tensor:
+    """As `causal_mask`: a query sees all before its row's start, and of the E entries from there on those of `seen`."""
+    index_BS = torch.arange(context, device=seen_BTE.device) - starts_B[:, None]
+    num_entries = seen_BTE.shape[2]
+    nearest_BTS = index_BS.clamp(0, num_entries - 1)[:, None].expand(-1, seen_BTE.shape[1], -1)
+    seen_BTS = seen_BTE.gather(2, nearest_BTS) & (index_BS < num_entries)[:, None]
+    return _additive(~(seen_BTS | (index_BS < 0)[:, None]), group, dtype)
+
+
+def _additive(hidden_BTS: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+    mask_BTS = torch.zeros(hidden_BTS.shape, dtype=dtype, device=hidden_BTS.device)
     return fold_mask(mask_BTS.masked_fill_(hidden_BTS, -torch.inf)[:, None], group)
 
 

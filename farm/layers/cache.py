@@ -1,4 +1,5 @@
-# N slots, B rows in this call, T tokens, M = B T, S positions read, G key/value heads, P = 2 G, D head size
+# N slots, B rows in this call, T tokens, M = B T, S positions read, E entries of a tree, G key/value heads, P = 2 G
+# D head size
 """Keys and values of a fixed number of sequences, addressed by slot and position.
 
 A row is rolled back by writing again at a smaller position: entries at or beyond a row's length are never read,
@@ -13,6 +14,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from farm.layers.attention import causal_mask, tree_mask
+
+
+@dataclass(frozen=True)
+class Branches:
+    """Tokens of a call that stand in trees instead of one behind the other.
+
+    From a row's start on the cache holds E nodes, of which the call's T tokens are the last. A token's entry lies at
+    start + the index of its node, its position is start + depth, and it sees all before start and, from there, the
+    nodes that `seen_BTE` names: its ancestors and itself.
+    """
+
+    depths_BT: Tensor  # int64
+    seen_BTE: Tensor  # boolean
+
+    def of_rows(self, rows: slice) -> Branches:
+        return Branches(self.depths_BT[rows], self.seen_BTE[rows])
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -25,9 +44,10 @@ class Rows:
 
     starts: Sequence[int]
     first: int = 0
+    branches: Branches | None = None
 
-    def positions(self, num_tokens: int, device: torch.device | str = "cpu") -> Tensor:
-        """Absolute positions [B, T] of `num_tokens` tokens a row, int64."""
+    def entries(self, num_tokens: int, device: torch.device | str = "cpu") -> Tensor:
+        """Where in its slot the entry of each of `num_tokens` tokens lies, [B, T] int64; trees have other positions."""
         starts_B = torch.tensor(self.starts, dtype=torch.int64, device=device)
         return starts_B[:, None] + torch.arange(num_tokens, device=device)
 
@@ -37,11 +57,20 @@ class Window:
     """What one forward call reads and writes of a cache, worked out once for all layers."""
 
     positions_BT: Tensor  # of the call's tokens, int64
-    context: int  # S: the number of positions that attention has to read
+    context: int  # S: the number of entries that attention has to read
+    rows: Rows
     entries_M: Tensor  # where the tokens' entries lie, in a layer seen as [N * capacity, P * D]
     flat: tuple[Tensor, ...]  # a layer each
     keys: tuple[Tensor, ...]  # [B, S, G, D] a layer
     values: tuple[Tensor, ...]
+
+    def mask(self, group: int, dtype: torch.dtype) -> Tensor | None:
+        """What the tokens see, for `attend` with `group` query heads a key/value head."""
+        branches = self.rows.branches
+        if branches is None:
+            return causal_mask(self.positions_BT, self.context, group, dtype)
+        starts_B = torch.tensor(self.rows.starts, device=self.positions_BT.device)
+        return tree_mask(starts_B, branches.seen_BTE, self.context, group, dtype)
 
     def write(self, layer: int, kv_BTPD: Tensor) -> tuple[Tensor, Tensor]:
         """Keeps the tokens' keys and values; returns all that they may read, keys and values [B, S, G, D]."""
@@ -73,19 +102,35 @@ class SlotCache:
 
     def window(self, rows: Rows, num_tokens: int) -> Window:
         """The part of the cache that a call with `num_tokens` tokens a row works on."""
-        end, num_rows = max(rows.starts) + num_tokens, len(rows.starts)
+        ahead = 0 if rows.branches is None else rows.branches.seen_BTE.shape[2] - num_tokens
+        end, num_rows = max(rows.starts) + ahead + num_tokens, len(rows.starts)
         assert end <= self.capacity, f"position {end} exceeds the cache of {self.capacity}"
-        positions_BT = rows.positions(num_tokens, self.buffer.device)
+        entries_BT = positions_BT = rows.entries(num_tokens, self.buffer.device)
+        if rows.branches is not None:
+            entries_BT, positions_BT = entries_BT + ahead, entries_BT[:, :1] + rows.branches.depths_BT
         slots_B1 = torch.arange(rows.first, rows.first + num_rows, device=self.buffer.device)[:, None]
         readable = self.buffer[:, rows.first : rows.first + num_rows, :end]
         return Window(
             positions_BT=positions_BT,
             context=end,
-            entries_M=torch.add(positions_BT, slots_B1, alpha=self.capacity).view(-1),
+            rows=rows,
+            entries_M=torch.add(entries_BT, slots_B1, alpha=self.capacity).view(-1),
             flat=self._flat,
             keys=readable[..., : self.num_kv_heads, :].unbind(0),
             values=readable[..., self.num_kv_heads :, :].unbind(0),
         )
+
+    def keep(self, rows: Rows, nodes_BT: Tensor) -> None:
+        """Puts the accepted paths of trees in line: the entry at a row's start + t becomes that of node nodes_BT[b, t].
+
+        `nodes_BT` are indices from the rows' starts, ascending along a path, as a path's are.
+        """
+        slots_B1 = torch.arange(rows.first, rows.first + len(rows.starts), device=nodes_BT.device)[:, None]
+        line_BT = rows.entries(nodes_BT.shape[1], nodes_BT.device)
+        source_M = (line_BT[:, :1] + nodes_BT + slots_B1 * self.capacity).view(-1)
+        destination_M = (line_BT + slots_B1 * self.capacity).view(-1)
+        for layer in self._flat:
+            layer.index_copy_(0, destination_M, layer.index_select(0, source_M))
 
     def move(self, sources: list[int], destinations: list[int], length: int) -> None:
         """Copies the first `length` positions of slots over others, all at once, so that slots may change places."""

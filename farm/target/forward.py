@@ -18,7 +18,6 @@ from torch.nn import functional
 
 from farm.layers.attention import (
     attend,
-    causal_mask,
     plain_frequencies,
     rotary_tables,
     rotate,
@@ -115,6 +114,7 @@ class TargetForward:
         """Post-norm hidden states [B, T, H] of the tokens, each at its row's start + index; the cache is extended.
 
         `loras` adds to every product what the row's own LoRA says.
+        Tokens of trees have their positions, and what they see, from `rows.branches`.
         """
         window = cache.window(rows, tokens_BT.shape[1])
         positions_BT = window.positions_BT
@@ -122,7 +122,7 @@ class TargetForward:
         cos_BTND = spare_values(self.cos[positions_BT].unsqueeze(2), n, g, 1.0)
         sin_BTND = spare_values(self.sin[positions_BT].unsqueeze(2), n, g, 0.0)
         group = self.num_heads // self.num_kv_heads
-        mask = causal_mask(positions_BT, window.context, group, self.dtype)
+        mask = window.mask(group, self.dtype)
         x_MH = functional.embedding(tokens_BT, self.embedding).view(-1, self.hidden_size)
         for index, layer in enumerate(self.layers):
             x_MH = self._layer(x_MH, index, layer, (cos_BTND, sin_BTND, mask, window), loras)

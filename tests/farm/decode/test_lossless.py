@@ -129,13 +129,13 @@ def test_no_control_of_the_draft_length_changes_the_distribution(small: Small, c
 
 def raw_q(monkeypatch: pytest.MonkeyPatch) -> None:
     """The q that is reported is not the one that was drawn from."""
-    real = propose_module._expand
+    real = propose_module.expand
 
     def flattened(q_BC: Tensor, head: Any) -> Tensor:
         flat = (q_BC + 0.05) ** 0.5
         return real(flat / flat.sum(dim=-1, keepdim=True), head)
 
-    monkeypatch.setattr(propose_module, "_expand", flattened)
+    monkeypatch.setattr(propose_module, "expand", flattened)
 
 
 def no_residual(monkeypatch: pytest.MonkeyPatch) -> None:
