@@ -10,7 +10,7 @@ from torch import Tensor
 
 from farm.decode.control import Control, Load
 from farm.decode.drafts import Drafts
-from farm.decode.propose import DraftProposal, Pending, propose, run_draft
+from farm.decode.propose import ChainReader, DraftProposal, Pending, propose, run_draft
 from farm.decode.propose_tree import TreeProposal, propose_tree
 from farm.decode.routes import Routes
 from farm.decode.sampling import SamplingBatch
@@ -94,7 +94,8 @@ class Drafting:
     ) -> DraftProposal:
         """Reads what is unread and extends each row, of `lengths` tokens, by at most `limit` > 0 tokens."""
         pending = self._pending(load, lengths)
-        return propose(*self._drafts.bind(load.targets), pending, self._cache, limit, control, batch)
+        reader = ChainReader(*self._drafts.bind(load.targets), pending, self._cache, limit - 1)
+        return propose(reader, limit, control, batch)
 
     def propose_tree(
         self, load: Load, lengths: Sequence[int], shape: TreeShape, batch: SamplingBatch

@@ -94,39 +94,64 @@ def run_draft(
     return predicted
 
 
-@torch.inference_mode()
-def propose(
-    draft: Draft | LeanDraft,
-    head: Head,
-    pending: Pending,
-    cache: SlotCache,
-    limit: int,
-    control: Control,
-    batch: SamplingBatch,
-) -> DraftProposal:
-    """A chain of at most `limit` tokens a row, as long as `control` lets it grow.
+class ChainReader:
+    """The draft at work on a batch of chains; reads the pending tokens at once, then a drafted token a row at a time.
 
-    Entries that the chain writes into `cache` come from predicted hidden states; the next round's pending tokens
-    overwrite them with true ones.
+    Entries of drafted tokens come from predicted hidden states; the next round's pending tokens overwrite them with
+    true ones. What the steps have in common is worked out once, for at most `num_steps` of them.
     """
-    predicted_BTH = run_draft(draft, head, pending.tokens_BT, pending.hidden_BTH, pending.rows, cache)
-    last_B = torch.tensor(pending.count, device=predicted_BTH.device) - 1
-    hidden_BH = predicted_BTH[torch.arange(len(pending.count)), last_B]
-    starts = [start + count - 1 for start, count in zip(pending.rows.starts, pending.count, strict=True)]
-    chain = _Chain(head, control, batch, pending.drafts)
-    forwards = 1
+
+    def __init__(
+        self, draft: LeanDraft, head: Head, pending: Pending, cache: SlotCache, num_steps: int
+    ) -> None:
+        self.head, self.drafts, self.forwards = head, pending.drafts, 1
+        self._draft, dtype = draft, pending.hidden_BTH.dtype
+        predicted_BTH = run_draft(draft, head, pending.tokens_BT, pending.hidden_BTH, pending.rows, cache)
+        rows_B = torch.arange(len(pending.count), device=predicted_BTH.device)
+        last_B = torch.tensor(pending.count, device=predicted_BTH.device) - 1
+        self.hidden_BH = predicted_BTH[rows_B, last_B]
+        if not num_steps:
+            return
+        starts = [start + count for start, count in zip(pending.rows.starts, pending.count, strict=True)]
+        self._window = cache.window(Rows(starts, pending.rows.first), num_steps)
+        self._cos_BKND, self._sin_BKND = draft.tables(self._window.positions_BT, dtype)
+        self._entries_KB = self._window.entries_M.view(len(starts), num_steps).t().contiguous()
+        # One row sees all that is written, which costs a slice; more rows share a mask over the last step's context.
+        self._start = starts[0] if len(starts) == 1 else None
+        group = draft.config.num_heads // draft.config.num_kv_heads
+        mask = self._window.mask(group, dtype)
+        if mask is not None and self._start is None:
+            self._mask_KB1RS = mask.unflatten(2, (group, num_steps)).movedim(3, 0).contiguous()
+
+    def read(self, tokens_B: Tensor) -> None:
+        """Reads the next drafted token of each row; `hidden_BH` is then what follows it."""
+        step = self.forwards - 1
+        tables = self._cos_BKND[:, step : step + 1], self._sin_BKND[:, step : step + 1]
+
+        def remember(kv_BTPD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+            keys_BSGD, values_BSGD = self._window.write(0, kv_BTPD, self._entries_KB[step])
+            if self._start is None:
+                return keys_BSGD, values_BSGD, self._mask_KB1RS[step]
+            end = self._start + self.forwards
+            return keys_BSGD[:, :end], values_BSGD[:, :end], None
+
+        embedded_B1H = self.head.embed(tokens_B[:, None])
+        self.hidden_BH = self._draft.read(embedded_B1H, self.hidden_BH[:, None], tables, remember)[:, 0]
+        self.forwards += 1
+
+
+@torch.inference_mode()
+def propose(reader: ChainReader, limit: int, control: Control, batch: SamplingBatch) -> DraftProposal:
+    """A chain of at most `limit` tokens a row behind what `reader` has read, as long as `control` lets it grow."""
+    chain = _Chain(reader.head, control, batch, reader.drafts)
     for index in range(limit):
         if index:
             if not control.more(index):
                 break
-            rows = Rows([start + index for start in starts], pending.rows.first)
-            hidden_BH = run_draft(draft, head, chain.tokens[-1][:, None], hidden_BH[:, None], rows, cache)[
-                :, 0
-            ]
-            forwards += 1
-        if not chain.extend(head.logits(hidden_BH)):
+            reader.read(chain.tokens[-1])
+        if not chain.extend(reader.head.logits(reader.hidden_BH)):
             break
-    return chain.proposal(forwards, hidden_BH.device)
+    return chain.proposal(reader.forwards, reader.hidden_BH.device)
 
 
 class _Chain:

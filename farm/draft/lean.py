@@ -89,12 +89,27 @@ class LeanDraft:
         remember: Callable[[Tensor], tuple[Tensor, Tensor, Tensor | None]],
     ) -> Tensor:
         """Predicted hidden state [B, T, H]; see Trunk.forward for the arguments."""
-        trunk, (b, t, h) = self._lean.trunk, embedded_BTH.shape
+        tables = self.tables(positions_BT, hidden_BTH.dtype)
+        return self.read(embedded_BTH, hidden_BTH, tables, remember)
+
+    def tables(self, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin [B, T, N + 2 G, D] for `read`: of the positions, and as they are for values."""
+        n, g = self.config.num_heads, self.config.num_kv_heads
+        cos_BT1D, sin_BT1D = self._lean.trunk.rotary(positions_BT, dtype)
+        return spare_values(cos_BT1D, n + g, g, 1.0), spare_values(sin_BT1D, n + g, g, 0.0)
+
+    def read(
+        self,
+        embedded_BTH: Tensor,
+        hidden_BTH: Tensor,
+        tables: tuple[Tensor, Tensor],
+        remember: Callable[[Tensor], tuple[Tensor, Tensor, Tensor | None]],
+    ) -> Tensor:
+        """As calling it, with the positions' tables made before."""
+        b, t, h = embedded_BTH.shape
         n, g, d = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
         u_MH = self._lean.fc(torch.cat((embedded_BTH, hidden_BTH), dim=-1).view(b * t, 2 * h))
         qkv_BTND = self._lean.qkv(u_MH).view(b, t, n + 2 * g, d)
-        cos_BT1D, sin_BT1D = trunk.rotary(positions_BT, u_MH.dtype)
-        tables = spare_values(cos_BT1D, n + g, g, 1.0), spare_values(sin_BT1D, n + g, g, 0.0)
         qkv_BTND = rotate(qkv_BTND, *tables)
         k_BSGD, v_BSGD, mask = remember(qkv_BTND[:, :, n:])
         mixed_MX = attend(qkv_BTND[:, :, :n], k_BSGD, v_BSGD, mask).view(b * t, n * d)

@@ -72,9 +72,13 @@ class Window:
         starts_B = torch.tensor(self.rows.starts, device=self.positions_BT.device)
         return tree_mask(starts_B, branches.seen_BTE, self.context, group, dtype)
 
-    def write(self, layer: int, kv_BTPD: Tensor) -> tuple[Tensor, Tensor]:
-        """Keeps the tokens' keys and values; returns all that they may read, keys and values [B, S, G, D]."""
-        self.flat[layer].index_copy_(0, self.entries_M, kv_BTPD.reshape(self.entries_M.shape[0], -1))
+    def write(self, layer: int, kv_BTPD: Tensor, entries_M: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Keeps the tokens' keys and values; returns all that they may read, keys and values [B, S, G, D].
+
+        `entries_M` are some of the window's, where a call is for some of its tokens.
+        """
+        entries_M = self.entries_M if entries_M is None else entries_M
+        self.flat[layer].index_copy_(0, entries_M, kv_BTPD.reshape(entries_M.shape[0], -1))
         return self.keys[layer], self.values[layer]
 
 
