@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from farm.layers.attention import causal_mask
 from farm.layers.cache import Rows, SlotCache, Window
 from farm.layers.dense import Dense
 from farm.layers.lora import LoraRows
@@ -84,7 +83,7 @@ class ReferenceForward:
         if loras is not None:
             raise ValueError(f"{self._name}: LoRAs beside the model are not supported")
         window = cache.window(rows, tokens_BT.shape[1])
-        mask = causal_mask(window.positions_BT, window.context, 1, self.dtype)
+        mask = window.mask(1, self.dtype)
         if mask is None:
             mask = torch.zeros(1, 1, 1, window.context, dtype=self.dtype, device=self.device)
         hidden_BTH: Tensor = self._decoder(

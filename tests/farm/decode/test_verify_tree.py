@@ -17,7 +17,14 @@ from torch import Tensor
 import farm.decode.verify_tree as verify_tree_module
 from farm.decode.tree import Tree, TreeShape, chain_tree, depths_of, static_parents
 from farm.decode.verify import verify_greedy, verify_sampled
-from farm.decode.verify_tree import AfterNodes, Drawn, verify_tree_greedy, verify_tree_sampled, walk_tree
+from farm.decode.verify_tree import (
+    AfterNodes,
+    Drawn,
+    Walk,
+    verify_tree_greedy,
+    verify_tree_sampled,
+    walk_tree,
+)
 
 Prefix = tuple[int, ...]
 
@@ -31,9 +38,6 @@ class World:
     raw: dict[Prefix, Tensor]
     vocab: int
     length: int
-
-    def prefixes(self) -> list[Prefix]:
-        return list(self.p)
 
 
 def random_world(seed: int, vocab: int, length: int, *, sharp: float = 2.0, zeros: bool = False) -> World:
@@ -107,54 +111,64 @@ def prefix_of(parents: Prefix, tokens: list[int], node: int) -> Prefix:
 Spoil = Callable[[Drawings, World], Drawings]
 
 
+@dataclass(frozen=True)
+class Outcomes:
+    """Every drawn tree (`tree_B`) with every way to accept and refuse its nodes, and the probability of each."""
+
+    walk: Walk
+    weight_B: Tensor
+    tree_B: Tensor
+
+
+def outcomes(drawn: Drawings, p_DMV: Tensor, q_DMV: Tensor, kind: str) -> Outcomes:
+    """The real walk, its uniform numbers set so that a node is accepted or refused whatever its odds."""
+    num, num_nodes = drawn.tree.tokens_BM.shape
+    decisions = [(False, *one) for one in itertools.product((False, True), repeat=num_nodes - 1)]
+    tree_B = torch.arange(num).repeat_interleave(len(decisions))
+    take_BM = torch.tensor(decisions).repeat(num, 1)
+    parts = (drawn.tree.tokens_BM, drawn.tree.parents_BM, drawn.tree.depths_BM, drawn.tree.real_BM)
+
+    def after(table_DMV: Tensor) -> AfterNodes:
+        return lambda node_B: table_DMV[tree_B, node_B]
+
+    how = Drawn(after(q_DMV), torch.ones(len(take_BM), dtype=torch.bool)) if kind == "sampled" else None
+    accept_BM = torch.where(take_BM, -1.0, 2.0).double()
+    walk = walk_tree(Tree(*(part[tree_B] for part in parts)), after(p_DMV), how, accept_BM)
+    odds_BM = torch.where(take_BM, walk.ratio_BM, 1 - walk.ratio_BM)
+    # Of a node that was not offered one of the two decisions counts.
+    odds_BM = torch.where(walk.ratio_BM.isnan(), (~take_BM).double(), odds_BM)
+    return Outcomes(walk, drawn.weight_B[tree_B] * odds_BM[:, 1:].prod(dim=1), tree_B)
+
+
 def output_joint(
     world: World, parents: Prefix, kind: str, spoil: Spoil | None = None, raw: str = ""
 ) -> tuple[Tensor, Tensor]:
     """Joint distribution of the first `length` tokens, one round and then the target itself; and of the path's length.
 
-    `raw` names the distribution that a known-bad verifier does not process: `q`, or the `bonus`.
+    `raw` names the distribution that a known-bad verifier does not process: `q`, or that of the `bonus` at a leaf.
     """
     drawn = drawings(world, parents, kind)
     if spoil is not None:
         drawn = spoil(drawn, world)
-    inner = set(parents[1:])
+    of_node = [
+        world.raw if raw == "bonus" and node not in parents[1:] else world.p for node in range(len(parents))
+    ]
     p_DMV = torch.stack(
-        [
-            torch.stack([(world.raw if raw == "bonus" and m not in inner else world.p)[x] for m, x in row])
-            for row in map(lambda one: list(enumerate(one)), drawn.prefixes)
-        ]
+        [torch.stack([p[x] for p, x in zip(of_node, row, strict=True)]) for row in drawn.prefixes]
     )
     q_DMV = torch.stack([torch.stack([world.q[x] for x in row]) for row in drawn.prefixes])
     if raw == "q":
         q_DMV = q_DMV.sqrt() / q_DMV.sqrt().sum(dim=-1, keepdim=True)
-    decisions = list(itertools.product((False, True), repeat=len(parents) - 1))
-    copies, num = len(decisions), len(drawn.weight_B)
-    take_BM = torch.tensor([(False, *one) for one in decisions]).repeat(num, 1)
-    tree = Tree(
-        *(
-            x.repeat_interleave(copies, 0)
-            for x in (drawn.tree.tokens_BM, drawn.tree.parents_BM, drawn.tree.depths_BM, drawn.tree.real_BM)
-        )
-    )
-
-    def after(table_DMV: Tensor) -> AfterNodes:
-        return lambda node_B: table_DMV[torch.arange(num).repeat_interleave(copies), node_B]
-
-    how = Drawn(after(q_DMV), torch.ones(len(take_BM), dtype=torch.bool)) if kind == "sampled" else None
-    walk = walk_tree(tree, after(p_DMV), how, torch.where(take_BM, -1.0, 2.0).double())
-    tried_BM = ~walk.ratio_BM.isnan()
-    of_node_BM = torch.where(take_BM, walk.ratio_BM, 1 - walk.ratio_BM)
-    of_node_BM = torch.where(tried_BM, of_node_BM, (~take_BM).double())  # one outcome of what was not asked
-    weight_B = drawn.weight_B.repeat_interleave(copies) * of_node_BM[:, 1:].prod(dim=1)
-    follow_BV = walk.follow_BV / walk.follow_BV.sum(dim=-1, keepdim=True)
+    found = outcomes(drawn, p_DMV, q_DMV, kind)
+    path, follow_BV = found.walk.path, found.walk.follow_BV
+    follow_BV = follow_BV / follow_BV.sum(dim=-1, keepdim=True)
     joint = torch.zeros((world.vocab,) * world.length, dtype=torch.float64)
     lengths_L = torch.zeros(world.length, dtype=torch.float64)
+    lengths_L.index_add_(0, path.num_accepted_B, found.weight_B)
     masses: dict[Prefix, Tensor] = {}
-    for row in (weight_B > 0).nonzero().flatten().tolist():
-        last = int(walk.path.nodes_BP[row, -1])
-        prefix = drawn.prefixes[row // copies][last]
-        masses[prefix] = masses.get(prefix, 0.0) + weight_B[row] * follow_BV[row]
-        lengths_L[int(walk.path.num_accepted_B[row])] += weight_B[row]
+    for row in (found.weight_B > 0).nonzero().flatten().tolist():
+        prefix = drawn.prefixes[int(found.tree_B[row])][int(path.nodes_BP[row, -1])]
+        masses[prefix] = masses.get(prefix, 0.0) + found.weight_B[row] * follow_BV[row]
     for prefix, mass_V in masses.items():
         for token in range(world.vocab):
             _extend(joint, world, (*prefix, token), mass_V[token])

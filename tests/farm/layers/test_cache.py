@@ -13,8 +13,10 @@ from farm.draft.lean import LeanDraft, LeanHead
 from farm.draft.model import DraftHead
 from farm.layers.cache import Branches, Rows, SlotCache
 from farm.target.forward import TargetForward
+from farm.target.reference import ReferenceForward
 from tests.farm.models import TYPES, tiny_model, tiny_pair
 
+Forward = TargetForward | ReferenceForward
 PARENTS = ((0, 0, 0, 1, 1, 2, 3), (0, 0, 1, 1, 2, 3, 5), (0, 0, 0, 0, 3, 3, 5))
 PREFIXES = ((4, 8, 15), (16, 23, 1, 9, 9), (2,))
 ATOL = 1e-10
@@ -35,7 +37,7 @@ def path_of(tree: Tree, row: int, node: int) -> list[int]:
     return path
 
 
-def prefilled(target: TargetForward, num_slots: int, first: int) -> tuple[SlotCache, Rows]:
+def prefilled(target: Forward, num_slots: int, first: int) -> tuple[SlotCache, Rows]:
     """Three prefixes of different lengths in slots `first`..., and where their trees start."""
     cache = target.new_cache(num_slots, 24)
     width = max(map(len, PREFIXES))
@@ -44,7 +46,7 @@ def prefilled(target: TargetForward, num_slots: int, first: int) -> tuple[SlotCa
     return cache, Rows([len(prefix) for prefix in PREFIXES], first)
 
 
-def chain(target: TargetForward, tree: Tree, row: int, node: int) -> tuple[Tensor, SlotCache]:
+def chain(target: Forward, tree: Tree, row: int, node: int) -> tuple[Tensor, SlotCache]:
     """Hidden states of a prefix and the path to a node behind it, by a prefill of their own."""
     cache = target.new_cache(1, 24)
     tokens = [*PREFIXES[row], *tree.tokens_BM[row, path_of(tree, row, node)].tolist()]

@@ -14,12 +14,13 @@ from farm.decode.engine import Engine, Request, Route
 from farm.decode.sampling import SamplingParams
 from farm.draft.config import DraftConfig
 from farm.draft.model import new_draft
-from farm.layers.cache import Rows
+from farm.layers.cache import Branches, Rows
 from farm.target import zoo
 from farm.target.forward import TargetForward
 from farm.target.load import load_embedding_and_head, load_model, load_target
 from farm.target.lora import open_beside
 from farm.target.reference import ReferenceForward
+from tests.farm.layers.test_cache import chain, prefilled, trees
 from tests.farm.models import tiny_model
 
 SIZES = {
@@ -112,6 +113,19 @@ def test_greedy_speculative_decoding_gives_the_tokens_of_generate(kind: str) -> 
         found_1T = generate(model, torch.tensor([ids]), 24)
         assert one.tokens == tuple(found_1T[0, len(ids) :].tolist())
     assert engine.stats.rounds < 4 * 24
+
+
+@EACH
+def test_every_path_of_a_tree_has_the_hidden_states_of_its_chain(kind: str) -> None:
+    """A causal mask over a tree would show nodes their siblings, and what is verified would not be the target's."""
+    forward, tree = ReferenceForward(tiny(kind)), trees()
+    cache, rows = prefilled(forward, 4, first=1)
+    branches = Branches(tree.depths_BM, tree.ancestors())
+    hidden_BMH = forward.forward(tree.tokens_BM, Rows(rows.starts, 1, branches), cache)
+    for row in range(3):
+        for node in (3, 5, 6):
+            expected, _ = chain(forward, tree, row, node)
+            torch.testing.assert_close(hidden_BMH[row, node], expected[-1], atol=1e-3, rtol=1e-3)
 
 
 def test_positions_end_where_a_window_or_a_length_would_change_the_result() -> None:
