@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,12 +23,14 @@ from farm.bench.vllm_engine import VllmEngine
 from farm.decode.controls import make_control
 from farm.decode.engine import Engine, Request, Route
 from farm.decode.sampling import SamplingParams
+from farm.decode.tree import TreeShape
 from farm.draft.model import Draft
 from farm.evaluate.bench import PromptIds
 
 Workload = Literal["equal", "ragged"]
 MAX_DRAFTED = 8
-EQUAL_TOKENS = 64
+EQUAL_TOKENS, EQUAL_PROMPTS = 64, 4  # at least this many prompts: one alone may be easy or hard to draft
+TREES = {"tree-12": TreeShape("top-k", width=4, depth=5, num_nodes=12)}
 RAGGED_REQUESTS, RAGGED_SHORTEST, RAGGED_LONGEST, RAGGED_SLOTS = 64, 16, 256, 8
 
 
@@ -40,6 +43,11 @@ class Arm:
     draft: Literal["none", "base", "adapted"]
     batch: int
     workload: Workload = "equal"
+
+    @property
+    def label(self) -> str:
+        """batch/workload/engine/control/draft, by which arms are chosen."""
+        return f"{self.batch}/{self.workload}/{self.engine}/{self.control}/{self.draft}"
 
 
 @dataclass(frozen=True)
@@ -90,18 +98,26 @@ def quick_arms() -> list[Arm]:
     return [arm for batch in (1, 8) for arm in _arms(batch, ["fixed-4"], ["fixed-4", "adaedl", "cost"])]
 
 
-def full_arms(*, ragged: bool = True) -> list[Arm]:
+def full_arms() -> list[Arm]:
     """Every batch size, every control and the ragged workload."""
-    controls = ["fixed-1", "fixed-2", "fixed-3", "fixed-4", "fixed-6", "adaedl", "adaedl-published", "cost"]
+    controls = [
+        *TREES,
+        "fixed-1",
+        "fixed-2",
+        "fixed-3",
+        "fixed-4",
+        "fixed-6",
+        "adaedl",
+        "adaedl-published",
+        "cost",
+    ]
     arms = [arm for batch in (1, 2, 4, 8, 16) for arm in _arms(batch, ["fixed-4"], controls)]
     arms.insert(1, Arm("transformers-assisted", "off", "none", 1))
-    if ragged:
-        kinds: list[tuple[Any, str, Any]] = [
-            ("transformers", "off", "none"), ("farm", "off", "none"), ("farm", "fixed-2", "adapted"),
-            ("farm", "fixed-4", "adapted"), ("farm", "cost", "adapted"),
-        ]  # fmt: skip
-        arms += [Arm(engine, control, draft, RAGGED_SLOTS, "ragged") for engine, control, draft in kinds]
-    return arms
+    kinds: list[tuple[Any, str, Any]] = [
+        ("transformers", "off", "none"), ("farm", "off", "none"), ("farm", "fixed-2", "adapted"),
+        ("farm", "fixed-4", "adapted"), ("farm", "cost", "adapted"),
+    ]  # fmt: skip
+    return arms + [Arm(engine, control, draft, RAGGED_SLOTS, "ragged") for engine, control, draft in kinds]
 
 
 def _arms(batch: int, base: Sequence[str], adapted: Sequence[str]) -> list[Arm]:
@@ -111,6 +127,17 @@ def _arms(batch: int, base: Sequence[str], adapted: Sequence[str]) -> list[Arm]:
         *(Arm("farm", control, "base", batch) for control in base),
         *(Arm("farm", control, "adapted", batch) for control in adapted),
     ]
+
+
+def chosen(arms: Sequence[Arm], pattern: str) -> list[Arm]:
+    """The arms whose label the regular expression matches. Raises ValueError when it matches none, or is none."""
+    try:
+        found = [arm for arm in arms if re.search(pattern, arm.label)]
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+    if not found:
+        raise ValueError(f"{pattern!r} matches no arm; they are {', '.join(arm.label for arm in arms)}")
+    return found
 
 
 def with_vllm(arms: Sequence[Arm]) -> list[Arm]:
@@ -165,7 +192,7 @@ def _dtype(member: Member, arm: Arm, vllm: Mapping[str, VllmEngine]) -> str:
 
 def _task(member: Member, arm: Arm) -> Task:
     """The same requests for every arm of a batch size and workload."""
-    count = arm.batch if arm.workload == "equal" else RAGGED_REQUESTS
+    count = max(arm.batch, EQUAL_PROMPTS) if arm.workload == "equal" else RAGGED_REQUESTS
     prompts = tuple(member.prompts[i % len(member.prompts)] for i in range(count))
     if arm.workload == "equal":
         return Task(prompts, (EQUAL_TOKENS,) * count)
@@ -192,7 +219,8 @@ def _engine_run(member: Member, arm: Arm, draft: Draft | None, task: Task) -> Ca
     engine = Engine(
         [Route(member.target.forward, frozenset(), draft)],
         num_slots=arm.batch, max_length=min(longest, member.target.max_positions), k=MAX_DRAFTED,
-        control=make_control(arm.control, MAX_DRAFTED),
+        control=None if arm.control in TREES else make_control(arm.control, MAX_DRAFTED),
+        tree=TREES.get(arm.control),
     )  # fmt: skip
 
     def run(task: Task) -> Measured:

@@ -70,20 +70,25 @@ def bench_decode(  # noqa: PLR0913 - the options of a command
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Batch 1 and 8, the main arms only.")] = False,
     repeats: Annotated[int, typer.Option(help="Times that all arms run in turn.", min=3)] = 5,
-    ragged: Annotated[bool, typer.Option(help="With answers of different lengths (not in --quick).")] = True,
+    only: Annotated[
+        str, typer.Option("--arms", help="Regular expression over batch/workload/engine/control/draft.")
+    ] = "",
     overrides: Overrides = None,
 ) -> None:
     """Speed of `generate`, plain decoding, both drafts and every control of the draft length, in one run."""
     from rich.progress import track
 
-    from farm.bench.decode import full_arms, largest, measure, quick_arms, with_vllm
+    from farm.bench.decode import chosen, full_arms, largest, measure, quick_arms, with_vllm
     from farm.bench.family import members
     from farm.bench.floor import measure_floor
     from farm.bench.report import table, write
     from farm.bench.vllm_engine import check_loadable, find_python, vllm_engines
 
     settled = _family(manifest, overrides)
-    arms = quick_arms() if quick else full_arms(ragged=ragged)
+    try:
+        arms = chosen(quick_arms() if quick else full_arms(), only)
+    except ValueError as error:
+        raise UserError(f"--arms {error}") from None
     specs = {spec.name: spec for spec in settled.targets}
     if engine:
         arms = with_vllm(arms)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from farm.bench.decode import Arm, Row, full_arms, largest, measure, quick_arms, with_vllm
+from farm.bench import decode
+from farm.bench.decode import Arm, Row, chosen, full_arms, largest, measure, quick_arms, with_vllm
 from farm.bench.family import Member
 from farm.bench.floor import Floor
 from farm.bench.report import against, grouped, key_of, predicted, table, write
@@ -37,10 +38,17 @@ def member() -> Member:
     return Member("t", target, drafts[0], drafts[1], model, "float32", prompts)
 
 
-def test_every_arm_answers_every_request_with_as_many_tokens_as_were_asked_for(member: Member) -> None:
+def test_every_arm_answers_every_request_with_as_many_tokens_as_were_asked_for(
+    member: Member, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An engine that stopped early or late would look fast or slow; the arms themselves check their counts."""
+    monkeypatch.setattr(decode, "EQUAL_TOKENS", 12)
     arms = [*quick_arms(), Arm("transformers-assisted", "off", "none", 1)]
-    arms += [Arm("farm", "cost", "adapted", 8, "ragged"), Arm("transformers", "off", "none", 8, "ragged")]
+    arms += [
+        Arm("farm", "tree-12", "adapted", 2),
+        Arm("farm", "cost", "adapted", 8, "ragged"),
+        Arm("transformers", "off", "none", 8, "ragged"),
+    ]
     rows = list(measure(member, "zoo", arms, 3))
     assert len(rows) == 3 * len(arms)
     assert {row.repeat for row in rows} == {0, 1, 2}
@@ -103,8 +111,8 @@ def test_rows_of_vllm_carry_its_own_seconds_and_dtype_at_equal_requests(member: 
     }
     assert {row.dtype for row in vllm} == {"bfloat16"}
     assert {row.dtype for row in rows if row.engine == "farm"} == {"float32"}
-    assert {row.tokens_per_s for row in vllm if row.batch == 2} == {64.0}
-    assert engines["ngram"].asked == [(2, 2), (64, 8)] * 3, "once to warm up, then a repeat each"
+    assert {row.tokens_per_s for row in vllm if row.batch == 2} == {128.0}
+    assert engines["ngram"].asked == [(4, 2), (64, 8)] * 3, "once to warm up, then a repeat each"
     short = FakeVllm("float32", too_few=1)
     with pytest.raises(AssertionError):
         list(measure(member, "zoo", with_vllm(arms[:1]), 1, {"off": short, "ngram": short}))
@@ -118,6 +126,14 @@ def test_an_engine_is_made_for_the_longest_request_of_any_arm(member: Member) ->
     )
     assert longest + 200 < positions <= longest + 256
     assert slots == 8
+
+
+def test_arms_are_chosen_by_their_label() -> None:
+    ragged = chosen(full_arms(), "/ragged/(transformers|farm/off)")
+    assert [arm.label for arm in ragged] == ["8/ragged/transformers/off/none", "8/ragged/farm/off/none"]
+    for pattern in ("sixteen", "("):
+        with pytest.raises(ValueError, match="no arm|no regular"):
+            chosen(full_arms(), pattern)
 
 
 def test_ratios_are_taken_within_a_repeat() -> None:
@@ -137,7 +153,10 @@ def test_the_prediction_is_tau_over_the_rounds_cost_in_plain_steps() -> None:
     assert predicted([fast], [ROW]) == pytest.approx(1.5)
 
 
-def test_table_plot_and_rows_are_written(member: Member, tmp_path: Path) -> None:
+def test_table_plot_and_rows_are_written(
+    member: Member, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode, "EQUAL_TOKENS", 12)
     rows = list(measure(member, "zoo", quick_arms(), 3))
     assert table(rows).row_count == len(quick_arms())
     json_path, picture = write(tmp_path / "bench", rows, {"t": Floor(10**6, 1e9)}, "farm bench decode")
