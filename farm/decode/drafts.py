@@ -89,7 +89,8 @@ class Drafts:
         by_target = {
             name: draft.expert for name in set(targets) if (draft := self._routes[name].draft) is not None
         }
-        present = {id(by_target[name]): by_target[name] for name in sorted(by_target)}
+        # In the order of the rows: rows that have an expert each are then stacked as they stand.
+        present = {id(by_target[name]): by_target[name] for name in targets if name in by_target}
         if not present:
             present = {id(route.draft.expert): route.draft.expert for route in self._routes if route.draft}
             present = dict(list(present.items())[:1])

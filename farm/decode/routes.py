@@ -1,4 +1,3 @@
-# B rows, T tokens, M = B T
 """Which model decodes which request: the targets that an engine hosts, and a batch's rows by the forward they need."""
 
 from __future__ import annotations
@@ -7,8 +6,6 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
 
 from farm.draft.model import Draft
 from farm.layers.lora import Lora, LoraRows, stack_loras
@@ -46,8 +43,7 @@ class Group:
         """The deltas of this group's rows with `num_tokens` tokens each."""
         if self.loras is None:
             return None
-        which_B = torch.tensor(self.which, device=self.forward.device)
-        return LoraRows(self.loras, which_B.repeat_interleave(num_tokens))
+        return LoraRows(self.loras, self.which, num_tokens, self.forward.device)
 
 
 class Routes:
@@ -100,9 +96,8 @@ class Routes:
         found, first = [], 0
         for _, names in itertools.groupby(targets, self.group_of):
             rows = list(names)
-            present = tuple(
-                dict.fromkeys(name for name in sorted(rows) if self._routes[name].lora is not None)
-            )
+            # In the order of the rows: rows that have a target each are then stacked as they stand.
+            present = tuple(dict.fromkeys(name for name in rows if self._routes[name].lora is not None))
             index = {name: i for i, name in enumerate(present)}
             loras = self._stack(present) if present else None
             which = tuple(index.get(name, -1) for name in rows)

@@ -42,7 +42,10 @@ class RoutedExperts:
     """The private expert of every row of a batch; called like one expert."""
 
     stack: ExpertStack
-    gather_N: Tensor  # E * R row numbers: the rows of each expert in turn, padded with any row
+    num_rows: int
+    gather_N: (
+        Tensor | None
+    )  # E * R row numbers: the rows of each expert in turn, padded with any row; None: as they are
     scatter_B: Tensor  # where row b is among those
 
     @classmethod
@@ -56,15 +59,19 @@ class RoutedExperts:
         for expert, rows in enumerate(members):
             for index, row in enumerate(rows):
                 gather[expert * most + index], scatter[row] = row, expert * most + index
-        device = stack.down_EFH.device
-        return cls(stack, torch.tensor(gather, device=device), torch.tensor(scatter, device=device))
+        device, in_line = stack.down_EFH.device, gather == list(range(len(which)))
+        gather_N = None if in_line else torch.tensor(gather, device=device)
+        return cls(stack, len(which), gather_N, torch.tensor(scatter, device=device))
 
     def add_to(self, residual_MH: Tensor, normed_MH: Tensor) -> Tensor:
         """residual + each row's expert of normed."""
         num_experts, width, hidden = self.stack.down_EFH.shape
-        rows_BX = normed_MH.view(self.scatter_B.shape[0], -1)
-        x_ERH = rows_BX[self.gather_N].view(num_experts, -1, hidden)
-        gated_ERF = swiglu(torch.bmm(x_ERH, self.stack.gate_up_EHF))
+        rows_BX = normed_MH.view(self.num_rows, -1)
+        rows_NX = rows_BX if self.gather_N is None else rows_BX[self.gather_N]
+        gated_ERF = swiglu(torch.bmm(rows_NX.view(num_experts, -1, hidden), self.stack.gate_up_EHF))
+        if self.gather_N is None:
+            residual_ERH = residual_MH.view(num_experts, -1, hidden)
+            return torch.baddbmm(residual_ERH, gated_ERF, self.stack.down_EFH).view_as(residual_MH)
         out_NX = torch.bmm(gated_ERF, self.stack.down_EFH).view(-1, rows_BX.shape[1])
         return residual_MH + out_NX[self.scatter_B].view_as(residual_MH)
 

@@ -87,6 +87,5 @@ def _layer(factors: Mapping[str, LoraFactors], prefix: str, base: TargetForward)
         down_XR = torch.cat([pair.down_RX for pair in pairs if pair is not None]).t()
         up_RY = torch.block_diag(*blocks)
         like = {"dtype": base.dtype, "device": base.device}
-        ranks = (down_XR.shape[1],)
-        found[part] = Delta(down_XR.contiguous().to(**like), up_RY.to(**like), ranks)
+        found[part] = Delta(down_XR[None].contiguous().to(**like), up_RY[None].to(**like))
     return found

@@ -18,16 +18,18 @@ from tests.farm.decode.family import write_lora
 from tests.farm.models import TYPES, tiny_model
 
 
+@pytest.mark.parametrize("which", [(1, -1, 0, 1), (0, 0, 1, 1), (0, 1, 1, 1), (1, 1, 1, -1)])
 @pytest.mark.parametrize("kind", TYPES)
-def test_rows_of_three_targets_in_one_forward_equal_three_merged_models(kind: str, tmp_path: Path) -> None:
+def test_rows_of_three_targets_in_one_forward_equal_three_merged_models(
+    kind: str, which: tuple[int, ...], tmp_path: Path
+) -> None:
     model = tiny_model(kind).double()
     base = TargetForward.of(model)
     model.save_pretrained(tmp_path / "base")
     adapters = [write_lora(tmp_path / str(seed), model, rank=2 + seed, seed=seed) for seed in range(2)]
     loras = [open_lora(adapter, base) for adapter in adapters]
     tokens = torch.randint(0, 32, (4, 6), generator=torch.Generator().manual_seed(0))
-    which = [1, -1, 0, 1]
-    rows = LoraRows(stack_loras([lora for lora in loras if lora]), torch.tensor(which).repeat_interleave(6))
+    rows = LoraRows(stack_loras([lora for lora in loras if lora]), which, 6, base.device)
     got = base.forward(tokens, Rows([0] * 4), base.new_cache(4, 8), rows)
     for row, index in enumerate(which):
         weights = read_weights(tmp_path / "base", None if index < 0 else adapters[index], torch.float64)
