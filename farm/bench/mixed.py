@@ -29,7 +29,7 @@ from farm.evaluate.target import OpenTrunk
 from farm.target.load import LoadedTarget, open_target
 from farm.target.lora import open_beside
 
-BATCH, MAX_DRAFTED = 8, 4
+BATCH, WAVES, MAX_DRAFTED = 8, 3, 4
 CONTROLS = ("off", "fixed-4")
 
 
@@ -43,11 +43,14 @@ class Voice:
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """Requests by target; `alone` are the cases whose targets it mixes, empty for those."""
+    """Requests that share a batch; `alone` are the cases whose targets it mixes, empty for those.
+
+    WAVES requests come for each row, so that rows which end are followed by others, as at an endpoint.
+    """
 
     kind: str  # "lora", "lora, merged" or "full"
     voices: tuple[Voice, ...]
-    num_rows: tuple[int, ...]  # of each voice
+    num_rows: tuple[int, ...]  # of each voice in a full batch
     alone: tuple[Case, ...] = ()
 
     @property
@@ -56,12 +59,13 @@ class Case:
 
     @property
     def tokens(self) -> int:
-        return sum(self.num_rows) * EQUAL_TOKENS
+        return WAVES * sum(self.num_rows) * EQUAL_TOKENS
 
     def requests(self) -> list[Request]:
         """Of all targets in turn, as they would arrive."""
         params = SamplingParams(max_new_tokens=EQUAL_TOKENS)
-        pairs = [(v, i) for i in range(max(self.num_rows)) for v, n in enumerate(self.num_rows) if i < n]
+        counts = [WAVES * num for num in self.num_rows]
+        pairs = [(v, i) for i in range(max(counts)) for v, count in enumerate(counts) if i < count]
         voices = [(self.voices[v], i) for v, i in pairs]
         return [
             Request(str(number), voice.prompts[i % len(voice.prompts)], params, voice.route.target)

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from farm.decode.routes import Group, Routes
+from farm.decode.routes import Group, Routes, arrange
 from farm.draft.expert import Expert
 from farm.draft.lean import ExpertSum, LeanDraft, LeanExpert, LeanHead, LeanTrunk
 from farm.draft.model import DraftHead
-from farm.draft.routed import ExpertStack, RoutedExperts
+from farm.draft.routed import ExpertStack, FlatExpert, RoutedExperts
 from farm.draft.trunk import Trunk
 from farm.target.forward import TargetForward
 
@@ -60,6 +60,7 @@ class Drafts:
     def __init__(self, trunk: Trunk, routes: Routes) -> None:
         self._routes, self._trunk = routes, LeanTrunk.of(trunk)
         self._experts: dict[int, LeanExpert] = {}
+        self._flats: dict[tuple[int, int], FlatExpert] = {}
         self._heads: dict[int, LeanHead] = {}
         self._stacks: OrderedDict[tuple[int, ...], ExpertStack] = OrderedDict()
         self._bound: tuple[tuple[str, ...], Bound] | None = None  # of the last batch
@@ -81,36 +82,37 @@ class Drafts:
         self._bound = None
         self._heads = {key: head for key, head in self._heads.items() if key in forwards}
         self._experts = {key: expert for key, expert in self._experts.items() if key in experts}
+        self._flats = {key: flat for key, flat in self._flats.items() if key[0] in experts}
         for key in [key for key in self._stacks if not experts.issuperset(key)]:
             del self._stacks[key]
 
     def _experts_of(self, targets: tuple[str, ...]) -> ExpertSum:
         """A row without a draft of its own runs with any expert; nothing that it proposes is verified."""
-        by_target = {
-            name: draft.expert for name in set(targets) if (draft := self._routes[name].draft) is not None
-        }
-        # In the order of the rows: rows that have an expert each are then stacked as they stand.
-        present = {id(by_target[name]): by_target[name] for name in targets if name in by_target}
-        if not present:
-            present = {id(route.draft.expert): route.draft.expert for route in self._routes if route.draft}
-            present = dict(list(present.items())[:1])
-        if len(present) == 1:
-            ((key, expert),) = present.items()
-            if key not in self._experts:
-                self._experts[key] = LeanExpert.of(expert)
-            return self._experts[key]
-        index = {key: i for i, key in enumerate(present)}
-        which = [index[id(by_target[name])] if name in by_target else 0 for name in targets]
-        return RoutedExperts.of(self._stack(present), which)
+        drafts = [self._routes[name].draft for name in targets]
+        anyone = next(
+            draft for draft in (*drafts, *(route.draft for route in self._routes)) if draft is not None
+        )
+        experts = {id(one.expert): one.expert for one in (draft or anyone for draft in drafts)}
+        present, which = arrange([id((draft or anyone).expert) for draft in drafts])
+        if len(present) > 1:
+            return RoutedExperts.of(self._stack(present, experts), which)
+        if present[0] not in self._experts:
+            self._experts[present[0]] = LeanExpert.of(experts[present[0]])
+        return self._experts[present[0]]
 
-    def _stack(self, experts: dict[int, Expert]) -> ExpertStack:
-        key = tuple(experts)
+    def _stack(self, key: tuple[int, ...], experts: dict[int, Expert]) -> ExpertStack:
         if key not in self._stacks:
-            self._stacks[key] = ExpertStack.of(list(experts.values()))
+            width = max(expert.gate_proj.weight.shape[0] for expert in experts.values())
+            self._stacks[key] = ExpertStack([self._flat(experts[one], width) for one in key])
             if len(self._stacks) > KEPT_STACKS:
                 self._stacks.popitem(last=False)
         self._stacks.move_to_end(key)
         return self._stacks[key]
+
+    def _flat(self, expert: Expert, width: int) -> FlatExpert:
+        if (id(expert), width) not in self._flats:
+            self._flats[id(expert), width] = FlatExpert.of(expert, width)
+        return self._flats[id(expert), width]
 
     def _head(self, forward: TargetForward) -> LeanHead:
         if id(forward) not in self._heads:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from farm.draft.model import Draft
 from farm.layers.lora import Lora, LoraRows, stack_loras
 from farm.target.forward import TargetForward
 
+Owner = TypeVar("Owner", bound=Hashable)
 KEPT_STACKS = 16  # mixtures of LoRAs whose deltas stay side by side in memory
 
 
@@ -96,11 +98,9 @@ class Routes:
         found, first = [], 0
         for _, names in itertools.groupby(targets, self.group_of):
             rows = list(names)
-            # In the order of the rows: rows that have a target each are then stacked as they stand.
-            present = tuple(dict.fromkeys(name for name in rows if self._routes[name].lora is not None))
-            index = {name: i for i, name in enumerate(present)}
+            adapted = [name if self._routes[name].lora is not None else None for name in rows]
+            present, which = arrange(adapted)
             loras = self._stack(present) if present else None
-            which = tuple(index.get(name, -1) for name in rows)
             found.append(Group(self._routes[rows[0]].forward, first, first + len(rows), loras, which))
             first += len(rows)
         return found
@@ -113,6 +113,19 @@ class Routes:
                 self._stacks.popitem(last=False)
         self._stacks.move_to_end(present)
         return self._stacks[present]
+
+
+def arrange(owners: Sequence[Owner | None]) -> tuple[tuple[Owner, ...], tuple[int, ...]]:
+    """Whose weights to stack for rows with these owners, and each row's index in the stack, -1 for none.
+
+    Where few rows share an owner each row has its own entry: rows in line with the stack need not be gathered. Else
+    each owner is in it once.
+    """
+    present = tuple(dict.fromkeys(owner for owner in owners if owner is not None))
+    if 1 < len(present) and len(owners) <= 2 * len(present) and None not in owners:
+        return tuple(owner for owner in owners if owner is not None), tuple(range(len(owners)))
+    index = {owner: i for i, owner in enumerate(present)}
+    return present, tuple(-1 if owner is None else index[owner] for owner in owners)
 
 
 def shape(forward: TargetForward) -> tuple[object, ...]:

@@ -1,4 +1,5 @@
 # B rows, T tokens, M = B T, E experts present, R rows of an expert (the most), H hidden, F expert width
+# P numbers of an expert
 """Private experts routed by row: one grouped product over the experts present, whatever their number.
 
 A batch of mixed targets shares one pass through the trunk; only the private expert differs by row. Rows are gathered
@@ -18,23 +19,31 @@ from farm.layers.dense import swiglu
 
 
 @dataclass(frozen=True)
-class ExpertStack:
-    """Weights of several private experts; narrower ones are padded with zeros, which changes nothing."""
+class FlatExpert:
+    """One private expert in one stretch of memory, so that putting experts together is one copy."""
 
-    gate_up_EHF: Tensor  # [E, H, 2 F]
-    down_EFH: Tensor
+    flat_P: Tensor  # gate and up [H, 2 F], then down [F, H]
+    hidden_size: int
 
     @classmethod
-    def of(cls, experts: Sequence[Expert]) -> ExpertStack:
-        width = max(expert.gate_proj.weight.shape[0] for expert in experts)
-        gates, ups, downs = [], [], []
-        for expert in experts:
-            missing = width - expert.gate_proj.weight.shape[0]
-            gates.append(_widen(expert.gate_proj.weight, missing))
-            ups.append(_widen(expert.up_proj.weight, missing))
-            downs.append(_widen(expert.down_proj.weight.t(), missing))
-        gate_up_EFH = torch.cat((torch.stack(gates), torch.stack(ups)), dim=1)
-        return cls(gate_up_EFH.transpose(1, 2).contiguous(), torch.stack(downs).contiguous())
+    def of(cls, expert: Expert, width: int) -> FlatExpert:
+        """Padded with zeros to `width`, which changes nothing."""
+        missing = width - expert.gate_proj.weight.shape[0]
+        gate_FH, up_FH = _widen(expert.gate_proj.weight, missing), _widen(expert.up_proj.weight, missing)
+        down_FH = _widen(expert.down_proj.weight.t(), missing)
+        gate_up_HF = torch.cat((gate_FH, up_FH)).t()
+        return cls(torch.cat((gate_up_HF.flatten(), down_FH.flatten())), down_FH.shape[1])
+
+
+class ExpertStack:
+    """Weights of several private experts of one width."""
+
+    def __init__(self, experts: Sequence[FlatExpert]) -> None:
+        flat_EP, hidden = torch.stack([expert.flat_P for expert in experts]), experts[0].hidden_size
+        width = flat_EP.shape[1] // (3 * hidden)
+        gate_up_EP, down_EP = flat_EP.tensor_split([2 * hidden * width], dim=1)
+        self.gate_up_EHF = gate_up_EP.unflatten(1, (hidden, 2 * width))
+        self.down_EFH = down_EP.unflatten(1, (width, hidden))
 
 
 @dataclass(frozen=True)

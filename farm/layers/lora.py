@@ -1,4 +1,4 @@
-# B rows, T tokens, M = B T, E LoRAs, N gathered tokens, X inputs, Y outputs, R rank columns
+# B rows, T tokens, M = B T, E LoRAs, N gathered tokens, X inputs, Y outputs, R rank columns, P numbers of a LoRA
 """LoRAs of several targets in one forward of their base: every row gets the delta of its own target.
 
 y = W x + B A x (LoRA, arXiv 2106.09685, eq. 3, the factor alpha / r in B). Rows are multiplied with the stacked A and B
@@ -7,9 +7,8 @@ of the LoRAs present, one grouped product each, so that cost grows with the targ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,34 +16,94 @@ from torch.nn import functional
 
 # The products of a decoder layer; q/k/v are fused in one, gate and up in another.
 Part = Literal["qkv", "out", "gate_up", "down"]
-PARTS: tuple[Part, ...] = get_args(Part)
 
 
-@dataclass(frozen=True, eq=False)
-class Delta:
+class Delta(NamedTuple):
     """What E LoRAs add to one product: x `down` `up`; smaller ranks are padded with zeros, which changes nothing."""
 
     down_EXR: Tensor
     up_ERY: Tensor
 
-    def widened(self, rank: int) -> Delta:
-        """The same with `rank` columns."""
-        missing = rank - self.down_EXR.shape[2]
-        padded = functional.pad(self.down_EXR, (0, missing)), functional.pad(self.up_ERY, (0, 0, 0, missing))
-        return Delta(*padded) if missing else self
+
+class Place(NamedTuple):
+    """Where a LoRA changes something, and the sizes of its factors there."""
+
+    layer: int
+    part: Part
+    num_inputs: int
+    num_outputs: int
+    rank: int
+
+    @property
+    def size(self) -> int:
+        return self.rank * (self.num_inputs + self.num_outputs)
 
 
-@dataclass(frozen=True, eq=False)
 class Lora:
-    """The deltas of E targets by layer and product; a product that no target changes has none."""
+    """The deltas of E targets, each target's in one stretch of memory, so that putting targets together is one copy."""
 
-    layers: tuple[dict[Part, Delta], ...]
-    num_targets: int = 1
+    def __init__(self, places: tuple[Place, ...], flat_EP: Tensor) -> None:
+        """`flat_EP` holds for each place in turn the down factor and then the up factor."""
+        self.places, self.flat_EP, self.num_targets = places, flat_EP, flat_EP.shape[0]
+        self._deltas: dict[tuple[int, Part], Delta] = {}
+        stretches = flat_EP.split([place.size for place in places], dim=1)
+        for place, stretch_EP in zip(places, stretches, strict=True):
+            down_EP, up_EP = stretch_EP.tensor_split([place.num_inputs * place.rank], dim=1)
+            down_EXR = down_EP.unflatten(1, (place.num_inputs, place.rank))
+            self._deltas[place.layer, place.part] = Delta(
+                down_EXR, up_EP.unflatten(1, (place.rank, place.num_outputs))
+            )
+
+    @classmethod
+    def of(cls, factors: Mapping[tuple[int, Part], tuple[Tensor, Tensor]]) -> Lora:
+        """One target's, from its down [X, R] and up [R, Y] factors by layer and product."""
+        places = tuple(
+            Place(layer, part, down_XR.shape[0], up_RY.shape[1], down_XR.shape[1])
+            for (layer, part), (down_XR, up_RY) in factors.items()
+        )
+        return cls(
+            places, torch.cat([factor.flatten() for pair in factors.values() for factor in pair])[None]
+        )
 
     @property
     def num_bytes(self) -> int:
-        deltas = [delta for layer in self.layers for delta in layer.values()]
-        return sum(delta.down_EXR.nbytes + delta.up_ERY.nbytes for delta in deltas)
+        return self.flat_EP.nbytes
+
+    def delta(self, layer: int, part: Part) -> Delta | None:
+        """None for a product that no target changes."""
+        return self._deltas.get((layer, part))
+
+    def at(self, places: Sequence[Place]) -> Lora:
+        """The same at places that include its own, with ranks at least its own."""
+        if tuple(places) == self.places:
+            return self
+        parts = []
+        for place in places:
+            delta = self.delta(place.layer, place.part)
+            if delta is None:
+                parts.append(self.flat_EP.new_zeros(self.num_targets, place.size))
+                continue
+            missing = place.rank - delta.down_EXR.shape[2]
+            padded = (
+                functional.pad(delta.down_EXR, (0, missing)),
+                functional.pad(delta.up_ERY, (0, 0, 0, missing)),
+            )
+            parts += [factor.flatten(1) for factor in padded]
+        return Lora(tuple(places), torch.cat(parts, dim=1))
+
+
+def stack_loras(loras: Sequence[Lora]) -> Lora:
+    """The deltas of several targets, in this order."""
+    if len(loras) == 1:
+        return loras[0]
+    widest: dict[tuple[int, Part], Place] = {}
+    for place in sorted(
+        place for lora in loras for place in lora.places
+    ):  # at the same layer and part the widest last
+        widest[place.layer, place.part] = place
+    same = all(lora.places == loras[0].places for lora in loras)
+    places = loras[0].places if same else tuple(widest.values())
+    return Lora(places, torch.cat([lora.at(places).flat_EP for lora in loras]))
 
 
 class LoraRows:
@@ -74,7 +133,7 @@ class LoraRows:
 
     def add(self, layer: int, part: Part, x_MX: Tensor, y_MY: Tensor) -> Tensor:
         """y with each row's delta of x added in place."""
-        delta, num = self.stack.layers[layer].get(part), self.stack.num_targets
+        delta, num = self.stack.delta(layer, part), self.stack.num_targets
         if delta is None:
             return y_MY
         if self._in_line and num == 1:
@@ -86,25 +145,3 @@ class LoraRows:
         z_ENR = torch.bmm(x_MX[self._gather_N].view(num, -1, x_MX.shape[1]), delta.down_EXR)
         added_NY = torch.bmm(z_ENR, delta.up_ERY).flatten(0, 1)
         return y_MY.index_add_(0, self._changed_M, added_NY[self._place_M])
-
-
-def stack_loras(loras: Sequence[Lora]) -> Lora:
-    """The deltas of several targets, in this order."""
-    layers = tuple(_stack_layer(layer) for layer in zip(*(lora.layers for lora in loras), strict=True))
-    return Lora(layers, sum(lora.num_targets for lora in loras))
-
-
-def _stack_layer(layers: Sequence[dict[Part, Delta]]) -> dict[Part, Delta]:
-    stacked: dict[Part, Delta] = {}
-    for part in PARTS:
-        present = [layer[part] for layer in layers if part in layer]
-        if not present:
-            continue
-        rank, like = max(delta.down_EXR.shape[2] for delta in present), present[0]
-        nothing = Delta(
-            like.down_EXR.new_zeros(like.down_EXR.shape), like.up_ERY.new_zeros(like.up_ERY.shape)
-        )
-        deltas = [layer.get(part, nothing).widened(rank) for layer in layers]
-        down_EXR = torch.cat([delta.down_EXR for delta in deltas])
-        stacked[part] = Delta(down_EXR, torch.cat([delta.up_ERY for delta in deltas]))
-    return stacked

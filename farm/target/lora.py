@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from farm.config import Refused, TargetSpec
 from farm.data.chat import read_template
-from farm.layers.lora import Delta, Lora, Part
+from farm.layers.lora import Lora, Part
 from farm.target.forward import TargetForward
 from farm.target.load import LoadedTarget, check_folder, stop_ids
 from farm.target.weights import LoraFactors, read_factors
@@ -67,13 +68,18 @@ def open_lora(folder: Path, base: TargetForward | ReferenceForward) -> Lora | No
     names = {f"model.layers.{i}.{name}.weight" for i in range(len(base.layers)) for name in projections}
     if not factors.keys() <= names:
         return None
-    layers = tuple(_layer(factors, f"model.layers.{i}.", base) for i in range(len(base.layers)))
-    return Lora(layers)
+    found: dict[tuple[int, Part], tuple[Tensor, Tensor]] = {}
+    for index in range(len(base.layers)):
+        for part, pair in _layer(factors, f"model.layers.{index}.", base).items():
+            found[index, part] = pair
+    return Lora.of(found) if found else None
 
 
-def _layer(factors: Mapping[str, LoraFactors], prefix: str, base: TargetForward) -> dict[Part, Delta]:
+def _layer(
+    factors: Mapping[str, LoraFactors], prefix: str, base: TargetForward
+) -> dict[Part, tuple[Tensor, Tensor]]:
     n, g = base.num_heads * base.head_dim, base.num_kv_heads * base.head_dim
-    found: dict[Part, Delta] = {}
+    found: dict[Part, tuple[Tensor, Tensor]] = {}
     for part, projections in PROJECTIONS.items():
         pairs = [factors.get(f"{prefix}{name}.weight") for name in projections]
         if not any(pairs):
@@ -87,5 +93,5 @@ def _layer(factors: Mapping[str, LoraFactors], prefix: str, base: TargetForward)
         down_XR = torch.cat([pair.down_RX for pair in pairs if pair is not None]).t()
         up_RY = torch.block_diag(*blocks)
         like = {"dtype": base.dtype, "device": base.device}
-        found[part] = Delta(down_XR[None].contiguous().to(**like), up_RY[None].to(**like))
+        found[part] = down_XR.to(**like), up_RY.to(**like)
     return found

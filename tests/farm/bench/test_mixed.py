@@ -9,7 +9,18 @@ from pathlib import Path
 import pytest
 
 from farm.bench.decode import Row
-from farm.bench.mixed import BATCH, EQUAL_TOKENS, Case, Voice, _mixture, measure, over_alone, table, write
+from farm.bench.mixed import (
+    BATCH,
+    EQUAL_TOKENS,
+    WAVES,
+    Case,
+    Voice,
+    _mixture,
+    measure,
+    over_alone,
+    table,
+    write,
+)
 from farm.decode.engine import Route
 from tests.farm.decode.family import family
 
@@ -29,7 +40,7 @@ def test_a_mixture_answers_as_many_requests_as_each_of_its_sides(voices: list[Vo
     *alone, mixture = _mixture("lora", of(voices, "lora0", "lora1"))
     assert [case.num_rows for case in alone] == [(BATCH,), (BATCH,)]
     assert sum(mixture.num_rows) == BATCH
-    assert [r.target for r in mixture.requests()] == ["lora0", "lora1"] * (BATCH // 2)
+    assert [r.target for r in mixture.requests()] == ["lora0", "lora1"] * (WAVES * BATCH // 2)
     *groups, mixture = _mixture("full", of(voices, "base", "full"))
     assert sorted(r.prompt_ids for case in groups for r in case.requests()) == sorted(
         r.prompt_ids for r in mixture.requests()
@@ -63,4 +74,4 @@ def test_a_mixture_is_held_against_the_time_of_its_targets_one_after_the_other()
     }
     found = over_alone(mixture, "off", rows)
     assert (found.median, found.low, found.high) == pytest.approx((0.9, 0.9, 0.9))
-    assert mixture.tokens == 8 * EQUAL_TOKENS
+    assert mixture.tokens == 8 * WAVES * EQUAL_TOKENS

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from farm.decode.engine import Completion, Engine, Request, Route
 from farm.decode.propose import DraftProposal
+from farm.decode.routes import arrange
 from farm.decode.sampling import SamplingParams
 from farm.target.forward import TargetForward
 from tests.farm.decode.family import NO_STOP, expert_like, family
@@ -160,3 +161,19 @@ def test_targets_that_cannot_share_an_engine_are_refused(routes: Family) -> None
         engine.host(Route(routes[0][0].forward, NO_STOP, other, target="other"))
     with pytest.raises(ValueError, match="hosted already"):
         engine.host(routes[0][0])
+
+
+@pytest.mark.parametrize(
+    ("owners", "stacked", "which"),
+    [
+        ("abc", "abc", (0, 1, 2)),
+        ("abca", "abca", (0, 1, 2, 3)),  # a second copy of one costs less than gathering all
+        ("aaaab", "ab", (0, 0, 0, 0, 1)),
+        ("aaa", "a", (0, 0, 0)),
+        ("a-b", "ab", (0, -1, 1)),
+        ("--", "", (-1, -1)),
+    ],
+)
+def test_what_is_stacked_for_a_batch(owners: str, stacked: str, which: tuple[int, ...]) -> None:
+    found = arrange([None if owner == "-" else owner for owner in owners])
+    assert found == (tuple(stacked), which)
