@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -64,31 +65,82 @@ class AcceptanceByPeak:
         return min(self.BINS - 1, int(peak * self.BINS))
 
 
+class SecondsByLength:
+    """Seconds of one part of a round by its length: 0 by itself, all others on one line (weighted least squares).
+
+    A line, because what decides is the price of one token more, and the difference of two neighbouring means is mostly
+    noise.
+    """
+
+    MOST_LOOKS = 30  # that count: what is rarely tried has its say
+
+    def __init__(self) -> None:
+        self._means: dict[int, RunningMean] = {}
+        self._line: tuple[float, float] | None = None
+
+    def add(self, length: int, seconds: float) -> None:
+        self._means.setdefault(length, RunningMean()).add(seconds)
+        self._line = None
+
+    def looks(self, length: int) -> int:
+        """How often a length was measured."""
+        return self._means[length].looks if length in self._means else 0
+
+    @property
+    def num_lengths(self) -> int:
+        """Of those above 0 that were measured."""
+        return sum(length > 0 for length in self._means)
+
+    @property
+    def step(self) -> float:
+        """Seconds of one more."""
+        return self._fit()[1]
+
+    def at(self, length: int) -> float:
+        """Seconds at a length, tried or not."""
+        if length == 0 and 0 in self._means:
+            return self._means[0].value
+        intercept, step = self._fit()
+        return intercept + step * length
+
+    def _fit(self) -> tuple[float, float]:
+        if self._line is None:
+            points = [(n, m.value, min(m.looks, self.MOST_LOOKS)) for n, m in self._means.items() if n]
+            points = points or [(0, self._means[0].value, 1)]
+            total = sum(weight for *_, weight in points)
+            mean_n = sum(weight * n for n, _, weight in points) / total
+            mean_s = sum(weight * s for _, s, weight in points) / total
+            spread = sum(weight * (n - mean_n) ** 2 for n, _, weight in points)
+            shared = sum(weight * (n - mean_n) * (s - mean_s) for n, s, weight in points)
+            step = max(0.0, shared / spread) if spread else 0.0
+            self._line = mean_s - step * mean_n, step
+        return self._line
+
+
 @dataclass
 class RoundCosts:
-    """Times by bucket of rows (powers of two) and groups, and by length; lengths never tried are interpolated.
+    """Times by bucket of rows (powers of two) and groups, and by length.
 
     Drafting is kept by the number of draft forwards; the rest (verification, sampling, bookkeeping) by the number of
     drafted tokens that were verified.
     """
 
     max_length: int
-    _draft: dict[Bucket, dict[int, RunningMean]] = field(default_factory=dict)
-    _rest: dict[Bucket, dict[int, RunningMean]] = field(default_factory=dict)
+    _draft: defaultdict[Bucket, SecondsByLength] = field(default_factory=lambda: defaultdict(SecondsByLength))
+    _rest: defaultdict[Bucket, SecondsByLength] = field(default_factory=lambda: defaultdict(SecondsByLength))
 
     def add(self, result: RoundResult) -> None:
         """Takes note of a round's seconds."""
-        bucket, width = _bucket(result.load), max(result.drafted)
+        bucket = _bucket(result.load)
         if result.forwards:
-            of_draft = self._draft.setdefault(bucket, {})
-            of_draft.setdefault(result.forwards, RunningMean()).add(result.draft_s)
-        self._rest.setdefault(bucket, {}).setdefault(width, RunningMean()).add(result.rest_s)
+            self._draft[bucket].add(result.forwards, result.draft_s)
+        self._rest[bucket].add(max(result.drafted), result.rest_s)
 
     def unexplored(self, load: Load) -> int | None:
         """A length to try next under this load, or None when enough is known."""
-        rest = self._rest.get(_bucket(load), {})
+        rest = self._rest[_bucket(load)]
         for length in sorted({0, 1, min(2, self.max_length), self.max_length // 2, self.max_length}):
-            if length not in rest or rest[length].looks < LOOKS:
+            if rest.looks(length) < LOOKS:
                 return length
         return None
 
@@ -108,48 +160,27 @@ class RoundCosts:
 
     def draft_step(self, load: Load, index: int) -> float:
         """Seconds of one more draft forward, for position `index`."""
-        return max(0.0, self._drafting(load, index + 1) - self._drafting(load, index))
+        draft = self._draft[_bucket(load)]
+        return draft.step if index else draft.at(1)
 
     def verify_step(self, load: Load, index: int) -> float:
         """Seconds of verifying position `index` beside those before it."""
         rest = self._rest[_bucket(load)]
-        return max(0.0, _interpolate(rest, index + 1) - _interpolate(rest, index))
+        return rest.step if index else max(0.0, rest.at(1) - rest.at(0))
 
     def break_even(self, load: Load, rate: float) -> float | None:
         """The acceptance at which one more drafted token a row just pays, where `rate` tokens a second are reached.
 
         None while only one length is known.
         """
-        known = [length for length in self._rest.get(_bucket(load), {}) if length]
-        if len(known) < 2:
+        bucket = _bucket(load)
+        if self._rest[bucket].num_lengths < 2:
             return None
-        short, long = min(known), max(known)
-        step = (self._round(load, long) - self._round(load, short)) / (long - short)
-        return rate * step / load.num_rows
+        return rate * (self._draft[bucket].step + self._rest[bucket].step) / load.num_rows
 
     def _round(self, load: Load, length: int) -> float:
-        return self._drafting(load, length) + _interpolate(self._rest[_bucket(load)], length)
-
-    def _drafting(self, load: Load, forwards: int) -> float:
-        if forwards == 0:
-            return 0.0
-        return _interpolate(self._draft[_bucket(load)], forwards)
-
-
-def _interpolate(means: dict[int, RunningMean], length: int) -> float:
-    """Seconds at `length`: between the nearest known lengths, beyond them in the last known direction."""
-    if length in means:
-        return means[length].value
-    # Length 0 is no neighbour of the others: a row of one token is another kind of product.
-    known = sorted(n for n in means if n > 0) or [0]
-    if len(known) == 1:
-        return means[known[0]].value
-    above = next((n for n in known if n > length), known[-1])
-    below = known[max(0, known.index(above) - 1)]
-    if below == above:
-        below, above = known[0], known[1]
-    slope = (means[above].value - means[below].value) / (above - below)
-    return max(0.0, means[below].value + slope * (length - below))
+        bucket = _bucket(load)
+        return (self._draft[bucket].at(length) if length else 0.0) + self._rest[bucket].at(length)
 
 
 def _bucket(load: Load) -> Bucket:

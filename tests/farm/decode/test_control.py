@@ -111,7 +111,7 @@ def test_cost_switches_speculation_off_where_it_does_not_pay_and_on_again_where_
     assert length > 2
 
 
-def test_costs_interpolate_between_measured_lengths_and_ignore_an_outlier() -> None:
+def test_costs_of_a_token_come_from_all_lengths_and_an_outlier_moves_them_little() -> None:
     costs = RoundCosts(8)
     for _ in range(5):
         for length in (0, 1, 4, 8):
@@ -130,3 +130,14 @@ def test_a_token_breaks_even_where_its_acceptance_times_its_rows_buys_its_second
     for length in (0, 2, 6):
         costs.add(took(4, length, 0.1 * length, 1.0 + 0.2 * length))
     assert costs.break_even(load_of(4), 10.0) == pytest.approx(10.0 * 0.3 / 4)
+
+
+def test_the_price_of_a_token_is_known_though_every_round_is_noisy() -> None:
+    """Rounds within 30 % of 1 + 0.05 k: neighbouring means often differ by more than they should, a line does not."""
+    rng, costs = random.Random(0), RoundCosts(8)
+    for _ in range(40):
+        for length in range(9):
+            noise = rng.uniform(0.7, 1.3)
+            costs.add(took(1, length, 0.03 * length * noise, (1 + 0.05 * length) * noise))
+    assert costs.verify_step(load_of(1), 3) == pytest.approx(0.05, rel=0.5)
+    assert costs.draft_step(load_of(1), 3) == pytest.approx(0.03, rel=0.3)
