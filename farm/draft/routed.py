@@ -42,8 +42,8 @@ class ExpertStack:
         flat_EP, hidden = torch.stack([expert.flat_P for expert in experts]), experts[0].hidden_size
         width = flat_EP.shape[1] // (3 * hidden)
         gate_up_EP, down_EP = flat_EP.tensor_split([2 * hidden * width], dim=1)
-        self.gate_up_EHF = gate_up_EP.unflatten(1, (hidden, 2 * width))
-        self.down_EFH = down_EP.unflatten(1, (width, hidden))
+        self.gate_up_EHF = gate_up_EP.view(-1, hidden, 2 * width)
+        self.down_EFH = down_EP.view(-1, width, hidden)
 
 
 @dataclass(frozen=True)
