@@ -12,25 +12,25 @@ from farm.decode.control import Control, Load
 from farm.decode.drafts import Drafts
 from farm.decode.propose import ChainReader, DraftProposal, Pending, propose, run_draft
 from farm.decode.propose_tree import TreeProposal, propose_tree
-from farm.decode.routes import Routes
+from farm.decode.routes import Route, Routes
 from farm.decode.sampling import SamplingBatch
 from farm.decode.scheduler import Move
 from farm.decode.tree import TreeShape
 from farm.decode.tree_reader import TreeReader
-from farm.draft.trunk import Trunk
 from farm.layers.cache import Rows, SlotCache
-from farm.target.forward import TargetForward
 
 CATCH_UP = 32  # committed tokens that a resting draft lets pile up before it reads them in one forward
 
 
 class Drafting:
-    """The drafts of `routes` for `num_slots` sequences of at most `capacity` positions; caches are taken here, once."""
+    """The drafts of `routes` for `num_slots` sequences of at most `capacity` positions; caches are taken here, once.
+
+    `first` is the first route that has a draft; all others' are over its trunk.
+    """
 
     def __init__(
         self,
-        trunk: Trunk,
-        like: TargetForward,
+        first: Route,
         routes: Routes,
         *,
         num_slots: int,
@@ -38,8 +38,10 @@ class Drafting:
         max_drafted: int,
     ) -> None:
         self.max_drafted = max_drafted
-        self._drafts = Drafts(trunk, routes)
-        shape = (trunk.config.num_kv_heads, trunk.config.head_dim)
+        assert first.draft is not None
+        self._drafts = Drafts(first.draft, routes)
+        like, config = first.forward, first.draft.config
+        shape = (config.num_kv_heads, config.head_dim)
         # Reading for all rows at once runs past the last token of those that have less to read.
         self._cache = SlotCache(1, num_slots, capacity + CATCH_UP, shape, like.dtype, like.device)
         # x_{t+1} beside the target's h_t: the first `_unread[slot]` of a slot's entries are to be read. Sequences that

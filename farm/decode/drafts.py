@@ -13,9 +13,8 @@ from torch import Tensor
 from farm.decode.routes import Group, Routes, arrange
 from farm.draft.expert import Expert
 from farm.draft.lean import ExpertSum, LeanDraft, LeanExpert, LeanHead, LeanTrunk
-from farm.draft.model import DraftHead
+from farm.draft.model import Draft, DraftHead
 from farm.draft.routed import ExpertStack, FlatExpert, RoutedExperts
-from farm.draft.trunk import Trunk
 from farm.target.forward import TargetForward
 
 KEPT_STACKS = 4  # mixtures of experts whose weights stay stacked in memory
@@ -55,10 +54,13 @@ Bound = tuple[LeanDraft, LeanHead | MixedHeads]
 
 
 class Drafts:
-    """Every draft of `routes` over one trunk; fused weights are made when a batch first needs them."""
+    """Every draft of `routes` over one trunk; fused weights are made when a batch first needs them.
 
-    def __init__(self, trunk: Trunk, routes: Routes) -> None:
-        self._routes, self._trunk = routes, LeanTrunk.of(trunk)
+    A row without a draft of its own runs with the expert of `first`; nothing that it proposes is verified.
+    """
+
+    def __init__(self, first: Draft, routes: Routes) -> None:
+        self._routes, self._trunk, self._spare = routes, LeanTrunk.of(first.trunk), first.expert
         self._experts: dict[int, LeanExpert] = {}
         self._flats: dict[tuple[int, int], FlatExpert] = {}
         self._heads: dict[int, LeanHead] = {}
@@ -79,6 +81,7 @@ class Drafts:
         """Drops what was made for targets that are hosted no more."""
         forwards = {id(route.forward) for route in self._routes}
         experts = {id(route.draft.expert) for route in self._routes if route.draft is not None}
+        experts.add(id(self._spare))
         self._bound = None
         self._heads = {key: head for key, head in self._heads.items() if key in forwards}
         self._experts = {key: expert for key, expert in self._experts.items() if key in experts}
@@ -87,13 +90,10 @@ class Drafts:
             del self._stacks[key]
 
     def _experts_of(self, targets: tuple[str, ...]) -> ExpertSum:
-        """A row without a draft of its own runs with any expert; nothing that it proposes is verified."""
-        drafts = [self._routes[name].draft for name in targets]
-        anyone = next(
-            draft for draft in (*drafts, *(route.draft for route in self._routes)) if draft is not None
-        )
-        experts = {id(one.expert): one.expert for one in (draft or anyone for draft in drafts)}
-        present, which = arrange([id((draft or anyone).expert) for draft in drafts])
+        drafts = (self._routes[name].draft for name in targets)
+        of_rows = [self._spare if draft is None else draft.expert for draft in drafts]
+        experts = {id(expert): expert for expert in of_rows}
+        present, which = arrange([id(expert) for expert in of_rows])
         if len(present) > 1:
             return RoutedExperts.of(self._stack(present, experts), which)
         if present[0] not in self._experts:

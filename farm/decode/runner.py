@@ -82,7 +82,7 @@ class Runner:
         """Adds a target. Raises ValueError when it does not go with those that are hosted."""
         self.routes.host(route)
         if route.draft is not None and self.drafting is None:
-            self.drafting = Drafting(route.draft.trunk, route.forward, self.routes, **self._sizes)
+            self.drafting = Drafting(route, self.routes, **self._sizes)
 
     def drop(self, target: str) -> None:
         """Forgets a target that no sequence needs any more."""

@@ -97,9 +97,8 @@ def stack_loras(loras: Sequence[Lora]) -> Lora:
     if len(loras) == 1:
         return loras[0]
     widest: dict[tuple[int, Part], Place] = {}
-    for place in sorted(
-        place for lora in loras for place in lora.places
-    ):  # at the same layer and part the widest last
+    # Of the same layer and part the largest rank comes last and stays.
+    for place in sorted(place for lora in loras for place in lora.places):
         widest[place.layer, place.part] = place
     same = all(lora.places == loras[0].places for lora in loras)
     places = loras[0].places if same else tuple(widest.values())

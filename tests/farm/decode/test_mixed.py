@@ -151,6 +151,17 @@ def test_a_target_is_hosted_and_dropped_while_others_decode(routes: Family) -> N
         engine.add(replace(request, target="lora0@v2"))
 
 
+def test_a_target_without_a_draft_decodes_on_when_the_last_draft_is_gone(routes: Family) -> None:
+    mixed, _ = routes
+    request = Request("a", (1, 2, 3), SamplingParams(max_new_tokens=24), "plain")
+    engine = Engine([mixed[0], mixed[2]], num_slots=2, max_length=40, k=3)
+    engine.add(request)
+    engine.step()
+    engine.drop("base")
+    finished = [out.completion for _ in range(30) for out in engine.step() if out.completion]
+    assert [one.tokens for one in finished] == [alone(routes, request, 3)[0].tokens]
+
+
 def test_targets_that_cannot_share_an_engine_are_refused(routes: Family) -> None:
     engine = Engine(routes[0], num_slots=2, max_length=40, k=2)
     deeper = TargetForward.of(tiny_model(layers=3).double())
