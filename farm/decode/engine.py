@@ -175,7 +175,8 @@ class Engine:
         self._move(self.scheduler.prefilled(prefill))
         if not first:
             return []
-        slots = [self.scheduler.live.index(row) for row in prefill.rows]
+        slot_of = {id(row): slot for slot, row in enumerate(self.scheduler.live)}
+        slots = [slot_of[id(row)] for row in prefill.rows]
         for slot, token in zip(slots, first, strict=True):
             self.scheduler.commit(slot, [token])
         return self._emit(slots, [1] * len(first))
