@@ -12,13 +12,14 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
 
 from farm.bench.decode import EQUAL_TOKENS, Row, timed
 from farm.bench.family import held_out
-from farm.bench.report import Ratio, origin
+from farm.bench.report import Ratio
 from farm.config import Manifest, TargetSpec, UserError
 from farm.decode.controls import make_control
 from farm.decode.engine import Engine, Request, Route
@@ -155,7 +156,7 @@ def table(rows: dict[tuple[Case, str], list[Row]]) -> Table:
     return out
 
 
-def write(folder: Path, rows: dict[tuple[Case, str], list[Row]], command: str) -> Path:
+def write(folder: Path, rows: dict[tuple[Case, str], list[Row]], source: dict[str, Any]) -> Path:
     """mixed.json; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     ratios = {
@@ -164,7 +165,7 @@ def write(folder: Path, rows: dict[tuple[Case, str], list[Row]], command: str) -
         if case.alone
     }
     every = [asdict(row) for measured in rows.values() for row in measured]
-    record = {**origin(command), "over_alone": ratios, "rows": every}
+    record = {**source, "over_alone": ratios, "rows": every}
     (folder / "mixed.json").write_text(json.dumps(record, indent=1) + "\n")
     return folder / "mixed.json"
 

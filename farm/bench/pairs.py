@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
 from torch import Tensor
 
-from farm.bench.report import Ratio, origin
+from farm.bench.report import Ratio
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,9 @@ def table(rows: Sequence[OperatorRow]) -> Table:
     return out
 
 
-def write(folder: Path, rows: Sequence[OperatorRow], command: str) -> Path:
+def write(folder: Path, rows: Sequence[OperatorRow], source: dict[str, Any]) -> Path:
     """operators.json; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "operators.json"
-    path.write_text(json.dumps({**origin(command), "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    path.write_text(json.dumps({**source, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
     return path

@@ -109,11 +109,11 @@ def _host_share(rows: Sequence[Row]) -> str:
     return f"{statistics.median(shares):.1%}"
 
 
-def write(folder: Path, rows: Sequence[Row], floors: dict[str, Floor], command: str) -> list[Path]:
-    """decode.json and decode.png; returns their paths."""
+def write(folder: Path, rows: Sequence[Row], floors: dict[str, Floor], source: dict[str, Any]) -> list[Path]:
+    """decode.json and decode.png; returns their paths. `source` is the `origin` taken when the run began."""
     folder.mkdir(parents=True, exist_ok=True)
     record = {
-        **origin(command),
+        **source,
         "floors": {
             name: {**asdict(floor), "seconds": floor.seconds, "share": _floor_share(rows, name, floor)}
             for name, floor in floors.items()

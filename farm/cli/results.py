@@ -6,7 +6,7 @@ import sys
 from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -84,7 +84,7 @@ def bench_decode(  # noqa: PLR0913 - the options of a command
     from farm.bench.report import table, write
     from farm.bench.vllm_engine import check_loadable, find_python, vllm_engines
 
-    settled = _family(manifest, overrides)
+    source, settled = _source(), _family(manifest, overrides)
     try:
         arms = chosen(quick_arms() if quick else full_arms(), only)
     except ValueError as error:
@@ -105,7 +105,7 @@ def bench_decode(  # noqa: PLR0913 - the options of a command
             total = len(arms) * repeats
             rows += track(every, member.name, total, console=console, disable=not console.is_terminal)
     _show_wide(table(rows))
-    for path in write(out, rows, floors, _command()):
+    for path in write(out, rows, floors, source):
         console.print(path, markup=False, soft_wrap=True)
 
 
@@ -122,11 +122,11 @@ def bench_operators(
     from farm.bench.operators import model_pairs
     from farm.bench.pairs import measure, table, write
 
-    pairs = model_pairs(_family(manifest, overrides))
+    source, pairs = _source(), model_pairs(_family(manifest, overrides))
     shown = track(pairs, "measuring", console=console, disable=not console.is_terminal)
     rows = [measure(pair, family_name(manifest), repeats) for pair in shown]
     _show_wide(table(rows))
-    console.print(write(out, rows, _command()), markup=False, soft_wrap=True)
+    console.print(write(out, rows, source), markup=False, soft_wrap=True)
 
 
 @bench_app.command("mixed")
@@ -141,14 +141,14 @@ def bench_mixed(
 
     from farm.bench.mixed import CONTROLS, cases, measure, table, write
 
-    every = cases(_family(manifest, overrides))
+    source, every = _source(), cases(_family(manifest, overrides))
     total = len(every) * len(CONTROLS) * repeats
     measured = measure(every, family_name(manifest), repeats)
     rows: dict[tuple[Case, str], list[Row]] = {}
     for case, row in track(measured, "measuring", total, console=console, disable=not console.is_terminal):
         rows.setdefault((case, row.control), []).append(row)
     _show_wide(table(rows))
-    console.print(write(out, rows, _command()), markup=False, soft_wrap=True)
+    console.print(write(out, rows, source), markup=False, soft_wrap=True)
 
 
 def _family(manifest: Path, overrides: list[str] | None) -> Manifest:
@@ -161,8 +161,11 @@ def _show_wide(shown: Table) -> None:
     Console(width=max(console.width, TABLE_WIDTH)).print(shown)
 
 
-def _command() -> str:
-    return " ".join(["farm", *sys.argv[1:]])
+def _source() -> dict[str, Any]:
+    """Taken before a benchmark runs: the checkout may move on while it does."""
+    from farm.bench.report import origin
+
+    return origin(" ".join(["farm", *sys.argv[1:]]))
 
 
 def family_name(manifest: Path) -> str:

@@ -12,7 +12,7 @@ from farm.bench import decode
 from farm.bench.decode import Arm, Row, chosen, full_arms, largest, measure, quick_arms, with_vllm
 from farm.bench.family import Member
 from farm.bench.floor import Floor
-from farm.bench.report import against, grouped, key_of, predicted, table, write
+from farm.bench.report import against, grouped, key_of, origin, predicted, table, write
 from farm.bench.vllm_engine import VllmEngine, VllmSettings
 from farm.draft.config import DraftConfig
 from farm.draft.model import new_draft
@@ -159,7 +159,9 @@ def test_table_plot_and_rows_are_written(
     monkeypatch.setattr(decode, "EQUAL_TOKENS", 12)
     rows = list(measure(member, "zoo", quick_arms(), 3))
     assert table(rows).row_count == len(quick_arms())
-    json_path, picture = write(tmp_path / "bench", rows, {"t": Floor(10**6, 1e9)}, "farm bench decode")
+    json_path, picture = write(
+        tmp_path / "bench", rows, {"t": Floor(10**6, 1e9)}, origin("farm bench decode")
+    )
     record = json.loads(json_path.read_text())
     assert {"command", "hardware", "versions", "floors", "rows"} <= record.keys()
     assert len(record["rows"]) == len(rows)

@@ -21,6 +21,7 @@ from farm.bench.mixed import (
     table,
     write,
 )
+from farm.bench.report import origin
 from farm.decode.engine import Route
 from tests.farm.decode.family import family
 
@@ -55,7 +56,7 @@ def test_every_case_is_measured_in_every_repeat_and_written(voices: list[Voice],
     assert {len(measured) for measured in rows.values()} == {3}
     assert {row.adapters for row in rows[every[-1], "fixed-4"]} == {2}
     assert table(rows).row_count == 2 * len(every)
-    record = json.loads(write(tmp_path, rows, "farm bench mixed").read_text())
+    record = json.loads(write(tmp_path, rows, origin("farm bench mixed")).read_text())
     assert record["over_alone"].keys() == {"lora: 2 targets, off", "lora: 2 targets, fixed-4"}
     assert all(0 < ratio["median"] for ratio in record["over_alone"].values())
 

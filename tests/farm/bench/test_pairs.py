@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from farm.bench.pairs import Pair, measure, table, write
+from farm.bench.report import origin
 
 
 def test_the_first_side_takes_turns_and_the_ratio_is_of_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,6 +33,6 @@ def test_rows_are_shown_and_written_with_where_they_come_from(tmp_path: Path) ->
     same = Pair("forward", "context 200", "1 x 1 tokens", "float32", ones, ones)
     rows = [measure(same, "zoo", 3)]
     assert table(rows).row_count == 1
-    record = json.loads(write(tmp_path / "bench", rows, "farm bench operators").read_text())
+    record = json.loads(write(tmp_path / "bench", rows, origin("farm bench operators")).read_text())
     assert {"command", "git_sha", "versions", "hardware", "rows"} == record.keys()
     assert record["rows"][0]["speedup"].keys() == {"median", "low", "high"}
