@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -53,7 +53,7 @@ class Routes:
 
     def __init__(self) -> None:
         self._routes: dict[str, Route] = {}
-        self._stacks: OrderedDict[tuple[str, ...], Lora] = OrderedDict()
+        self._stack = functools.lru_cache(KEPT_STACKS)(self._stack_anew)
 
     def __getitem__(self, target: str) -> Route:
         return self._routes[target]
@@ -61,8 +61,8 @@ class Routes:
     def __contains__(self, target: str) -> bool:
         return target in self._routes
 
-    def __iter__(self) -> itertools.chain[Route]:
-        return itertools.chain(self._routes.values())
+    def __iter__(self) -> Iterator[Route]:
+        return iter(self._routes.values())
 
     def host(self, route: Route) -> None:
         """Adds a target. Raises ValueError when its forward or its trunk differs from the others'."""
@@ -82,8 +82,7 @@ class Routes:
     def drop(self, target: str) -> None:
         """Forgets a target that no request needs any more."""
         del self._routes[target]
-        for key in [key for key in self._stacks if target in key]:
-            del self._stacks[key]
+        self._stack.cache_clear()
 
     def have_drafts(self, targets: Sequence[str]) -> tuple[bool, ...]:
         """Whether each row's target has a draft."""
@@ -105,14 +104,9 @@ class Routes:
             first += len(rows)
         return found
 
-    def _stack(self, present: tuple[str, ...]) -> Lora:
-        if present not in self._stacks:
-            loras = [self._routes[name].lora for name in present]
-            self._stacks[present] = stack_loras([lora for lora in loras if lora is not None])
-            if len(self._stacks) > KEPT_STACKS:
-                self._stacks.popitem(last=False)
-        self._stacks.move_to_end(present)
-        return self._stacks[present]
+    def _stack_anew(self, present: tuple[str, ...]) -> Lora:
+        loras = [self._routes[name].lora for name in present]
+        return stack_loras([lora for lora in loras if lora is not None])
 
 
 def arrange(owners: Sequence[Owner | None]) -> tuple[tuple[Owner, ...], tuple[int, ...]]:

@@ -8,8 +8,9 @@ because attention masks by position. Memory is taken once, when the cache is mad
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -82,6 +83,16 @@ class Window:
         return self.keys[layer], self.values[layer]
 
 
+class Cached(Protocol):
+    """What of a forward decides the shape of its cache."""
+
+    layers: Sized
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+
 class SlotCache:
     """One buffer [layers, N, capacity, 2 G, D], keys before values; `capacity` is in positions."""
 
@@ -99,6 +110,12 @@ class SlotCache:
         self.capacity = capacity
         self.buffer = torch.zeros(size, dtype=dtype, device=device)
         self._flat = self.buffer.view(num_layers, num_slots * capacity, -1).unbind(0)
+
+    @classmethod
+    def of(cls, forward: Cached, num_slots: int, capacity: int) -> SlotCache:
+        """A cache for `num_slots` sequences of a forward, each of at most `capacity` positions."""
+        shape = (forward.num_kv_heads, forward.head_dim)
+        return cls(len(forward.layers), num_slots, capacity, shape, forward.dtype, forward.device)
 
     @property
     def num_bytes(self) -> int:

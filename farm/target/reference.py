@@ -69,8 +69,7 @@ class ReferenceForward:
 
     def new_cache(self, num_slots: int, capacity: int) -> SlotCache:
         """A cache for `num_slots` sequences of at most `capacity` positions."""
-        shape = (self.num_kv_heads, self.head_dim)
-        return SlotCache(len(self.layers), num_slots, capacity, shape, self.dtype, self.device)
+        return SlotCache.of(self, num_slots, capacity)
 
     @torch.inference_mode()
     def forward(
