@@ -27,6 +27,7 @@ from farm.layers.dense import Dense, RmsNorm
 from farm.target.forward import TargetForward
 from farm.target.load import load_model, load_tokenizer, placement
 
+Product = Callable[[Tensor], Tensor]
 DTYPES = ("float32", "bfloat16")
 ROWS = (1, 4, 8, 32)
 FORWARDS = ((1, 1), (1, 4), (8, 1))  # sequences, new tokens of each
@@ -94,11 +95,7 @@ def _linears(config: Any, forward: TargetForward) -> Iterator[Pair]:
         library = [partial(functional.linear, weight=weight) for weight in weights]
         ours = [Dense.of(weight) for weight in weights]
         for rows in ROWS:
-            x_MX = _normal(forward, rows, x)
-            yield Pair(
-                "linear", f"{name}, {x} to {y}", f"{rows} x {x}", _name(forward.dtype),
-                partial(_each, library, x_MX), partial(_each, ours, x_MX), count,
-            )  # fmt: skip
+            yield _layerwise("linear", f"{name}, {x} to {y}", _normal(forward, rows, x), library, ours)
 
 
 def _norms(forward: TargetForward) -> Iterator[Pair]:
@@ -107,11 +104,18 @@ def _norms(forward: TargetForward) -> Iterator[Pair]:
     library = [partial(functional.rms_norm, normalized_shape=(hidden,), weight=w, eps=eps) for w in weights]
     ours = [RmsNorm.of(weight, eps) for weight in weights]
     for rows in ROWS:
-        x_MH = _normal(forward, rows, hidden)
-        yield Pair(
-            "rms_norm", f"hidden {hidden}", f"{rows} x {hidden}", _name(forward.dtype),
-            partial(_each, library, x_MH), partial(_each, ours, x_MH), count,
-        )  # fmt: skip
+        yield _layerwise("rms_norm", f"hidden {hidden}", _normal(forward, rows, hidden), library, ours)
+
+
+def _layerwise(
+    operator: str, case: str, x_MX: Tensor, library: Sequence[Product], ours: Sequence[Product]
+) -> Pair:
+    """Both sides over the same input, a call for each layer's weight."""
+    rows, width = x_MX.shape
+    return Pair(
+        operator, case, f"{rows} x {width}", _name(x_MX.dtype),
+        partial(_each, library, x_MX), partial(_each, ours, x_MX), len(ours),
+    )  # fmt: skip
 
 
 def _samplings(forward: TargetForward, text_S: Tensor) -> Iterator[Pair]:
@@ -155,7 +159,7 @@ def _forward(model: Any, forward: TargetForward, tokens_BS: Tensor) -> Pair:
     )  # fmt: skip
 
 
-def _each(calls: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
+def _each(calls: Sequence[Product], x: Tensor) -> Tensor:
     for call in calls:
         out = call(x)
     return out

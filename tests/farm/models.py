@@ -23,6 +23,16 @@ TYPES = {
 }
 
 
+def sharpened(model: Any, scale: float) -> Any:
+    """The model with larger weights, so that its distributions are far from uniform, and with biases that matter."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            parameter.mul_(scale)
+        elif "bias" in name:
+            parameter.normal_(0.0, 0.5)
+    return model
+
+
 def tiny_model(
     kind: str = "llama", *, vocab: int = 32, hidden: int = 32, layers: int = 2, seed: int = 0, **options: Any
 ) -> Any:
@@ -39,12 +49,7 @@ def tiny_model(
         vocab_size=vocab, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, **sizes
     )
     model = model_class(config).eval().requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1:
-            parameter.mul_(8.0)
-        elif "bias" in name:
-            parameter.normal_(0.0, 0.5)
-    return model
+    return sharpened(model, 8.0)
 
 
 def tiny_pair(kind: str = "llama", *, seed: int = 0, **options: Any) -> tuple[TargetForward, Draft]:

@@ -21,7 +21,7 @@ from farm.target.load import load_embedding_and_head, load_model, load_target
 from farm.target.lora import open_beside
 from farm.target.reference import ReferenceForward
 from tests.farm.layers.test_cache import chain, prefilled, trees
-from tests.farm.models import tiny_model
+from tests.farm.models import sharpened, tiny_model
 
 SIZES = {
     "vocab_size": 32, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -49,12 +49,7 @@ def tiny(kind: str, **options: Any) -> Any:
     config = AutoConfig.for_model(kind, **(SIZES | KINDS.get(kind, {}) | options))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1:
-            parameter.mul_(6.0)
-        elif "bias" in name:
-            parameter.normal_(0.0, 0.5)
-    return model
+    return sharpened(model, 6.0)
 
 
 def tokens(*shape: int, seed: int = 1) -> torch.Tensor:
