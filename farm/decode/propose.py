@@ -115,7 +115,7 @@ class ChainReader:
         starts = [start + count for start, count in zip(pending.rows.starts, pending.count, strict=True)]
         self._window = cache.window(Rows(starts, pending.rows.first), num_steps)
         self._cos_BKND, self._sin_BKND = draft.tables(self._window.positions_BT, dtype)
-        self._entries_KB = self._window.entries_M.view(len(starts), num_steps).t().contiguous()
+        self._entries_KBP = self._window.entries_BTP.transpose(0, 1).contiguous()
         # One row sees all that is written, which costs a slice; more rows share a mask over the last step's context.
         self._start = starts[0] if len(starts) == 1 else None
         group = draft.config.num_heads // draft.config.num_kv_heads
@@ -129,11 +129,11 @@ class ChainReader:
         tables = self._cos_BKND[:, step : step + 1], self._sin_BKND[:, step : step + 1]
 
         def remember(kv_BTPD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-            keys_BSGD, values_BSGD = self._window.write(0, kv_BTPD, self._entries_KB[step])
+            keys_BGSD, values_BGSD = self._window.write(0, kv_BTPD, self._entries_KBP[step])
             if self._start is None:
-                return keys_BSGD, values_BSGD, self._mask_KB1RS[step]
+                return keys_BGSD, values_BGSD, self._mask_KB1RS[step]
             end = self._start + self.forwards
-            return keys_BSGD[:, :end], values_BSGD[:, :end], None
+            return keys_BGSD[:, :, :end], values_BGSD[:, :, :end], None
 
         embedded_B1H = self.head.embed(tokens_B[:, None])
         self.hidden_BH = self._draft.read(embedded_B1H, self.hidden_BH[:, None], tables, remember)[:, 0]

@@ -56,7 +56,7 @@ class Trunk(nn.Module):
         """Residual with the shared expert added, and its normed input, both [B, T, H].
 
         `remember(kv_BTPD)` stores this step's keys and then values and returns what may be read: keys and values
-        [B, S, G, D] and a boolean mask [B, 1, R * T, S] or None. Serving passes the slot cache, training the unrolled
+        [B, G, S, D] and a boolean mask [B, 1, R * T, S] or None. Serving passes the slot cache, training the unrolled
         form of it, so that one forward serves both.
         """
         b, t, _ = embedded_BTH.shape
@@ -66,8 +66,8 @@ class Trunk(nn.Module):
         q_BTND = rotate(self.q_proj(u_BTH).view(b, t, n, d), cos_BT1D, sin_BT1D)
         k_BTGD = rotate(self.k_proj(u_BTH).view(b, t, g, d), cos_BT1D, sin_BT1D)
         kv_BTPD = torch.cat((k_BTGD, self.v_proj(u_BTH).view(b, t, g, d)), dim=2)
-        k_BSGD, v_BSGD, mask = remember(kv_BTPD)
-        a_BTH = u_BTH + self.o_proj(attend(q_BTND, k_BSGD, v_BSGD, mask))
+        k_BGSD, v_BGSD, mask = remember(kv_BTPD)
+        a_BTH = u_BTH + self.o_proj(attend(q_BTND, k_BGSD, v_BGSD, mask))
         n_BTH = self.post_attention_layernorm(a_BTH)
         return a_BTH + self.shared_expert(n_BTH), n_BTH
 

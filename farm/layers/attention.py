@@ -76,16 +76,16 @@ def fold_mask(mask_B1TS: Tensor, group: int) -> Tensor:
     return mask_B1TS if group == 1 else mask_B1TS.repeat(1, 1, group, 1)
 
 
-def attend(q_BTND: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, mask: Tensor | None) -> Tensor:
+def attend(q_BTND: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask: Tensor | None) -> Tensor:
     """Softmax attention, [B, T, N * D]; `mask` is [B, 1, R * T, S], boolean or additive (see `fold_mask`).
 
     Heads of one group are folded into rows, so that each key/value head is read once and a batch stays one product.
     """
     b, t, n, d = q_BTND.shape
-    g = k_BSGD.shape[2]
+    g = k_BGSD.shape[1]
     r = n // g
     q_BGRTD = q_BTND.view(b, t, g, r, d).permute(0, 2, 3, 1, 4)
     out_BGND = functional.scaled_dot_product_attention(
-        q_BGRTD.reshape(b, g, r * t, d), k_BSGD.transpose(1, 2), v_BSGD.transpose(1, 2), attn_mask=mask
+        q_BGRTD.reshape(b, g, r * t, d), k_BGSD, v_BGSD, attn_mask=mask
     )
     return out_BGND.view(b, g, r, t, d).permute(0, 3, 1, 2, 4).reshape(b, t, n * d)

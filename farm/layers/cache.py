@@ -60,9 +60,9 @@ class Window:
     positions_BT: Tensor  # of the call's tokens, int64
     context: int  # S: the number of entries that attention has to read
     rows: Rows
-    entries_M: Tensor  # where the tokens' entries lie, in a layer seen as [N * capacity, P * D]
+    entries_BTP: Tensor  # where the tokens' keys and values lie, in a layer seen as [N * P * capacity, D]
     flat: tuple[Tensor, ...]  # a layer each
-    keys: tuple[Tensor, ...]  # [B, S, G, D] a layer
+    keys: tuple[Tensor, ...]  # [B, G, S, D] a layer
     values: tuple[Tensor, ...]
 
     def mask(self, group: int, dtype: torch.dtype) -> Tensor | None:
@@ -73,13 +73,13 @@ class Window:
         starts_B = torch.tensor(self.rows.starts, device=self.positions_BT.device)
         return tree_mask(starts_B, branches.seen_BTE, self.context, group, dtype)
 
-    def write(self, layer: int, kv_BTPD: Tensor, entries_M: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Keeps the tokens' keys and values; returns all that they may read, keys and values [B, S, G, D].
+    def write(self, layer: int, kv_BTPD: Tensor, entries_BTP: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Keeps the tokens' keys and values; returns all that they may read, keys and values [B, G, S, D].
 
-        `entries_M` are some of the window's, where a call is for some of its tokens.
+        `entries_BTP` are some of the window's, where a call is for some of its tokens.
         """
-        entries_M = self.entries_M if entries_M is None else entries_M
-        self.flat[layer].index_copy_(0, entries_M, kv_BTPD.reshape(entries_M.shape[0], -1))
+        entries_M = (self.entries_BTP if entries_BTP is None else entries_BTP).view(-1)
+        self.flat[layer].index_copy_(0, entries_M, kv_BTPD.reshape(len(entries_M), -1))
         return self.keys[layer], self.values[layer]
 
 
@@ -94,7 +94,10 @@ class Cached(Protocol):
 
 
 class SlotCache:
-    """One buffer [layers, N, capacity, 2 G, D], keys before values; `capacity` is in positions."""
+    """One buffer [layers, N, 2 G, capacity, D], keys before values; `capacity` is in positions.
+
+    Positions of one head lie behind each other: attention reads them as one run of memory.
+    """
 
     def __init__(
         self,
@@ -106,10 +109,12 @@ class SlotCache:
         device: torch.device | str = "cpu",
     ) -> None:
         self.num_kv_heads, head_dim = shape
-        size = (num_layers, num_slots, capacity, 2 * self.num_kv_heads, head_dim)
+        size = (num_layers, num_slots, 2 * self.num_kv_heads, capacity, head_dim)
         self.capacity = capacity
         self.buffer = torch.zeros(size, dtype=dtype, device=device)
-        self._flat = self.buffer.view(num_layers, num_slots * capacity, -1).unbind(0)
+        self._flat = self.buffer.view(num_layers, -1, head_dim).unbind(0)
+        heads_NP = torch.arange(num_slots * 2 * self.num_kv_heads, device=device).view(num_slots, -1)
+        self._starts_NP = heads_NP * capacity  # of each slot's heads in a flat layer
 
     @classmethod
     def of(cls, forward: Cached, num_slots: int, capacity: int) -> SlotCache:
@@ -129,16 +134,16 @@ class SlotCache:
         entries_BT = positions_BT = rows.entries(num_tokens, self.buffer.device)
         if rows.branches is not None:
             entries_BT, positions_BT = entries_BT + ahead, entries_BT[:, :1] + rows.branches.depths_BT
-        slots_B1 = torch.arange(rows.first, rows.first + num_rows, device=self.buffer.device)[:, None]
-        readable = self.buffer[:, rows.first : rows.first + num_rows, :end]
+        slots = slice(rows.first, rows.first + num_rows)
+        readable = self.buffer[:, slots, :, :end]
         return Window(
             positions_BT=positions_BT,
             context=end,
             rows=rows,
-            entries_M=torch.add(entries_BT, slots_B1, alpha=self.capacity).view(-1),
+            entries_BTP=entries_BT[..., None] + self._starts_NP[slots, None],
             flat=self._flat,
-            keys=readable[..., : self.num_kv_heads, :].unbind(0),
-            values=readable[..., self.num_kv_heads :, :].unbind(0),
+            keys=readable[:, :, : self.num_kv_heads].unbind(0),
+            values=readable[:, :, self.num_kv_heads :].unbind(0),
         )
 
     def keep(self, rows: Rows, nodes_BT: Tensor) -> None:
@@ -146,13 +151,13 @@ class SlotCache:
 
         `nodes_BT` are indices from the rows' starts, ascending along a path, as a path's are.
         """
-        slots_B1 = torch.arange(rows.first, rows.first + len(rows.starts), device=nodes_BT.device)[:, None]
+        starts_B1P = self._starts_NP[rows.first : rows.first + len(rows.starts), None]
         line_BT = rows.entries(nodes_BT.shape[1], nodes_BT.device)
-        source_M = (line_BT[:, :1] + nodes_BT + slots_B1 * self.capacity).view(-1)
-        destination_M = (line_BT + slots_B1 * self.capacity).view(-1)
+        source_M = ((line_BT[:, :1] + nodes_BT)[..., None] + starts_B1P).view(-1)
+        destination_M = (line_BT[..., None] + starts_B1P).view(-1)
         for layer in self._flat:
             layer.index_copy_(0, destination_M, layer.index_select(0, source_M))
 
     def move(self, sources: list[int], destinations: list[int], length: int) -> None:
         """Copies the first `length` positions of slots over others, all at once, so that slots may change places."""
-        self.buffer[:, destinations, :length] = self.buffer[:, sources, :length]
+        self.buffer[:, destinations, :, :length] = self.buffer[:, sources, :, :length]

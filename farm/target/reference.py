@@ -167,8 +167,7 @@ class WindowCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Keeps keys and values [B, G, T, D]; returns all that may be read, [B, G, S, D] each."""
         kv_BTPD = torch.cat((key_states, value_states), dim=1).transpose(1, 2)
-        keys_BSGD, values_BSGD = self._window.write(layer_idx, kv_BTPD)
-        return keys_BSGD.transpose(1, 2), values_BSGD.transpose(1, 2)
+        return self._window.write(layer_idx, kv_BTPD)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - the signature of the base
         """Positions before the call's tokens, of the longest row."""

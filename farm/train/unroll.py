@@ -37,8 +37,8 @@ def unroll(draft: Draft, embedded_BTH: Tensor, hidden_BTH: Tensor, num_steps: in
         seen.append(kv_BTPD)
         mask_TS = torch.cat((causal_TT, *[own_TT] * (len(seen) - 1)), dim=1)
         mask_B1TS = mask_TS.expand(num_rows, 1, length, mask_TS.shape[1])
-        k_BSGD, v_BSGD = torch.cat(seen, dim=1).chunk(2, dim=2)
-        return k_BSGD, v_BSGD, fold_mask(mask_B1TS, group)
+        k_BGSD, v_BGSD = torch.cat(seen, dim=1).transpose(1, 2).chunk(2, dim=1)
+        return k_BGSD, v_BGSD, fold_mask(mask_B1TS, group)
 
     predicted: list[Tensor] = []
     for step in range(num_steps):

@@ -103,8 +103,8 @@ def test_the_cache_after_rounds_equals_a_fresh_prefill() -> None:
         fresh = target.new_cache(1, 64)
         target.forward(known, Rows([0]), fresh)
         for kept, expected in zip(engine.runner.cache.buffer, fresh.buffer, strict=True):
-            got = kept[slot, : known.shape[1]]
-            torch.testing.assert_close(got, expected[0, : known.shape[1]], atol=1e-4, rtol=1e-4)
+            got = kept[slot, :, : known.shape[1]]
+            torch.testing.assert_close(got, expected[0, :, : known.shape[1]], atol=1e-4, rtol=1e-4)
 
 
 def test_captured_features_are_the_targets_hidden_states_of_every_processed_token() -> None:

@@ -149,11 +149,11 @@ def fresh_caches(
     known, fresh = torch.tensor([tokens[:-1]]), target.new_cache(1, 64)
     hidden = target.forward(known, Rows([0]), fresh)
     shape, read = drafting._cache.buffer.shape, len(tokens) - 1 - unread
-    mine = SlotCache(1, 1, 64, (shape[3] // 2, shape[4]), target.dtype)
+    mine = SlotCache(1, 1, 64, (shape[2] // 2, shape[4]), target.dtype)
     if read:
         after = torch.tensor([tokens[1 : 1 + read]])
         run_draft(*drafting._drafts.bind([""]), after, hidden[:, :read], Rows([0]), mine)
-    return fresh.buffer[:, 0, : len(tokens) - 1], mine.buffer[:, 0, :read]
+    return fresh.buffer[:, 0, :, : len(tokens) - 1], mine.buffer[:, 0, :, :read]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -196,7 +196,9 @@ def test_after_every_step_the_caches_equal_a_fresh_prefill(tree: TreeShape) -> N
                 (engine.runner.cache.buffer, of_target),
                 (drafting._cache.buffer, of_draft),
             ):
-                torch.testing.assert_close(buffer[:, slot, : expected.shape[1]], expected, atol=1e-9, rtol=0)
+                torch.testing.assert_close(
+                    buffer[:, slot, :, : expected.shape[2]], expected, atol=1e-9, rtol=0
+                )
     assert sum(engine.stats.accepted[1:]) > 5
 
 

@@ -14,8 +14,10 @@ def test_the_fused_draft_predicts_what_the_module_predicts() -> None:
     embedded, hidden = torch.randn(2, 3, 9, 32, generator=generator, dtype=torch.float64)
     positions = torch.arange(9).expand(3, 9) + torch.tensor([[0], [5], [2]])
     mask = causal_mask(torch.arange(9).expand(3, 9), 9, 2, torch.float64)
-    expected = draft(embedded, hidden, positions, lambda kv: (*kv.chunk(2, dim=2), mask))
-    got = LeanDraft.of(draft)(embedded, hidden, positions, lambda kv: (*kv.chunk(2, dim=2), mask))
+    expected = draft(embedded, hidden, positions, lambda kv: (*kv.transpose(1, 2).chunk(2, dim=1), mask))
+    got = LeanDraft.of(draft)(
+        embedded, hidden, positions, lambda kv: (*kv.transpose(1, 2).chunk(2, dim=1), mask)
+    )
     torch.testing.assert_close(got, expected, atol=1e-10, rtol=0)
 
 

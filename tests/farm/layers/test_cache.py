@@ -95,7 +95,7 @@ def test_after_keep_the_cache_is_that_of_a_fresh_prefill(
     for row, path in enumerate(paths):
         length = len(PREFIXES[row]) + len(path)
         _, fresh = chain(target, tree, row, leaves[row])
-        got, expected = cache.buffer[:, 1 + row, :length], fresh.buffer[:, 0, :length]
+        got, expected = cache.buffer[:, 1 + row, :, :length], fresh.buffer[:, 0, :, :length]
         torch.testing.assert_close(got, expected, atol=ATOL, rtol=0)
     assert torch.equal(cache.buffer[:, 0], before)
 

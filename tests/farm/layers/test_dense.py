@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from farm.layers.dense import PACKED_ABOVE_BYTES, Dense, RmsNorm, can_pack, swiglu
+from farm.layers.dense import FEW_ROWS, PACKED_ABOVE_BYTES, Dense, RmsNorm, can_pack, swiglu
 
 SMALL, LARGE = (96, 64), (768, 576)  # [Y, X]: below and above what is packed
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.5, torch.float64: 1e-12}
@@ -34,9 +34,10 @@ def test_a_dense_map_is_the_linear_map_of_its_weight(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
-def test_rms_norm_is_torchs_at_every_scale(dtype: torch.dtype, scale: float) -> None:
+@pytest.mark.parametrize("num_rows", [1, 5, FEW_ROWS])
+def test_rms_norm_is_torchs_at_every_scale(dtype: torch.dtype, scale: float, num_rows: int) -> None:
     generator = torch.Generator().manual_seed(1)
-    x = (torch.randn(2, 5, 64, generator=generator) * scale).to(dtype)
+    x = (torch.randn(2, num_rows, 64, generator=generator) * scale).to(dtype)
     weight = torch.randn(64, generator=generator).to(dtype)
     expected = functional.rms_norm(x, (64,), weight, 1e-5)
     torch.testing.assert_close(RmsNorm.of(weight, 1e-5)(x), expected)
