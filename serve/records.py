@@ -8,7 +8,7 @@ from typing import Any, Literal
 from serve.schemas import ChatRequest, ErrorBody, TextRequest
 
 SAMPLING = (
-    "temperature", "top_p", "top_k", "min_p",
+    "temperature", "top_p", "top_k", "min_p", "max_drafted",
     "repetition_penalty", "presence_penalty", "frequency_penalty",
 )  # fmt: skip
 

@@ -65,11 +65,11 @@ class Sampling(Asked):
     model: str
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(
-        default=0, ge=0
-    )  # this one, min_p and repetition_penalty are not OpenAI's; 0, 0 and 1: off
+    # Not OpenAI's: these four. 0, 0 and 1 are off; max_drafted 0 decodes plainly.
+    top_k: int = Field(default=0, ge=0)
     min_p: float = Field(default=0.0, ge=0, le=1)
     repetition_penalty: float = Field(default=1.0, gt=0, le=10)
+    max_drafted: int | None = Field(default=None, ge=0)
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = {}

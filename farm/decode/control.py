@@ -17,10 +17,13 @@ Signal = Literal["none", "entropy", "peak"]
 
 @dataclass(frozen=True)
 class Load:
-    """Who decodes in a round: each row's target, whether it has a draft, and in how many groups they are verified."""
+    """Who decodes in a round: each row's target, the most tokens it may draft, and in how many groups all are verified.
+
+    A row's limit is its request's own, or the engine's; 0 where its target has no draft.
+    """
 
     targets: tuple[str, ...]
-    drafts: tuple[bool, ...]
+    limits: tuple[int, ...]
     num_groups: int = 1
 
     @property

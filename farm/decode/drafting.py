@@ -113,7 +113,7 @@ class Drafting:
             hidden_BTH=self._hidden_NTH[: len(lengths), : max(counts)],
             rows=self._unread_rows(lengths),
             count=tuple(counts),
-            drafts=load.drafts,
+            limits=load.limits,
         )
 
     def remember(

@@ -127,10 +127,13 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queues a request.
 
-        Raises ValueError when its target is not hosted, or its prompt is empty or leaves no room for a token.
+        Raises ValueError when its target is not hosted, its prompt is empty or leaves no room for a token, or it limits
+        the length of chains where trees are drafted.
         """
         if request.target not in self.runner.routes:
             raise ValueError(f"request {request.id}: target {request.target!r} is not hosted")
+        if self.runner.tree is not None and request.params.max_drafted:
+            raise ValueError(f"request {request.id}: max_drafted is for chains; with trees it can only be 0")
         self.scheduler.add(request)
 
     def cancel(self, request_id: str) -> None:

@@ -45,14 +45,14 @@ class Head(Protocol):
 class Pending:
     """Committed tokens that the draft has not seen: x_{t+1} beside the target's h_t, `count[b]` of them real.
 
-    Rows that `drafts` leaves out are read but not extended.
+    Row b is extended by at most `limits[b]` tokens; with 0 it is read all the same.
     """
 
     tokens_BT: Tensor
     hidden_BTH: Tensor
     rows: Rows
     count: tuple[int, ...]
-    drafts: tuple[bool, ...]
+    limits: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class ChainReader:
     def __init__(
         self, draft: LeanDraft, head: Head, pending: Pending, cache: SlotCache, num_steps: int
     ) -> None:
-        self.head, self.drafts, self.forwards = head, pending.drafts, 1
+        self.head, self.limits, self.forwards = head, pending.limits, 1
         self._draft, dtype = draft, pending.hidden_BTH.dtype
         predicted_BTH = run_draft(draft, head, pending.tokens_BT, pending.hidden_BTH, pending.rows, cache)
         rows_B = torch.arange(len(pending.count), device=predicted_BTH.device)
@@ -143,7 +143,7 @@ class ChainReader:
 @torch.inference_mode()
 def propose(reader: ChainReader, limit: int, control: Control, batch: SamplingBatch) -> DraftProposal:
     """A chain of at most `limit` tokens a row behind what `reader` has read, as long as `control` lets it grow."""
-    chain = _Chain(reader.head, control, batch, reader.drafts)
+    chain = _Chain(reader.head, control, batch, reader.limits)
     for index in range(limit):
         if index:
             if not control.more(index):
@@ -157,9 +157,9 @@ def propose(reader: ChainReader, limit: int, control: Control, batch: SamplingBa
 class _Chain:
     """Tokens drafted so far; a row that stopped gets padding while others go on."""
 
-    def __init__(self, head: Head, control: Control, batch: SamplingBatch, drafts: Sequence[bool]) -> None:
+    def __init__(self, head: Head, control: Control, batch: SamplingBatch, limits: Sequence[int]) -> None:
         self._head, self._control, self._batch = head, control, batch
-        self._lengths, self._going = [0] * len(drafts), list(drafts)
+        self._limits, self._lengths, self._going = limits, [0] * len(limits), [True] * len(limits)
         self.tokens: list[Tensor] = []
         self._probabilities: list[Tensor] = []
 
@@ -171,6 +171,7 @@ class _Chain:
             vocabulary_C = self._head.vocabulary_C
             logits_BC = batch.penalties.apply(logits_BC[:, None], drafted, index, vocabulary_C)[:, 0]
         q_BC = None if batch.greedy else distribution(logits_BC, batch)
+        self._going = [going and index < most for going, most in zip(self._going, self._limits, strict=True)]
         if self._control.signal != "none":
             kept = self._control.keep(index, _signal(logits_BC, q_BC, batch, self._control.signal))
             self._going = [going and keep for going, keep in zip(self._going, kept, strict=True)]

@@ -51,7 +51,7 @@ class Cost:
 
     def limit(self, load: Load) -> int:
         self._round += 1
-        self._load, self._survival_B, self._peaks = load, [float(drafts) for drafts in load.drafts], []
+        self._load, self._survival_B, self._peaks = load, [1.0] * load.num_rows, []
         trial = self._costs.unexplored(load)
         if trial is None and self._round % self.PROBE_EVERY == 0:
             trial = min(self.max_length, 1 + self._costs.best(load, self._mean_survival())[0])
@@ -78,7 +78,7 @@ class Cost:
 
     def keep(self, index: int, signal_B: Sequence[float]) -> list[bool]:
         self._peaks.append(list(signal_B))
-        rows = zip(self._load.targets, self._survival_B, signal_B, strict=True)
+        rows = zip(self._load.targets, self._open(index), signal_B, strict=True)
         self._survival_B = [
             survival * self._of_target[name].by_peak.of(peak) for name, survival, peak in rows
         ]
@@ -90,7 +90,7 @@ class Cost:
         if self._forced:
             return True
         dt = self._costs.draft_step(self._load, index) + self._costs.verify_step(self._load, index)
-        rows = zip(self._load.targets, self._survival_B, strict=True)
+        rows = zip(self._load.targets, self._open(index), strict=True)
         expected = sum(survival * self._of_target[name].by_position[index].value for name, survival in rows)
         return expected > self._rate * dt
 
@@ -111,9 +111,14 @@ class Cost:
         return self._load.num_rows, self._load.num_groups
 
     def _mean_survival(self) -> list[float]:
-        """Over the rows of this round; those without a draft accept nothing."""
-        rows = zip(self._load.targets, self._load.drafts, strict=True)
-        nothing = [0.0] * self.max_length
-        survival = (self._of_target[name].mean_survival() if drafts else nothing for name, drafts in rows)
-        columns = zip(*survival, strict=True)
-        return [sum(column) / self._load.num_rows for column in columns]
+        """Over the rows of this round; beyond its limit a row accepts nothing."""
+        total = [0.0] * self.max_length
+        for name, limit in zip(self._load.targets, self._load.limits, strict=True):
+            for index, survival in enumerate(self._of_target[name].mean_survival()[:limit]):
+                total[index] += survival
+        return [survival / self._load.num_rows for survival in total]
+
+    def _open(self, index: int) -> list[float]:
+        """Survival so far of the rows that may draft position `index`; 0 for the others."""
+        rows = zip(self._survival_B, self._load.limits, strict=True)
+        return [survival if index < limit else 0.0 for survival, limit in rows]

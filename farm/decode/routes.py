@@ -84,10 +84,6 @@ class Routes:
         del self._routes[target]
         self._stack.cache_clear()
 
-    def have_drafts(self, targets: Sequence[str]) -> tuple[bool, ...]:
-        """Whether each row's target has a draft."""
-        return tuple(self._routes[target].draft is not None for target in targets)
-
     def group_of(self, target: str) -> int:
         """A number that targets of one forward share."""
         return id(self._routes[target].forward)

@@ -126,11 +126,11 @@ class Runner:
         times, lengths = [time.perf_counter()], [len(row.tokens) for row in rows]
         targets = tuple(row.request.target for row in rows)
         groups = self.routes.groups(targets)
-        load = Load(targets, self.routes.have_drafts(targets), len(groups))
+        load = Load(targets, self._limits(rows), len(groups))
         drafted: DraftProposal | TreeProposal = DraftProposal.none(len(rows), self.device)
         limit = 0
         if self.drafting is not None:
-            limit = min(self.drafting.max_drafted, control.limit(load)) if any(load.drafts) else 0
+            limit = min(max(load.limits), control.limit(load)) if any(load.limits) else 0
             self.drafting.catch_up(targets, lengths, drafts=limit > 0)
         times.append(time.perf_counter())
         if self.drafting is not None and limit > 0:
@@ -168,6 +168,17 @@ class Runner:
             load, drafted.lengths, tuple(accepted), drafted.forwards, draft_s, time.perf_counter() - times[2]
         )
         return Round(committed, hidden_BTH, result)
+
+    def _limits(self, rows: Sequence[LiveRequest]) -> tuple[int, ...]:
+        """Most tokens that each row may draft."""
+        if self.drafting is None:
+            return (0,) * len(rows)
+        most, limits = self.drafting.max_drafted, []
+        for row in rows:
+            own = row.request.params.max_drafted
+            has_draft = self.routes[row.request.target].draft is not None
+            limits.append(0 if not has_draft else most if own is None else min(own, most))
+        return tuple(limits)
 
     def move(self, move: Move) -> None:
         """Copies sequences to other slots."""

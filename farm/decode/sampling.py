@@ -26,7 +26,8 @@ class SamplingParams:
     """How one request is decoded. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch those filters off.
 
     Penalties and `logit_bias` (token id, value) are described in farm/decode/penalties.py; `stop_ids` end this
-    request besides the engine's own.
+    request besides the engine's own. A round drafts at most `max_drafted` tokens for this request, fewer where the
+    engine's control says so; 0 decodes it plainly, None leaves it to the control.
     """
 
     temperature: float = 0.0
@@ -40,6 +41,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     stop_ids: frozenset[int] = frozenset()
+    max_drafted: int | None = None
 
     def __post_init__(self) -> None:
         for name, wanted, holds in (
@@ -49,6 +51,7 @@ class SamplingParams:
             ("min_p", "from 0 to 1", 0 <= self.min_p <= 1),
             ("repetition_penalty", "above 0", self.repetition_penalty > 0),
             ("max_new_tokens", "at least 1", self.max_new_tokens >= 1),
+            ("max_drafted", "at least 0", (self.max_drafted or 0) >= 0),
         ):
             if not holds:
                 raise ValueError(f"{name} {getattr(self, name)}: has to be {wanted}")

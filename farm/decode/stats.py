@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+# Nothing was drafted; the request ended before a drafted token could fail; a token was rejected; all were accepted.
+RoundEnd = Literal["undrafted", "stopped", "rejected", "accepted"]
+ROUND_ENDS: tuple[RoundEnd, ...] = get_args(RoundEnd)
 
 
 @dataclass
@@ -10,19 +15,21 @@ class DecodeStats:
     """Counts of verification rounds; they add up over requests.
 
     A round is one target forward after the prefill. `emitted` counts the tokens it committed, cut at a stop;
-    `reached[i]` and `accepted[i]` count drafted position i before the cut.
+    `reached[i]` and `accepted[i]` count drafted position i before the cut; `ended` counts why a round gave no more.
     """
 
     rounds: int = 0
     emitted: int = 0
     reached: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
+    ended: dict[RoundEnd, int] = field(default_factory=lambda: dict.fromkeys(ROUND_ENDS, 0))
 
     def count(self, num_drafted: int, num_accepted: int, num_emitted: int) -> None:
         """Adds one round; tokens cut off by a stop count as not reached."""
         self._widen(num_drafted)
         self.rounds += 1
         self.emitted += num_emitted
+        self.ended[_end(num_drafted, num_accepted, num_emitted)] += 1
         for i in range(min(num_accepted, num_emitted)):
             self.reached[i] += 1
             self.accepted[i] += 1
@@ -33,6 +40,8 @@ class DecodeStats:
         self._widen(len(other.reached))
         self.rounds += other.rounds
         self.emitted += other.emitted
+        for reason, count in other.ended.items():
+            self.ended[reason] += count
         for i, (reached, accepted) in enumerate(zip(other.reached, other.accepted, strict=True)):
             self.reached[i] += reached
             self.accepted[i] += accepted
@@ -57,3 +66,11 @@ class DecodeStats:
         while len(self.reached) < num_drafted:
             self.reached.append(0)
             self.accepted.append(0)
+
+
+def _end(num_drafted: int, num_accepted: int, num_emitted: int) -> RoundEnd:
+    if num_drafted == 0:
+        return "undrafted"
+    if num_emitted <= num_accepted:
+        return "stopped"
+    return "rejected" if num_accepted < num_drafted else "accepted"

@@ -47,7 +47,7 @@ class TreeReader:
         nothing = torch.empty(len(rows_B), 1, 0, dtype=torch.int64, device=predicted_BTH.device)
         self.root_B = pending.tokens_BT[rows_B, at_B]
         self.root = Level(predicted_BTH[rows_B, at_B][:, None], nothing.bool(), nothing)
-        self.drafts_B = torch.tensor(pending.drafts, device=predicted_BTH.device)
+        self.drafts_B = torch.tensor(pending.limits, device=predicted_BTH.device) > 0
         self.forwards = 1
         starts = [start + count for start, count in zip(pending.rows.starts, pending.count, strict=True)]
         self._rows = Rows(starts, pending.rows.first)

@@ -13,7 +13,7 @@ from farm.decode.renewal import Cost
 
 
 def load_of(rows: int) -> Load:
-    return Load(("",) * rows, (True,) * rows)
+    return Load(("",) * rows, (8,) * rows)
 
 
 def took(rows: int, length: int, draft_s: float, rest_s: float) -> RoundResult:

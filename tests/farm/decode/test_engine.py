@@ -13,6 +13,7 @@ from farm.decode.controls import make_control
 from farm.decode.engine import Completion, Engine, Request, Route
 from farm.decode.propose import DraftProposal
 from farm.decode.sampling import SamplingBatch, SamplingParams
+from farm.decode.tree import TreeShape
 from farm.draft.model import Draft
 from farm.layers.cache import Rows
 from farm.target.forward import TargetForward
@@ -236,7 +237,7 @@ def test_a_draft_that_rested_for_long_proposes_as_if_it_had_read_all() -> None:
         (sequence,) = engine.scheduler.live
         drafting, lengths = engine.runner.drafting, [len(sequence.tokens)]
         assert drafting is not None
-        load = Load(("",), (True,))
+        load = Load(("",), (3,))
         drafting.catch_up(load.targets, lengths, drafts=True)
         proposal = drafting.propose(load, lengths, 3, Fixed(3), batch)
         return [*lengths, *proposal.tokens_BK[0].tolist()]
@@ -253,3 +254,31 @@ def test_seconds_add_up_to_the_time_of_the_steps() -> None:
     parts = vars(engine.seconds)
     assert all(value > 0 for value in parts.values())
     assert 0.8 * total < sum(parts.values()) <= total
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_requests_own_draft_length_holds_for_it_alone_and_changes_no_token(temperature: float) -> None:
+    target, draft = tiny_pair()
+    lengths = (None, 0, 2, 1)
+    requests = [
+        Request(
+            str(i),
+            ids,
+            SamplingParams(temperature=temperature, seed=i, max_new_tokens=30, max_drafted=length),
+        )
+        for i, (ids, length) in enumerate(zip(prompts(4, 5), lengths, strict=True))
+    ]
+    together = decode(target, draft, requests, num_slots=4)
+    assert [done.tokens for done in together] == [decode(target, draft, [r])[0].tokens for r in requests]
+    assert [len(done.stats.reached) for done in together] == [3, 0, 2, 1]
+    assert together[1].stats.ended == {"undrafted": 29, "stopped": 0, "rejected": 0, "accepted": 0}
+
+
+def test_a_tree_is_drafted_whole_or_not_at_all() -> None:
+    target, draft = tiny_pair()
+    tree = TreeShape("top-k", width=2, depth=2, num_nodes=4)
+    engine = Engine([Route(target, NO_STOP, draft)], num_slots=1, max_length=64, k=3, tree=tree)
+    with pytest.raises(ValueError, match="max_drafted"):
+        engine.add(Request("0", (1, 2), SamplingParams(max_drafted=1)))
+    done = engine.run([Request("1", (1, 2), SamplingParams(max_new_tokens=9, max_drafted=0))])
+    assert done[0].stats.reached == []

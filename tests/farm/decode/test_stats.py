@@ -1,6 +1,8 @@
 """tau, survival and alpha from raw counts, as the project defines them."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from farm.decode.stats import DecodeStats
 
@@ -33,3 +35,14 @@ def test_counts_of_requests_add_up_whatever_their_draft_length() -> None:
     assert (total.rounds, total.emitted) == (2, 5)
     assert total.accepted == [2, 1, 0, 0]
     assert total.reached == [2, 2, 0, 0]
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(1, 6))))
+def test_every_round_has_one_reason_for_its_end(rounds: list[tuple[int, int, int]]) -> None:
+    """A rejection is counted where a position was reached and not accepted, and nowhere else."""
+    stats = DecodeStats()
+    for drafted, accepted, emitted in rounds:
+        accepted = min(accepted, drafted)
+        stats.count(drafted, accepted, min(emitted, accepted + 1))
+    assert sum(stats.ended.values()) == stats.rounds
+    assert stats.ended["rejected"] == sum(stats.reached) - sum(stats.accepted)
