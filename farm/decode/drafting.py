@@ -62,7 +62,7 @@ class Drafting:
 
     def read_prompts(
         self,
-        targets: Sequence[str],
+        targets: tuple[str, ...],
         tokens_BT: Tensor,
         hidden_BTH: Tensor,
         last_B: Tensor,
@@ -77,7 +77,7 @@ class Drafting:
         self._hidden_NTH[slots, 0] = hidden_BTH[torch.arange(len(next_B)), last_B]
         self._unread[slots] = [1] * len(next_B)
 
-    def catch_up(self, targets: Sequence[str], lengths: Sequence[int], *, drafts: bool) -> None:
+    def catch_up(self, targets: tuple[str, ...], lengths: Sequence[int], *, drafts: bool) -> None:
         """Reads all but the last unread token of each row, where a proposal or the buffer would not hold them."""
         counts = self._unread[: len(lengths)]
         if max(counts) <= (self.max_drafted + 1 if drafts else CATCH_UP - 1):

@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -64,50 +63,40 @@ class Drafts:
         self._experts: dict[int, LeanExpert] = {}
         self._flats: dict[tuple[int, int], FlatExpert] = {}
         self._heads: dict[int, LeanHead] = {}
-        self._stacks: OrderedDict[tuple[int, ...], ExpertStack] = OrderedDict()
-        self._bound: tuple[tuple[str, ...], Bound] | None = None  # of the last batch
+        self._stack = functools.lru_cache(KEPT_STACKS)(self._stack_anew)
+        self.bind = functools.lru_cache(1)(self._bind_anew)  # a batch stays the same for many rounds
 
-    def bind(self, targets: Sequence[str]) -> Bound:
-        """The trunk with each row's expert, and each row's head; kept until the batch is another one."""
-        key = tuple(targets)
-        if self._bound is None or self._bound[0] != key:
-            groups = tuple(self._routes.groups(targets))
-            heads = tuple(self._head(group.forward) for group in groups)
-            head = heads[0] if len(heads) == 1 else MixedHeads(heads, groups)
-            self._bound = key, (LeanDraft(self._trunk, self._experts_of(key)), head)
-        return self._bound[1]
+    def _bind_anew(self, targets: tuple[str, ...]) -> Bound:
+        """The trunk with each row's expert, and each row's head."""
+        groups = self._routes.groups(targets)
+        heads = tuple(self._head(group.forward) for group in groups)
+        head = heads[0] if len(heads) == 1 else MixedHeads(heads, groups)
+        return LeanDraft(self._trunk, self._experts_of(targets)), head
 
     def forget(self) -> None:
         """Drops what was made for targets that are hosted no more."""
         forwards = {id(route.forward) for route in self._routes}
         experts = {id(route.draft.expert) for route in self._routes if route.draft is not None}
         experts.add(id(self._spare))
-        self._bound = None
+        self.bind.cache_clear()
+        self._stack.cache_clear()
         self._heads = {key: head for key, head in self._heads.items() if key in forwards}
         self._experts = {key: expert for key, expert in self._experts.items() if key in experts}
         self._flats = {key: flat for key, flat in self._flats.items() if key[0] in experts}
-        for key in [key for key in self._stacks if not experts.issuperset(key)]:
-            del self._stacks[key]
 
     def _experts_of(self, targets: tuple[str, ...]) -> ExpertSum:
         drafts = (self._routes[name].draft for name in targets)
         of_rows = [self._spare if draft is None else draft.expert for draft in drafts]
-        experts = {id(expert): expert for expert in of_rows}
-        present, which = arrange([id(expert) for expert in of_rows])
+        present, which = arrange(of_rows)
         if len(present) > 1:
-            return RoutedExperts.of(self._stack(present, experts), which)
-        if present[0] not in self._experts:
-            self._experts[present[0]] = LeanExpert.of(experts[present[0]])
-        return self._experts[present[0]]
+            return RoutedExperts.of(self._stack(present), which)
+        if id(present[0]) not in self._experts:
+            self._experts[id(present[0])] = LeanExpert.of(present[0])
+        return self._experts[id(present[0])]
 
-    def _stack(self, key: tuple[int, ...], experts: dict[int, Expert]) -> ExpertStack:
-        if key not in self._stacks:
-            width = max(expert.gate_proj.weight.shape[0] for expert in experts.values())
-            self._stacks[key] = ExpertStack([self._flat(experts[one], width) for one in key])
-            if len(self._stacks) > KEPT_STACKS:
-                self._stacks.popitem(last=False)
-        self._stacks.move_to_end(key)
-        return self._stacks[key]
+    def _stack_anew(self, present: tuple[Expert, ...]) -> ExpertStack:
+        width = max(expert.gate_proj.weight.shape[0] for expert in present)
+        return ExpertStack([self._flat(expert, width) for expert in present])
 
     def _flat(self, expert: Expert, width: int) -> FlatExpert:
         if (id(expert), width) not in self._flats:

@@ -14,6 +14,7 @@ from farm.target.forward import TargetForward
 
 Owner = TypeVar("Owner", bound=Hashable)
 KEPT_STACKS = 16  # mixtures of LoRAs whose deltas stay side by side in memory
+KEPT_BATCHES = 64  # whose division into groups is remembered
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Routes:
     def __init__(self) -> None:
         self._routes: dict[str, Route] = {}
         self._stack = functools.lru_cache(KEPT_STACKS)(self._stack_anew)
+        self.groups = functools.lru_cache(KEPT_BATCHES)(self._divide)
 
     def __getitem__(self, target: str) -> Route:
         return self._routes[target]
@@ -83,14 +85,15 @@ class Routes:
         """Forgets a target that no request needs any more."""
         del self._routes[target]
         self._stack.cache_clear()
+        self.groups.cache_clear()
 
     def group_of(self, target: str) -> int:
         """A number that targets of one forward share."""
         return id(self._routes[target].forward)
 
-    def groups(self, targets: Sequence[str]) -> list[Group]:
+    def _divide(self, targets: tuple[str, ...]) -> tuple[Group, ...]:
         """Neighbouring rows of one forward together; `targets` names the target of every row."""
-        found, first = [], 0
+        found, first = list[Group](), 0
         for _, names in itertools.groupby(targets, self.group_of):
             rows = list(names)
             adapted = [name if self._routes[name].lora is not None else None for name in rows]
@@ -98,7 +101,7 @@ class Routes:
             loras = self._stack(present) if present else None
             found.append(Group(self._routes[rows[0]].forward, first, first + len(rows), loras, which))
             first += len(rows)
-        return found
+        return tuple(found)
 
     def _stack_anew(self, present: tuple[str, ...]) -> Lora:
         loras = [self._routes[name].lora for name in present]

@@ -100,7 +100,7 @@ class Runner:
         started = time.perf_counter()
         num_rows, start = len(prefill.rows), prefill.start
         chunks = [row.tokens[start:end] for row, end in zip(prefill.rows, prefill.ends, strict=True)]
-        targets = [row.request.target for row in prefill.rows]
+        targets = tuple(row.request.target for row in prefill.rows)
         (group,) = self.routes.groups(targets)  # the scheduler admits one group at a time
         rows = Rows([start] * num_rows, first=prefill.first)
         tokens_BT = _pad(chunks, self.device)

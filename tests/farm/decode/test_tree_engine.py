@@ -152,7 +152,7 @@ def fresh_caches(
     mine = SlotCache(1, 1, 64, (shape[2] // 2, shape[4]), target.dtype)
     if read:
         after = torch.tensor([tokens[1 : 1 + read]])
-        run_draft(*drafting._drafts.bind([""]), after, hidden[:, :read], Rows([0]), mine)
+        run_draft(*drafting._drafts.bind(("",)), after, hidden[:, :read], Rows([0]), mine)
     return fresh.buffer[:, 0, :, : len(tokens) - 1], mine.buffer[:, 0, :, :read]
 
 
