@@ -32,7 +32,7 @@ from farm.layers.cache import Rows
 from farm.target.load import LoadedTarget
 
 DTYPE = "float32"
-NEW_TOKENS, MIN_PROMPTS, SLOTS = 128, 64, 8
+NEW_TOKENS, NUM_PROMPTS, SLOTS = 128, 64, 8
 TAU_TOLERANCE = 0.02  # relative
 # Of logits; what float32 leaves of them after sums in another order. A real difference is far above it.
 GAP_TOLERANCE = 1e-2
@@ -135,15 +135,15 @@ def verify(
 
 
 def fitting(subject: Subject, k: int) -> list[PromptIds]:
-    """The prompts whose answers both engines can draft to their end."""
+    """The first prompts whose answers both engines can draft to their end, as many as the gate wants."""
     room = subject.target.max_positions - NEW_TOKENS - spare(k)
     found = [ids for ids in subject.prompts if len(ids) <= room]
-    if len(found) < MIN_PROMPTS:
+    if len(found) < NUM_PROMPTS:
         raise UserError(
             f"{subject.target.name}: has {len(found)} held-out prompts with room for {NEW_TOKENS} tokens, parity needs "
-            f"{MIN_PROMPTS}; raise evaluate.prompts"
+            f"{NUM_PROMPTS}; raise evaluate.prompts"
         )
-    return found
+    return found[:NUM_PROMPTS]
 
 
 def spare(k: int) -> int:
@@ -226,15 +226,16 @@ def measure_speeds(
     return {arm: statistics.median(values) for arm, values in speeds.items()}
 
 
-def check_verifiable(task: ExportTask) -> None:
-    """What the gate can compare at all. Raises UserError before anything is written."""
+def as_verified(task: ExportTask) -> ExportTask:
+    """The task in the gate's dtype. Raises UserError, before anything is written, for what cannot be compared."""
     if task.engine is not ServingEngine.VLLM:
         raise UserError(
             f"--verify: {task.engine} does not run here; verify with --to vllm, the weights are the same"
         )
-    if task.dtype != DTYPE:
-        raise UserError(f"--verify: engines are compared in {DTYPE}; add --dtype {DTYPE}")
+    if task.dtype not in (None, DTYPE):
+        raise UserError(f"--verify: engines are compared in {DTYPE}; leave out --dtype {task.dtype}")
     find_python()
+    return replace(task, dtype=DTYPE)
 
 
 @contextmanager

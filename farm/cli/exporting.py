@@ -50,15 +50,14 @@ def export_draft(  # noqa: PLR0913 - the options of a command
             raise UserError(f"{target}: has no live adapter in {family.store}; run `farm onboard` first")
         expert, card = live.file, live.card
     task = ExportTask(spec, to, published.trunk_folder, expert, card, family.evaluate.k, dtype, pad)
-    if not verify:
-        console.print(export(task, out), markup=False, soft_wrap=True)
-        return
-    from farm.bench.parity import check_verifiable
+    if verify:
+        from farm.bench.parity import as_verified
 
-    check_verifiable(task)
+        task = as_verified(task)
     folder = export(task, out)
     console.print(folder, markup=False, soft_wrap=True)
-    _verify(task, folder, published.base_expert, family)
+    if verify:
+        _verify(task, folder, published.base_expert, family)
 
 
 @import_app.command("eagle")

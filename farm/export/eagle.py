@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from farm.config import UserError
 from farm.draft.config import DraftConfig
 from farm.draft.expert import Expert
 from farm.draft.trunk import Trunk
@@ -47,7 +48,10 @@ def folded_mlp(trunk: Trunk, private: Expert, multiple: int) -> GatedMlp:
 
 
 def eagle_tensors(trunk: Trunk, mlp: GatedMlp, dtype: StoredDtype) -> dict[str, Tensor]:
-    """Every tensor of the file, by name; the trunk's draft vocabulary is none of them, EAGLE-1 has no place for it."""
+    """Every tensor of the file, by name; the trunk's draft vocabulary is none of them, EAGLE-1 has no place for it.
+
+    Raises UserError when a value is too large for the dtype.
+    """
     h = trunk.config.hidden_size
     named = {
         "fc.weight": trunk.fc.weight,
@@ -57,7 +61,11 @@ def eagle_tensors(trunk: Trunk, mlp: GatedMlp, dtype: StoredDtype) -> dict[str, 
     named |= {f"{LAYER}self_attn.{name}.weight": getattr(trunk, name).weight for name in ATTENTION}
     parts = (mlp.gate_FH, mlp.up_FH, mlp.down_HF)
     named |= {f"{LAYER}mlp.{name}.weight": part for name, part in zip(MLP, parts, strict=True)}
-    return {name: value.detach().to(getattr(torch, dtype)).contiguous() for name, value in named.items()}
+    stored = {name: value.detach().to(getattr(torch, dtype)).contiguous() for name, value in named.items()}
+    for name, value in stored.items():
+        if not bool(value.isfinite().all()):
+            raise UserError(f"{name}: has values that {dtype} cannot hold; export with --dtype bfloat16")
+    return stored
 
 
 def eagle_config(

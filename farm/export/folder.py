@@ -91,7 +91,10 @@ def check_servable(target: TargetSpec, engine: ServingEngine) -> Any:
             "as a safetensors checkpoint, or serve it with `farm serve`"
         )
     check_folder(target.name, path)
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise Refused(f"{target.name}: {path / 'config.json'} cannot be read ({error})") from error
     if config.model_type not in SERVABLE_TYPES:
         raise Refused(
             f"{target.name}: {engine} is not known to take EAGLE-1 drafts for {config.model_type} models, only for "

@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 
 from farm.bench import parity
 from farm.bench.parity import (
-    MIN_PROMPTS,
     NEW_TOKENS,
+    NUM_PROMPTS,
     Counting,
     Parity,
     Subject,
-    check_verifiable,
+    as_verified,
     decode_here,
     first_difference,
     fitting,
@@ -51,7 +51,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
 
 @pytest.fixture(scope="module")
 def subject(family: Family) -> Subject:
-    prompts = tuple(tuple(range(i, i + 3 + i % 5)) for i in range(MIN_PROMPTS))
+    prompts = tuple(tuple(range(i, i + 3 + i % 5)) for i in range(NUM_PROMPTS))
     return Subject(load_target(family.target), prompts, speed_prompts=2, speed_rounds=3)
 
 
@@ -130,7 +130,7 @@ def test_the_record_has_the_fields_of_the_format_and_engines_end(
         "target", "k", "dtype", "tau_farm", "tau_vllm", "tau_farm_pruned", "sequences", "differing",
         "gap_at_first_difference", "tokens_per_s_plain", "tokens_per_s_base_draft", "tokens_per_s_adapted",
     ]  # fmt: skip
-    assert (found.target, found.k, found.sequences, found.differing) == ("tiny", 3, MIN_PROMPTS, 0)
+    assert (found.target, found.k, found.sequences, found.differing) == ("tiny", 3, NUM_PROMPTS, 0)
     assert found.tau_farm_pruned is not None
     assert found.failures() == []
     assert found.tokens_per_s_plain == NEW_TOKENS / 0.5
@@ -200,16 +200,23 @@ def test_too_few_or_too_long_prompts_are_refused(subject: Subject) -> None:
         fitting(replace(subject, prompts=(*subject.prompts[1:], (1,) * room)), 3)
 
 
+def test_the_gate_asks_no_more_prompts_than_it_wants(subject: Subject) -> None:
+    twice = replace(subject, prompts=(*subject.prompts, *subject.prompts[::-1]))
+    assert fitting(twice, 3) == list(subject.prompts)
+
+
 def test_what_cannot_be_compared_is_refused_before_anything_is_written(
     family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError, match="verify with --to vllm"):
-        check_verifiable(family.task(ServingEngine.SGLANG, dtype="float32"))
-    with pytest.raises(UserError, match="add --dtype float32"):
-        check_verifiable(family.task(dtype="bfloat16"))
+        as_verified(family.task(ServingEngine.SGLANG))
+    with pytest.raises(UserError, match="leave out --dtype bfloat16"):
+        as_verified(family.task(dtype="bfloat16"))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="make vllm-venv"):
-        check_verifiable(family.task(dtype="float32"))
+        as_verified(family.task())
+    monkeypatch.setattr(parity, "find_python", lambda: Path("python"))
+    assert as_verified(family.task()).dtype == "float32"
 
 
 def test_engines_take_turns(vllm: type[FakeVllm], subject: Subject) -> None:
@@ -234,13 +241,11 @@ def test_vllm_says_and_accepts_what_ours_does_on_a_target_of_the_zoo(tmp_path: P
     """`make test-vllm` makes the zoo; every figure of the gate comes from the two engines."""
     assert ZOO.exists(), f"{ZOO} is made by `make test-vllm`"
     out = tmp_path / "draft"
-    done = CliRunner().invoke(
-        app, ["export", "math", "--to", "vllm", "--dtype", "float32", "--out", str(out), "--verify"]
-    )
+    done = CliRunner().invoke(app, ["export", "math", "--to", "vllm", "--out", str(out), "--verify"])
     print(done.output)
     assert done.exit_code == 0, done.exception
     found = json.loads((out / "parity.json").read_text())
-    assert (found["target"], found["sequences"], found["dtype"]) == ("math", MIN_PROMPTS, "float32")
+    assert (found["target"], found["sequences"], found["dtype"]) == ("math", NUM_PROMPTS, "float32")
     assert found["tau_vllm"] == pytest.approx(found["tau_farm"], rel=0.02)
     assert found["tau_vllm"] > 2, "a draft that is not read rightly is hardly ever accepted"
     assert found["tokens_per_s_adapted"] > found["tokens_per_s_base_draft"]

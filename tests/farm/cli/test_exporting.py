@@ -94,7 +94,7 @@ def test_mistakes_say_what_to_do(family: Family, tmp_path: Path) -> None:
         run(tmp_path, "other", "--to", "vllm")
     with pytest.raises(UserError, match="no such target; choose one of base, tiny, other"):
         run(tmp_path, "nobody", "--to", "vllm")
-    with pytest.raises(UserError, match="add --dtype float32"):
+    with pytest.raises(UserError, match="leave out --dtype bfloat16"):
         run(tmp_path, "tiny", "--to", "vllm", "--verify", "--dtype", "bfloat16")
     (tmp_path / "manifest.yaml").unlink()
     with pytest.raises(UserError, match="give a family's --manifest"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shlex
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -93,7 +94,7 @@ def hidden_first(loaded: Eagle1) -> Callable[..., torch.Tensor]:
     return lambda embedded, hidden: loaded(hidden, embedded)
 
 
-def interleaved_rope(loaded: Eagle1) -> Callable[..., torch.Tensor]:
+def another_theta(loaded: Eagle1) -> Callable[..., torch.Tensor]:
     loaded.layers[0].self_attn.theta = 500.0
     return loaded
 
@@ -103,7 +104,7 @@ def without_the_private_expert(loaded: Eagle1) -> Callable[..., torch.Tensor]:
     return loaded
 
 
-@pytest.mark.parametrize("wrong", [hidden_first, interleaved_rope, without_the_private_expert])
+@pytest.mark.parametrize("wrong", [hidden_first, another_theta, without_the_private_expert])
 def test_the_comparison_sees_a_draft_that_is_read_wrongly(
     family: Family, tmp_path: Path, wrong: Callable[[Eagle1], Callable[..., torch.Tensor]]
 ) -> None:
@@ -306,9 +307,7 @@ def broken_trunk(family: Family, tmp_path: Path, **extra: torch.Tensor) -> Any:
     from safetensors.torch import save_file
 
     folder = tmp_path / "broken"
-    folder.mkdir()
-    for file in family.trunk_folder.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(family.trunk_folder, folder)
     save_file({**load_file(folder / TRUNK_FILE), **extra}, folder / TRUNK_FILE)
     return replace(family.task(), trunk_folder=folder)
 
@@ -328,14 +327,13 @@ def test_a_target_that_the_engine_cannot_serve_is_refused_with_a_way_out(
     gguf = TargetSpec(name="quantized", model=str(tmp_path / "model.gguf"), prompts="p")
     with pytest.raises(Refused, match=r"quantized: .*GGUF.*farm serve"):
         export(replace(family.task(), target=gguf), tmp_path / "out")
-    other = tmp_path / "gpt2"
-    other.mkdir()
-    for file in Path(family.target.model).iterdir():
-        (other / file.name).write_bytes(file.read_bytes())
-    (other / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    other = tmp_path / "other"
+    shutil.copytree(family.target.model, other)
     spec = family.target.model_copy(update={"model": str(other)})
-    with pytest.raises(Refused, match="not known to take EAGLE-1 drafts for gpt2"):
-        export(replace(family.task(), target=spec), tmp_path / "out")
+    for config, reason in (('{"model_type": "gpt2"}', "EAGLE-1 drafts for gpt2"), ("{", "cannot be read")):
+        (other / "config.json").write_text(config)
+        with pytest.raises(Refused, match=reason):
+            export(replace(family.task(), target=spec), tmp_path / "out")
 
 
 def test_a_draft_of_another_size_is_refused(family: Family, tmp_path: Path) -> None:
@@ -344,6 +342,15 @@ def test_a_draft_of_another_size_is_refused(family: Family, tmp_path: Path) -> N
     (Path(other.target.model) / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
     with pytest.raises(Refused, match="no draft of this target"):
         export(replace(family.task(), target=other.target), tmp_path / "out")
+
+
+def test_weights_that_the_dtype_cannot_hold_are_refused(family: Family, tmp_path: Path) -> None:
+    weight = load_file(family.trunk_folder / TRUNK_FILE)["fc.weight"].clone()
+    weight[0, 0] = 1e5
+    task = broken_trunk(family, tmp_path, **{"fc.weight": weight})
+    with pytest.raises(UserError, match=r"fc\.weight.*float16.*bfloat16"):
+        export(replace(task, dtype="float16"), tmp_path / "out")
+    export(replace(task, dtype="bfloat16"), tmp_path / "out")
 
 
 def test_a_folder_that_holds_something_is_left_alone(family: Family, tmp_path: Path) -> None:
