@@ -111,12 +111,14 @@ def verify(
 ) -> Parity:
     """Serves the target with the draft in `folder`, and with the base's, in vLLM, and decodes the same here.
 
-    Raises UserError when there are too few prompts, no vLLM, or a draft that was not exported for it in float32.
+    `task` is that of `as_verified`. Raises UserError when there are too few prompts, or vLLM cannot open the two.
     """
     prompts = fitting(subject, task.k)
     model = str(folder / MERGED_FOLDER) if task.target.lora else task.target.model
     with TemporaryDirectory() as scratch:
-        base = export(replace(task, expert=base_expert, dtype=DTYPE), Path(scratch) / "base")
+        # Without the LoRA: the target is merged beside the adapted draft already, and its config is all that matters.
+        plain = task.target.model_copy(update={"lora": None})
+        base = export(replace(task, target=plain, expert=base_expert, dtype=DTYPE), Path(scratch) / "base")
         drafts = {"plain": None, "base_draft": base, "adapted": folder}
         say(f"vLLM is built {len(ARMS)} times")
         with _engines(model, drafts, subject.target, prompts, task.k) as engines:
