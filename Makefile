@@ -11,7 +11,7 @@ VLLM := .vllm-venv
 # version, name PyTorch's CPU index here, for instance TORCH_OPTIONS='--index-url URL'.
 TORCH_OPTIONS ?=
 
-.PHONY: setup demo test check vllm-venv
+.PHONY: setup demo test test-vllm check vllm-venv
 
 setup: $(STAMP)
 
@@ -34,6 +34,11 @@ check: setup
 
 test: check
 	RAY_AUTH_MODE=disabled OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# a target of the demo's zoo, its draft exported, in vLLM and here; makes the zoo if there is none
+test-vllm: setup vllm-venv
+	test -f .farm/store/registry/math/live.json || $(BIN)/farm demo
+	RAY_AUTH_MODE=disabled $(BIN)/python -m pytest -m vllm
 
 # its own environment: vLLM's versions of these libraries are not this project's
 vllm-venv: $(VLLM)/.ready

@@ -266,6 +266,6 @@ def _generate_run(member: Member, arm: Arm, task: Task, options: dict[str, Any])
 
 
 def _vllm_run(engine: VllmEngine, arm: Arm, task: Task) -> Measured:
-    tokens, seconds = engine.generate(task.prompts, task.num_new, arm.batch)
-    assert [len(one) for one in tokens] == list(task.num_new)
-    return Measured(seconds, {})
+    answer = engine.generate(task.prompts, task.num_new, arm.batch)
+    assert [len(one) for one in answer.tokens] == list(task.num_new)
+    return Measured(answer.seconds, {})

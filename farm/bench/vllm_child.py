@@ -1,9 +1,10 @@
 """One vLLM engine on standard input and output, run by the Python of vLLM's own environment; no part of farm is there.
 
-The first line in is `{"model", "dtype", "max_length", "slots", "ngram"}`, answered by `{"ready": true}` once the engine
-is built. Every further line `{"prompts", "num_new", "slots"}` is answered by `{"tokens", "seconds"}`: greedy tokens,
-exactly as many as asked for, and the time it took to generate them. End of input ends the process, as does the end of
-its parent.
+The first line in is `{"model", "dtype", "max_length", "slots", "speculative", "counts"}`, answered by `{"ready": true}`
+once the engine is built. Every further line `{"prompts", "num_new", "slots"}` is answered by `{"tokens", "seconds",
+"drafts", "accepted"}`: greedy tokens, exactly as many as asked for, the time it took to generate them, and if `counts`
+is set the engine's own counters of verified drafts and of accepted tokens. End of input ends the process, as does the
+end of its parent.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import time
 from typing import Any, TextIO
 
 PR_SET_PDEATHSIG = 1
-NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 2, "prompt_lookup_max": 4}
+DRAFTS, ACCEPTED = "vllm:spec_decode_num_drafts", "vllm:spec_decode_num_accepted_tokens"
 
 
 def main() -> None:
@@ -26,10 +27,15 @@ def main() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what vLLM and its libraries print is no answer
-    engine = build(json.loads(sys.stdin.readline()))
+    settings = json.loads(sys.stdin.readline())
+    engine = build(settings)
     tell(answers, {"ready": True})
     for line in sys.stdin:
-        tell(answers, generate(engine, **json.loads(line)))
+        before = counted(engine) if settings["counts"] else {}
+        answer = generate(engine, **json.loads(line))
+        after = counted(engine) if settings["counts"] else {}
+        spent = {name: after.get(name, 0) - before.get(name, 0) for name in (DRAFTS, ACCEPTED)}
+        tell(answers, {**answer, "drafts": spent[DRAFTS], "accepted": spent[ACCEPTED]})
 
 
 def tell(answers: TextIO, answer: dict[str, Any]) -> None:
@@ -48,7 +54,8 @@ def build(settings: dict[str, Any]) -> Any:
         max_num_seqs=settings["slots"],
         enable_prefix_caching=False,
         skip_tokenizer_init=True,
-        speculative_config=NGRAM if settings["ngram"] else None,
+        speculative_config=settings["speculative"],
+        disable_log_stats=not settings["counts"],
     ).llm_engine
 
 
@@ -72,6 +79,11 @@ def generate(engine: Any, prompts: list[list[int]], num_new: list[int], slots: i
                 live -= 1
     seconds = time.perf_counter() - started
     return {"tokens": [done[index] for index in range(len(prompts))], "seconds": seconds}
+
+
+def counted(engine: Any) -> dict[str, int]:
+    """The engine's counters since it was built; without speculation it has none of them."""
+    return {metric.name: metric.value for metric in engine.get_metrics() if metric.name in (DRAFTS, ACCEPTED)}
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from farm.evaluate.bench import PromptIds
 ENVIRONMENT = Path(".vllm-venv")  # in the working directory, where make puts it
 CHILD = Path(__file__).with_name("vllm_child.py")
 CONTROLS = ("off", "ngram")
+NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 2, "prompt_lookup_max": 4}
 DTYPES = ("float32", "bfloat16")
 GIB = 2**30
 TRIALS, TRIAL_TOKENS = 3, 32  # runs in each dtype to find the one in which vLLM is faster
@@ -38,7 +39,23 @@ class VllmSettings:
     dtype: str
     max_length: int
     slots: int
-    ngram: bool
+    speculative: Mapping[str, Any] | None = None  # vLLM's speculative config
+    counts: bool = False  # keep its counters of drafts, which cost it a little
+
+
+@dataclass(frozen=True)
+class VllmAnswer:
+    """Tokens of each prompt, seconds without those of the pipe between us, and vLLM's counters if it keeps them."""
+
+    tokens: list[list[int]]
+    seconds: float
+    drafts: int  # rounds that verified a draft
+    accepted: int  # drafted tokens, those behind a request's end included
+
+    @property
+    def tau(self) -> float:
+        """Tokens of a verification, the target's own included; nan where nothing was drafted."""
+        return 1 + self.accepted / self.drafts if self.drafts else float("nan")
 
 
 class VllmEngine:
@@ -55,13 +72,10 @@ class VllmEngine:
         )  # fmt: skip
         self._ask(asdict(settings))
 
-    def generate(
-        self, prompts: Sequence[PromptIds], num_new: Sequence[int], slots: int
-    ) -> tuple[list[list[int]], float]:
-        """Greedy tokens of each prompt, `num_new` of them, and seconds without those of the pipe between us."""
+    def generate(self, prompts: Sequence[PromptIds], num_new: Sequence[int], slots: int) -> VllmAnswer:
+        """Greedy tokens of each prompt, exactly `num_new` of them, `slots` requests side by side."""
         task = {"prompts": [list(ids) for ids in prompts], "num_new": list(num_new), "slots": slots}
-        answer = self._ask(task)
-        return answer["tokens"], answer["seconds"]
+        return VllmAnswer(**self._ask(task))
 
     def close(self) -> None:
         """Ends the process, stopped or not."""
@@ -127,7 +141,9 @@ def find_python(folder: Path = ENVIRONMENT) -> Path:
     """The Python of vLLM's environment; UserError when it was not built."""
     python = folder / "bin" / "python"
     if not (folder / ".ready").exists() or not python.exists():
-        raise UserError(f"--engine vllm: {folder} is no environment with vLLM; run `make vllm-venv` first")
+        raise UserError(
+            f"{folder}: is no environment with vLLM; run `make vllm-venv` first, from the checkout"
+        )
     return python
 
 
@@ -166,19 +182,21 @@ def vllm_engines(
     space = kv_bytes(config, max_length * slots)
     with ExitStack() as stack:
 
-        def start(dtype: str, *, ngram: bool) -> VllmEngine:
-            engine = VllmEngine(VllmSettings(spec.model, dtype, max_length, slots, ngram), space, python)
+        def start(dtype: str, speculative: Mapping[str, Any] | None = None) -> VllmEngine:
+            engine = VllmEngine(
+                VllmSettings(spec.model, dtype, max_length, slots, speculative), space, python
+            )
             stack.callback(engine.close)
             return engine
 
-        plain = {dtype: start(dtype, ngram=False) for dtype in dtypes}
+        plain = {dtype: start(dtype) for dtype in dtypes}
         seconds = {dtype: _trial(engine, prompt) for dtype, engine in plain.items()}
         chosen = min(plain, key=lambda dtype: seconds[dtype])
         for dtype in plain.keys() - {chosen}:
             plain[dtype].close()
-        yield {"off": plain[chosen], "ngram": start(chosen, ngram=True)}
+        yield {"off": plain[chosen], "ngram": start(chosen, NGRAM)}
 
 
 def _trial(engine: VllmEngine, prompt: PromptIds) -> float:
     room = min(TRIAL_TOKENS, engine.settings.max_length - len(prompt))
-    return min(engine.generate([prompt], [room], 1)[1] for _ in range(TRIALS))
+    return min(engine.generate([prompt], [room], 1).seconds for _ in range(TRIALS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class LiveExpert:
-    """A target's live adapter: its version and a local copy of its private expert."""
+    """A target's live adapter: its version and card, and a local copy of its private expert."""
 
     version: str
     file: Path
+    card: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,17 @@ class Published:
             raise UserError(f"{store.uri}: the family's trunk {key} is gone; run `farm onboard` again")
         return cls(registry, key, artifacts.path(trunk, EXPERT_FILE).parent)
 
+    @property
+    def base_expert(self) -> Path:
+        """The private expert that the trunk was trained with: beside it, the base's draft."""
+        return self.trunk_folder / EXPERT_FILE
+
     def live_expert(self, target: str) -> LiveExpert | None:
         """None while the base draft serves, or when the live adapter was made for another trunk."""
         live = self.registry.live(target)
         if live is None or live.card["trunk_key"] != self.trunk_key:
             return None
-        return LiveExpert(live.version, self.registry.path(live, EXPERT_FILE))
+        return LiveExpert(live.version, self.registry.path(live, EXPERT_FILE), live.card)
 
 
 def evaluate_published(manifest: Manifest, target: str, prompts: str) -> dict[str, Any]:
@@ -61,7 +68,7 @@ def evaluate_published(manifest: Manifest, target: str, prompts: str) -> dict[st
     no trunk of this family yet.
     """
     published = Published.of(manifest.store)
-    spec = _spec(manifest, target)
+    spec = spec_of(manifest, target)
     live = published.live_expert(target) if target != BASE else None
     adapted = None if live is None else str(live.file)
     chosen = load_prompts(prompts).prompts
@@ -81,11 +88,12 @@ def evaluate_published(manifest: Manifest, target: str, prompts: str) -> dict[st
     return {**record, **row}
 
 
-def _spec(manifest: Manifest, name: str) -> TargetSpec:
+def spec_of(manifest: Manifest, name: str) -> TargetSpec:
+    """The target of a manifest, or its base as one; UserError when there is neither of that name."""
     for spec in manifest.targets:
         if spec.name == name:
             return spec
     if name == BASE:
         return TargetSpec(name=BASE, model=manifest.base, prompts="")
     names = ", ".join([BASE, *(spec.name for spec in manifest.targets)])
-    raise UserError(f"--target {name}: the manifest has no such target; choose one of {names}")
+    raise UserError(f"{name}: the manifest has no such target; choose one of {names}")

@@ -13,7 +13,7 @@ from farm.bench.decode import Arm, Row, chosen, full_arms, largest, measure, qui
 from farm.bench.family import Member
 from farm.bench.floor import Floor
 from farm.bench.report import against, grouped, key_of, origin, predicted, table, write
-from farm.bench.vllm_engine import VllmEngine, VllmSettings
+from farm.bench.vllm_engine import VllmAnswer, VllmEngine, VllmSettings
 from farm.draft.config import DraftConfig
 from farm.draft.model import new_draft
 from farm.target.forward import TargetForward
@@ -88,15 +88,13 @@ class FakeVllm(VllmEngine):
     """Answers in a second for every slot, and remembers what it was asked."""
 
     def __init__(self, dtype: str, *, too_few: int = 0) -> None:
-        self.settings = VllmSettings("m", dtype, 512, 16, False)
+        self.settings = VllmSettings("m", dtype, 512, 16)
         self.asked: list[tuple[int, int]] = []
         self.too_few = too_few
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], num_new: Sequence[int], slots: int
-    ) -> tuple[list[list[int]], float]:
+    def generate(self, prompts: Sequence[Sequence[int]], num_new: Sequence[int], slots: int) -> VllmAnswer:
         self.asked.append((len(prompts), slots))
-        return [[7] * (new - self.too_few) for new in num_new], float(slots)
+        return VllmAnswer([[7] * (new - self.too_few) for new in num_new], float(slots), 0, 0)
 
 
 def test_rows_of_vllm_carry_its_own_seconds_and_dtype_at_equal_requests(member: Member) -> None:

@@ -1,6 +1,7 @@
 """vLLM as a child process: what crosses the pipe, and that its greedy tokens are ours."""
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -29,9 +30,11 @@ from farm.target import zoo
 from farm.target.load import load_target
 from tests.farm.models import tiny_model
 
-SETTINGS = VllmSettings("a-model", "float32", 64, 2, False)
+SETTINGS = VllmSettings("a-model", "float32", 64, 2)
 # In the place of vLLM: a request's every token is the number of requests that were live in that step.
 STUB = """
+import types
+
 class SamplingParams:
     def __init__(self, temperature, max_tokens, ignore_eos, detokenize):
         assert temperature == 0 and ignore_eos
@@ -50,13 +53,20 @@ class LLM:
         print("noise of a library")
         if model == "broken":
             raise RuntimeError("no such architecture")
-        self.llm_engine, self.live = self, []
+        self.llm_engine, self.live, self.steps = self, [], 0
+        assert options["disable_log_stats"] != (options["speculative_config"] is not None)
+
+    def get_metrics(self):
+        count = lambda name, value: types.SimpleNamespace(name=f"vllm:spec_decode_num_{name}", value=value)
+        # counters go on over all runs of an engine; the last is none of those that are asked for
+        return [count("drafts", 10 * self.steps), count("accepted_tokens", 15 * self.steps), count("other", -1)]
 
     def add_request(self, request_id, prompt, params):
         assert prompt["prompt_token_ids"]
         self.live.append(Request(request_id, params))
 
     def step(self):
+        self.steps += 1
         for request in self.live:
             request.token_ids.append(len(self.live))
             request.params.left -= 1
@@ -69,7 +79,7 @@ import os, sys
 from pathlib import Path
 from farm.bench import vllm_engine
 vllm_engine.environment = lambda *_: {}
-settings = vllm_engine.VllmSettings("a-model", "float32", 64, 2, False)
+settings = vllm_engine.VllmSettings("a-model", "float32", 64, 2)
 engine = vllm_engine.VllmEngine(settings, 1, Path(sys.executable))
 print(engine._child.pid, flush=True)
 os._exit(0)
@@ -106,13 +116,27 @@ def test_the_child_answers_and_is_stopped_between_questions(stub: Path) -> None:
         ([(1,), (1,), (1,), (1,)], [1, 3, 1, 1], 2, [[2], [2, 2, 2], [2], [2]]),
     ):
         assert becomes(pid, "T")
-        tokens, seconds = engine.generate(prompts, num_new, slots)
-        assert tokens == expected
-        assert seconds > 0
+        answer = engine.generate(prompts, num_new, slots)
+        assert answer.tokens == expected
+        assert answer.seconds > 0
+        assert (answer.drafts, answer.accepted) == (0, 0), "nothing is counted unless it was asked for"
     engine.close()
     engine.close()
     with pytest.raises(ProcessLookupError):
         os.killpg(pid, signal.SIGCONT)
+
+
+def test_an_answer_carries_the_counts_of_its_own_run_alone(stub: Path) -> None:
+    speculative = {"method": "eagle", "model": "a-draft", "num_speculative_tokens": 2}
+    engine = VllmEngine(replace(SETTINGS, speculative=speculative, counts=True), 1, Path(sys.executable))
+    try:
+        for steps in (3, 1):
+            answer = engine.generate([(1,)], [steps], 1)
+            assert (answer.drafts, answer.accepted) == (10 * steps, 15 * steps)
+            assert answer.tau == 2.5
+    finally:
+        engine.close()
+    assert math.isnan(replace(answer, drafts=0, accepted=0).tau)
 
 
 def test_a_child_that_fails_says_why(stub: Path) -> None:
@@ -176,6 +200,6 @@ def test_both_engines_of_vllm_decode_the_tokens_that_ours_decodes(tmp_path: Path
     ours = Engine([route], num_slots=2, max_length=64, k=0).run(requests)
     with vllm_engines(spec, target.config, (64, 4), prompts[0], dtypes=("float32",)) as engines:
         for engine in engines.values():
-            tokens, seconds = engine.generate(prompts, num_new, 2)
-            assert tokens == [list(one.tokens) for one in ours]
-            assert seconds > 0
+            answer = engine.generate(prompts, num_new, 2)
+            assert answer.tokens == [list(one.tokens) for one in ours]
+            assert answer.seconds > 0
