@@ -22,6 +22,7 @@ from farm.fleet.plan import TRUNK_FILE, Plan, make_plan
 from farm.fleet.prepare import check_targets, measure_base, prepare_trunk, skip_good_enough
 from farm.fleet.publish import family_record
 from farm.fleet.run import Run
+from farm.fleet.selection import select_answers
 from farm.fleet.session import check_cluster
 from farm.fleet.stages import adapt, evaluate, regenerate_answers
 from farm.fleet.trainers import Attempts
@@ -105,6 +106,7 @@ def _run_stages(run: Run) -> None:
         return
     _put_family(run, trunk)
     regenerate_answers(run)
+    select_answers(run, trunk)
     adapt(run, trunk)
     evaluate(run, trunk)
 
