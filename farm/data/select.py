@@ -127,7 +127,7 @@ def flatness(p_MV: Tensor) -> float:
 
 def random(ids: Sequence[str], seed: int) -> list[float]:
     """Uniform in [0, 1), the same for a row wherever it is scored."""
-    return [int(_hash(f"{seed} {name}")[:13], 16) / 16**13 for name in ids]
+    return [int(_hash(f"random {seed} {name}")[:13], 16) / 16**13 for name in ids]
 
 
 @dataclass(frozen=True)
@@ -221,4 +221,5 @@ def _mean_ranks(
 
 
 def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    # The prefix keeps it apart from the other hashes of ids, such as the one that says which answers are greedy.
+    return hashlib.sha256(f"select {text}".encode()).hexdigest()

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from farm.artifacts import Artifacts
-from farm.config import SelectSettings, TargetSpec, UserError
+from farm.config import RegenerateSettings, SelectSettings, TargetSpec, UserError
 from farm.data.features import Answer, read_shards, write_shard
-from farm.data.select import Moments, Whitening, mahalanobis, shift
+from farm.data.prompts import Prompt
+from farm.data.select import Moments, Whitening, mahalanobis, random, shift
+from farm.decode.regenerate import sampling_of
 from farm.draft.checkpoint import trunk_files
 from farm.draft.config import DraftConfig
 from farm.draft.model import new_draft
@@ -112,6 +114,15 @@ def test_how_the_answers_were_cut_into_shards_decides_nothing(written: Written, 
     assert one.rows == many.rows
     assert len(one.rows) == NUM_ROWS // 2
     assert scores(one) == pytest.approx(scores(many), rel=1e-4)
+
+
+def test_a_random_choice_does_not_follow_which_answers_are_greedy() -> None:
+    prompts = [Prompt(row, f"row-{row}", (), None) for row in range(2000)]
+    settings = RegenerateSettings(greedy_share=0.5)
+    greedy = [sampling_of(prompt, settings).temperature == 0 for prompt in prompts]
+    scores = random([prompt.id for prompt in prompts], seed=settings.seed)
+    high = [is_greedy for is_greedy, score in zip(greedy, scores, strict=True) if score > 0.5]
+    assert sum(high) / len(high) == pytest.approx(0.5, abs=0.06)
 
 
 def test_failure_follows_the_features_and_not_the_base(written: Written) -> None:
