@@ -26,15 +26,20 @@ from farm.fleet.selection import select_answers
 from farm.fleet.session import check_cluster
 from farm.fleet.stages import adapt, evaluate, regenerate_answers
 from farm.fleet.trainers import Attempts
+from farm.fleet.triage import planned_lines
 from farm.store import ObjectStore, open_store
 
 Say = Callable[[str], None]
 
 
-def plan_onboarding(manifest: Manifest) -> Table:
-    """What `onboard` would run and reuse, and what that costs at most. Starts nothing, needs no Ray."""
+def plan_onboarding(manifest: Manifest) -> tuple[Table, list[str]]:
+    """What `onboard` would run and reuse, what that costs at most, and a line a target on whether it pays.
+
+    Starts nothing, needs no Ray.
+    """
     artifacts = Artifacts(open_store(manifest.store))
-    return plan_table(_plan(manifest, artifacts), artifacts)
+    plan = _plan(manifest, artifacts)
+    return plan_table(plan, artifacts), planned_lines(plan, artifacts)
 
 
 def onboard(

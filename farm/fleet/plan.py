@@ -5,18 +5,19 @@ Pure: reads the manifest, the checkpoints' digests, the prompts and the store, a
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from farm.artifacts import TRUNK as TRUNK
 from farm.artifacts import Artifacts, key_of
-from farm.config import Manifest, Refused, RegenerateSettings, TargetSpec, UserError, dump
+from farm.config import Manifest, ProbeSettings, Refused, RegenerateSettings, TargetSpec, UserError, dump
 from farm.data.prompts import Prompt, load_prompts, split_rows
 from farm.fleet.answers import ANSWERS, AnswersJob, answers_key, settings_key
 
 ADAPT: Literal["adapt"] = "adapt"
 SELECT = "select"
+CHECK, PROBE = "check", "probe"
 EVALUATE = "evaluate"
 TRUNK_FILE, EXPERT_FILE = "trunk.safetensors", "expert.safetensors"
 TRUNK_FILES = ("draft.json", TRUNK_FILE, EXPERT_FILE)
@@ -119,6 +120,29 @@ def _plan_answers(manifest: Manifest, spec: TargetSpec, digest: str) -> TargetPl
     return TargetPlan(
         spec, digest, answers, kept, found.digest, adapt_key="", reused=(), origins=found.origins
     )
+
+
+def probe_key(
+    manifest: Manifest,
+    plan: TargetPlan | TrunkPlan,
+    settings: ProbeSettings,
+    trunk_key: str,
+    timed_slots: int | None = None,
+) -> str:
+    """The key of the base draft's tau on a target, or on the base; one that was timed has a key of its own."""
+    config = {"settings": dump(settings), "k": manifest.evaluate.k, "dtype": manifest.dtype}
+    if timed_slots is not None:
+        config["timed_slots"] = timed_slots
+    # As with the trunk: a target that is added later must not change what all others are compared with.
+    if isinstance(plan, TargetPlan) or manifest.train_trunk.prompts:
+        config["prompts"] = [asdict(prompt) for prompt in plan.held_out[: settings.prompts]]
+    digest = plan.digest if isinstance(plan, TargetPlan) else plan.base_digest
+    return key_of(PROBE, config, [digest, trunk_key])
+
+
+def check_key(trunk: TrunkPlan, target: TargetPlan) -> str:
+    """The key of a passed check that a target belongs to the base's family."""
+    return key_of(CHECK, {}, [trunk.base_digest, target.digest])
 
 
 def _plan_adapt(manifest: Manifest, artifacts: Artifacts, trunk: TrunkPlan, target: TargetPlan) -> TargetPlan:
