@@ -16,8 +16,8 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from farm.artifacts import Artifacts
@@ -113,6 +113,16 @@ def _read_tokens(features_path: Path, columns: list[str]) -> list[dict[str, Any]
     return rows
 
 
+def _read_features(path: Path, wanted: Sequence[int]) -> list[tuple[int, Tensor]]:
+    """Index and features of the wanted rows that have an answer; the others' are not read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            return [(index, file.get_tensor(f"{index}")) for index in wanted if f"{index}" in names]
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(path, error) from error
+
+
 def _unreadable(features_path: Path, error: Exception) -> UserError:
     return UserError(
         f"{features_path}: the shard cannot be read ({error}); delete its artifact and run again"
@@ -120,14 +130,10 @@ def _unreadable(features_path: Path, error: Exception) -> UserError:
 
 
 def _read_shard(features_path: Path, rows: Collection[int] | None) -> Iterator[Sample]:
-    try:
-        features = load_file(features_path)
-    except (OSError, SafetensorError) as error:
-        raise _unreadable(features_path, error) from error
-    for index, row in enumerate(_read_tokens(features_path, ["row", "id", "prompt_ids", "answer_ids"])):
-        features_TH = features.get(f"{index}")
-        if features_TH is None or (rows is not None and row["row"] not in rows):
-            continue
+    table = _read_tokens(features_path, ["row", "id", "prompt_ids", "answer_ids"])
+    wanted = [index for index, row in enumerate(table) if rows is None or row["row"] in rows]
+    for index, features_TH in _read_features(features_path, wanted):
+        row = table[index]
         tokens_T = torch.tensor([*row["prompt_ids"], *row["answer_ids"]])
         if len(features_TH) != len(tokens_T) - 1:
             raise UserError(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from farm.config import Dtype, EvaluateSettings, ProbeSettings, TargetSpec
+from farm.config import Dtype, EvaluateSettings, ProbeSettings, Refused, TargetSpec
 from farm.data.prompts import Prompt
 from farm.decode.sampling import SamplingParams
 from farm.evaluate.bench import TauResult, measure_tau
@@ -55,6 +55,10 @@ def probe(
     draft = OpenTrunk.of(trunk_folder, loaded).draft(None)
     limits = evaluate.model_copy(update={"max_new_tokens": settings.max_new_tokens})
     ids = encode_prompts(loaded, prompts[: settings.prompts], limits)
+    if not ids:
+        raise Refused(
+            f"{target.name}: no prompt leaves room for probe.max_new_tokens {settings.max_new_tokens}; lower it"
+        )
     params = SamplingParams(max_new_tokens=settings.max_new_tokens)
     if timed_slots is None:
         return _summary(measure_tau(loaded, draft, ids, params, k=evaluate.k))

@@ -17,6 +17,7 @@ from farm.fleet.answers import feature_shards
 from farm.fleet.plan import SELECT, TRUNK_FILE, TargetPlan
 from farm.fleet.pool import run_bounded
 from farm.fleet.run import Run
+from farm.status import StatusBoard
 from farm.store import open_store
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def select_answers(run: Run, trunk: Artifact) -> None:
             continue
         artifact = run.artifacts.find(SELECT, target.select_key)
         if artifact is None:
-            specs[target.name] = (run.store.uri, target.select_key, _task(run, target, trunk))
+            specs[target.name] = (run.store.uri, target.select_key, _task(run, target, trunk), run.run_id)
         else:
             found[target.name] = artifact
 
@@ -122,8 +123,14 @@ def _task(run: Run, target: TargetPlan, trunk: Artifact) -> "SelectTask":
 
 
 @ray.remote(num_cpus=1, max_retries=1)
-def choose(store: str, key: str, task: "SelectTask") -> Artifact:
-    """Score one target's answers and keep the decision as an artifact."""
+def choose(store: str, key: str, task: "SelectTask", run_id: str) -> Artifact:
+    """Score one target's answers and keep the decision as an artifact; rows done go to the run's status records."""
     from farm.train.scoring import select_rows
 
-    return write_selection(Artifacts(open_store(store)), key, task, select_rows(task))
+    opened = open_store(store)
+    board = StatusBoard(opened, run_id)
+
+    def show(done: int, of: int) -> None:
+        board.update(task.target.name, rows_done=done, rows_total=of)
+
+    return write_selection(Artifacts(opened), key, task, select_rows(task, show))

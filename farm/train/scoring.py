@@ -119,6 +119,7 @@ class _Whitened:
         self._phi: dict[int, Tensor] = {}  # of the base, by row: one vector a row
         self._target_phi: dict[int, Tensor] = {}
         self._moments: Moments | None = None
+        self._whitening: Whitening | None = None
 
     def learn(self, samples: Sequence[Sample]) -> None:
         """Adds rows to the statistics."""
@@ -126,6 +127,7 @@ class _Whitened:
             return
         block = Moments.of(self._base_phi(samples))
         self._moments = block if self._moments is None else self._moments.merge(block)
+        self._whitening = None
         self._target_phi |= {sample.row: pooled(sample) for sample in samples}
 
     def score(self, samples: Sequence[Sample]) -> list[float]:
@@ -142,11 +144,12 @@ class _Whitened:
         return select.rank_correlation(self._scores(target_NH, base_NH), self._scores(target_NH, None))
 
     def _scores(self, target_NH: Tensor, base_NH: Tensor | None) -> list[float]:
-        assert self._moments is not None
-        whitening = Whitening.of(self._moments)
+        if self._whitening is None:
+            assert self._moments is not None
+            self._whitening = Whitening.of(self._moments)
         if base_NH is None:
-            return select.mahalanobis(target_NH, whitening).tolist()
-        return select.shift(target_NH, base_NH, whitening).tolist()
+            return select.mahalanobis(target_NH, self._whitening).tolist()
+        return select.shift(target_NH, base_NH, self._whitening).tolist()
 
     def _base_phi(self, samples: Sequence[Sample]) -> Tensor:
         """phi [N, H] of the base on the same tokens; a row is read once."""

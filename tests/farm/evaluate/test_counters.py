@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -22,6 +23,8 @@ from farm.evaluate.counters import (
     read_counters,
     tau_of_alpha,
 )
+from farm.evaluate.records import Report, TargetRow
+from farm.store import FileStore
 
 Rounds = Sequence[tuple[int, int]]  # drafted, accepted
 
@@ -158,6 +161,35 @@ def test_the_command_prints_tau_survival_best_length_and_the_break_even() -> Non
     assert "assumed, not measured: --tau-base" in plain.output
     assert "--adapt-seconds (7,200" in plain.output
     assert "paid after" in plain.output
+
+
+def test_past_runs_of_a_store_stand_in_for_what_was_not_given(tmp_path: Path) -> None:
+    row = TargetRow(
+        name="math", kind="full", decision="promoted", tau_base_draft=1.0, tau_adapted=2.5, rows=10,
+        stage_seconds={"regenerate": 30.0, "adapt": 60.0}, adapter_version="v1",
+    )  # fmt: skip
+    report = Report(
+        k=4,
+        temperature=0,
+        threads=1,
+        dtype="float32",
+        prompts=8,
+        tau_base_on_base=4.0,
+        targets=(row,),
+        run_id="1",
+    )
+    FileStore(tmp_path / "store").put("runs/1/report.json", report.model_dump_json().encode())
+    (tmp_path / "base").mkdir()
+    (tmp_path / "p.jsonl").write_text("{}")
+    manifest = tmp_path / "m.yaml"
+    manifest.write_text("base: base\nstore: store\ntargets: [{name: a, model: base, prompts: p.jsonl}]\n")
+    with served(vllm(2, e0=[(2, 1), (2, 0)])) as url:
+        done = CliRunner().invoke(app, ["probe", str(manifest), "--metrics", url])
+    assert "assumed" not in done.output
+    # two guesses of 0.85 and half of it measured once, of the 2.5 that were lost
+    recovered = (2 * 0.85 * (2 + 0.5 / 0.85) / 3 + 0.5) / 3
+    assert f"m: expert: tau 1.50 -> {1.5 + 2.5 * recovered:.2f} expected" in done.output
+    assert "adapting 90 s" in done.output
 
 
 def test_reading_counters_needs_neither_torch_nor_a_model() -> None:

@@ -47,6 +47,12 @@ def test_a_target_that_is_no_member_of_the_family_is_refused_alone(family: Famil
     assert "hidden_size is 32" in found.refused["wide"]
 
 
+def test_prompts_that_leave_no_room_are_the_users_to_shorten(family: Family, store: Path) -> None:
+    manifest = family.manifest("alpha", store=store, probe={"max_new_tokens": 100_000})
+    with pytest.raises(UserError, match=r"probe\.max_new_tokens"):
+        triage(manifest, prompts=2)
+
+
 def test_without_a_trunk_there_is_nothing_to_probe_with(family: Family, store: Path) -> None:
     with pytest.raises(UserError, match="train-trunk"):
         triage(family.manifest("alpha", store=store, trunk=False))
