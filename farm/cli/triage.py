@@ -29,6 +29,9 @@ def probe(  # noqa: PLR0913 - the options of a command
     metrics: Annotated[
         str | None, typer.Option(help="URL of a running vLLM or SGLang: read its counters, run no model.")
     ] = None,
+    seconds: Annotated[
+        float, typer.Option(help="With --metrics: count for so long; 0: since the server's start.", min=0)
+    ] = 0.0,
     prompts: Annotated[int, typer.Option(help="Prompts a target.", min=2)] = 32,
     tokens: Annotated[float, typer.Option(help="Served tokens that an adaptation has to pay within.")] = (
         SERVED_TOKENS
@@ -61,11 +64,11 @@ def probe(  # noqa: PLR0913 - the options of a command
     from farm.evaluate.counters import StepCosts, read_counters
 
     costs, history = StepCosts(draft_cost, verify_cost), _history(settled)
-    for counters in read_counters(metrics):
+    for counters in read_counters(metrics, seconds):
         _show_counters(counters, costs)
-        base, seconds = _assumed(counters, history, tau_base, adapt_seconds)
+        base, cost_s = _assumed(counters, history, tau_base, adapt_seconds)
         seen = counters.seen(costs, token_seconds, batch)
-        made = offers(seen, base, Cost(0.0, seconds), "full", history)
+        made = offers(seen, base, Cost(0.0, cost_s), "full", history)
         _say(line(decide(counters.model, seen, base, made, tokens)))
 
 

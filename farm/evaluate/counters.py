@@ -7,6 +7,7 @@ requests, and none by position: there, survival is that of one acceptance at eve
 from __future__ import annotations
 
 import math
+import time
 import urllib.error
 import urllib.request
 from collections import defaultdict
@@ -43,7 +44,7 @@ class StepCosts:
 
 @dataclass(frozen=True)
 class Counters:
-    """What one served model's counters say since its engine started."""
+    """What one served model's counters say, since its engine started or over the time that was watched."""
 
     model: str
     engine: str
@@ -73,18 +74,27 @@ class Counters:
         return sum(self.survival) / (1 + sum(self.survival[:-1]))
 
 
-def read_counters(url: str) -> tuple[Counters, ...]:
+def read_counters(url: str, watch_s: float = 0.0) -> tuple[Counters, ...]:
     """The counters behind a server's URL (`/metrics` is added), one record a served model.
 
-    Raises UserError when it cannot be reached, or does not decode speculatively.
+    `watch_s` leaves out what was counted before now, and waits so many seconds. Raises UserError when the server cannot
+    be reached, or does not decode speculatively.
     """
-    return parse_counters(_fetch(url), url)
+    before = ""
+    if watch_s:
+        before = _fetch(url)
+        time.sleep(watch_s)
+    return parse_counters(_fetch(url), url, before)
 
 
-def parse_counters(text: str, source: str) -> tuple[Counters, ...]:
-    """The same from an exposition's text; `source` is named in errors."""
+def parse_counters(text: str, source: str, before: str = "") -> tuple[Counters, ...]:
+    """The same from an exposition's text, less what an earlier one had counted; `source` is named in errors."""
     try:
-        samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+        earlier = {_series(sample): sample.value for sample in _samples(before, growing=True)}
+        samples = [
+            sample._replace(value=sample.value - earlier.get(_series(sample), 0.0))
+            for sample in _samples(text, growing=False)
+        ]
     except ValueError as error:
         raise UserError(
             f"{source}: is not Prometheus text ({error}); give the URL of vLLM or SGLang"
@@ -96,6 +106,17 @@ def parse_counters(text: str, source: str) -> tuple[Counters, ...]:
             "--speculative-algorithm and --enable-metrics, and let it answer requests first"
         )
     return found
+
+
+def _samples(text: str, *, growing: bool) -> Iterator[Sample]:
+    """All samples, or only those of counters and histograms: a gauge is what it is."""
+    for family in text_string_to_metric_families(text):
+        if not growing or family.type in ("counter", "histogram"):
+            yield from family.samples
+
+
+def _series(sample: Sample) -> tuple[str, frozenset[tuple[str, str]]]:
+    return sample.name, frozenset(sample.labels.items())
 
 
 def best_length(survival: Sequence[float], costs: StepCosts) -> tuple[int, float]:

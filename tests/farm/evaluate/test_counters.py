@@ -117,6 +117,25 @@ def test_rounds_that_drafted_less_make_survival_a_lower_bound() -> None:
     assert counters.tau == 3
 
 
+def test_what_was_counted_before_the_watch_is_left_out() -> None:
+    growing = """
+import threading, time
+def decode():
+    while time.sleep(0.002) is None:
+        drafts.labels("m", "e0").inc()
+        tokens.labels("m", "e0").inc(2)
+        accepted.labels("m", "e0").inc()
+        by_position.labels("m", "e0", "0").inc()
+threading.Thread(target=decode, daemon=True).start()
+"""
+    with served(vllm(2, e0=[(2, 2)] * 5000) + growing) as url:
+        (whole,) = read_counters(url)
+        (late,) = read_counters(url, watch_s=0.5)
+    assert whole.rounds > 5000 > late.rounds > 10
+    assert whole.tau > 2.7
+    assert late.tau == pytest.approx(2.0, abs=0.2)  # a scrape may fall between two counters of a round
+
+
 def test_sglangs_tau_leaves_out_the_tokens_of_prefills() -> None:
     with served(SGLANG % [(21, 10), (31, 10)]) as url:
         (counters,) = read_counters(url)
