@@ -164,8 +164,15 @@ def decide(
     tau_base: float,
     made: tuple[Offer, ...],
     served_tokens: float = SERVED_TOKENS,
+    skip_above: float | None = None,
 ) -> Verdict:
-    """The tier that wins the most seconds over `served_tokens`, or `skip` where none is worth it."""
+    """The tier that wins the most seconds over `served_tokens`, or `skip` where none is worth it.
+
+    `skip_above` is a retention above which a target is left as it is, whatever it could win.
+    """
+    if skip_above is not None and seen.tau > skip_above * tau_base:
+        reason = f"the base draft keeps {seen.tau / tau_base:.0%} of its tau, above {skip_above:.0%}"
+        return Verdict(target, "skip", reason, seen, tau_base, made)
     known = [offer for offer in made if not math.isnan(offer.saved_s)]
     if not known:
         return Verdict(target, "skip", "no speed was measured", seen, tau_base, made)

@@ -192,7 +192,7 @@ def _verdict(
     served_tokens: float,
 ) -> Verdict:
     made = offers(seen, tau_base, _cost(plan, target, rates, history), target.kind, history)
-    return decide(target.name, seen, tau_base, made, served_tokens)
+    return decide(target.name, seen, tau_base, made, served_tokens, plan.manifest.probe.skip_above)
 
 
 def _cost(plan: Plan, target: TargetPlan, rates: Rates, history: Sequence[Past]) -> Cost:

@@ -87,6 +87,14 @@ def test_skipping_has_its_reason(seen: Seen, tau_base: float, tokens: float, rea
     assert reason in line(verdict)
 
 
+def test_a_target_that_keeps_enough_is_left_as_it_is() -> None:
+    made = offers(SLOW, 4.0, COST, "full", ())
+    assert decide("t", SLOW, 4.0, made, 1e9, skip_above=0.31).decision == "full"
+    kept = decide("t", SLOW, 4.0, made, 1e9, skip_above=0.29)
+    assert kept.decision == "skip"
+    assert "keeps 30% of its tau, above 29%" in kept.reason
+
+
 @given(st.floats(1, 5), st.floats(1, 6), st.floats(0.001, 1), st.floats(0.001, 1), st.floats(1, 1e12))
 def test_a_decision_never_costs_more_than_it_wins(
     tau: float, tau_base: float, plain_s: float, round_s: float, tokens: float
