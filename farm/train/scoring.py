@@ -85,8 +85,9 @@ def select_rows(task: SelectTask, progress: Callable[[int, int], None] | None = 
         raise UserError(f"{task.target.name}: no answer is long enough to train on; see its finish reasons")
     deciding = frozenset(ids) if settings.exact else select.pilot(ids, settings.pilot_rows)
     scorer = _scorer(task)
-    for path in paths if isinstance(scorer, _Whitened) else ():
-        scorer.learn(read_shards([path], deciding))
+    if isinstance(scorer, _Whitened):
+        for path in paths:
+            scorer.learn(read_shards([path], deciding))
     scored, lengths = [], {}
     for path in paths:
         samples = read_shards([path], ids.keys())
