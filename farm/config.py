@@ -90,6 +90,16 @@ class RegenerateSettings(Strict):
     memory_bytes: Positive = 8 * 2**30  # of live targets in one actor
 
 
+class SelectSettings(Strict):
+    """Which of its answers a target is adapted on; see farm.data.select for the scores."""
+
+    strategy: Literal["all", "shift", "mahalanobis", "failure", "flatness", "random"] = "all"
+    fraction: float = Field(default=0.5, gt=0, le=1)
+    pilot_rows: int = Field(default=256, ge=256)  # that set the threshold
+    exact: bool = False  # the threshold is set by every row instead: the fraction is met to the row
+    seed: int = 0  # of strategy random
+
+
 class AdaptSettings(TrainSettings):
     epochs: Positive = 6
     lr: float = Field(default=1e-3, gt=0)
@@ -169,6 +179,7 @@ class Manifest(Strict):
     train_trunk: TrainTrunkSettings = TrainTrunkSettings()
     probe: ProbeSettings = ProbeSettings()
     regenerate: RegenerateSettings = RegenerateSettings()
+    select: SelectSettings = SelectSettings()
     adapt: AdaptSettings = AdaptSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     serve: ServeSettings = ServeSettings()

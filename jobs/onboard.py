@@ -27,7 +27,10 @@ def main(manifest: ManifestPath, overrides: Overrides = None, dry_run: DryRun = 
     with mistakes_exit():
         settled = load_manifest(manifest, overrides or ())
         if dry_run:
-            console.print(plan_onboarding(settled))
+            table, lines = plan_onboarding(settled)
+            console.print(table)
+            for text in lines:
+                console.print(text, markup=False, highlight=False, soft_wrap=True)
             return
         with connect():
             report, folder = onboard(settled, say=console.print)

@@ -103,7 +103,10 @@ def onboard(manifest: ManifestPath, overrides: Overrides = None, dry_run: DryRun
     if dry_run:
         from farm.fleet.onboard import plan_onboarding
 
-        console.print(plan_onboarding(settled))
+        table, lines = plan_onboarding(settled)
+        console.print(table)
+        for text in lines:
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
         return
     folder = _onboard(settled)
     console.print(f"report: {folder}/report.json", markup=False, soft_wrap=True)

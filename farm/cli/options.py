@@ -54,6 +54,24 @@ def training_bars() -> Iterator[Callable[[str, int, int], None]]:
         yield show
 
 
+@contextmanager
+def probing_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """One bar over all targets, on a terminal."""
+    columns = (
+        TextColumn("probing {task.description:<24}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        task = bars.add_task("the base")
+
+        def show(what: str, done: int, of: int) -> None:
+            bars.update(task, description=what, completed=done, total=of)
+
+        yield show
+
+
 def keep_measures(measured: Mapping[str, Any], out: Path) -> None:
     """Writes what `evaluate` measured as JSON and shows the figures that decide; the last line names the file."""
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -8,16 +8,16 @@ hidden  h_0 ............. h_{T-2}              the last token was never processe
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from farm.artifacts import Artifacts
@@ -48,6 +48,13 @@ class Sample:
     tokens_T: Tensor  # int64
     features_TH: Tensor  # [T - 1, H] of tokens 0..T-2
     num_prompt_tokens: int
+    row: int = 0
+    id: str = ""
+
+
+def trainable(num_answer_tokens: int) -> bool:
+    """Whether an answer has a token that is drafted, and the true hidden state after it."""
+    return num_answer_tokens > 2
 
 
 def shard_names(number: int) -> tuple[str, str]:
@@ -71,12 +78,13 @@ def write_shard(artifacts: Artifacts, stage: str, key: str, shard_no: int, answe
     artifacts.put_file(stage, key, tokens_name, buffer.getvalue())
 
 
-def read_shards(paths: Sequence[Path]) -> list[Sample]:
+def read_shards(paths: Sequence[Path], rows: Collection[int] | None = None) -> list[Sample]:
     """Samples of shards, given the paths of their features files, in order; rows without an answer are left out.
 
-    Raises UserError when a shard is truncated or its two files do not belong together.
+    `rows` are the numbers of those that are wanted; None: all. Raises UserError when a shard is truncated or its two
+    files do not belong together.
     """
-    return [sample for path in paths for sample in _read_shard(Path(path))]
+    return [sample for path in paths for sample in _read_shard(Path(path), rows)]
 
 
 def answer_tokens(paths: Sequence[Path]) -> Iterator[list[int]]:
@@ -85,28 +93,54 @@ def answer_tokens(paths: Sequence[Path]) -> Iterator[list[int]]:
         yield from pq.read_table(path, columns=["answer_ids"]).column("answer_ids").to_pylist()
 
 
-def _read_shard(features_path: Path) -> Iterator[Sample]:
-    tokens_path = features_path.with_name(features_path.name.replace("features-", "tokens-")).with_suffix(
-        ".parquet"
-    )
+def trainable_rows(paths: Sequence[Path]) -> dict[int, str]:
+    """Row numbers and ids of the answers that can be trained on, given the paths of shards' features files."""
+    found: dict[int, str] = {}
+    for path in paths:
+        rows = _read_tokens(Path(path), ["row", "id", "answer_ids"])
+        found |= {row["row"]: row["id"] for row in rows if trainable(len(row["answer_ids"]))}
+    return found
+
+
+def _read_tokens(features_path: Path, columns: list[str]) -> list[dict[str, Any]]:
+    """Rows of the tokens file beside a features file."""
+    name = features_path.name.replace("features-", "tokens-")
     try:
-        features = load_file(features_path)
-        table = pq.read_table(tokens_path, columns=["prompt_ids", "answer_ids"])
-    except (OSError, SafetensorError, pa.ArrowInvalid) as error:
-        raise UserError(
-            f"{features_path}: the shard cannot be read ({error}); delete its artifact and run again"
-        ) from error
-    for index, row in enumerate(table.to_pylist()):
-        features_TH = features.get(f"{index}")
-        if features_TH is None:
-            continue
+        table = pq.read_table(features_path.with_name(name).with_suffix(".parquet"), columns=columns)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise _unreadable(features_path, error) from error
+    rows: list[dict[str, Any]] = table.to_pylist()
+    return rows
+
+
+def _read_features(path: Path, wanted: Sequence[int]) -> list[tuple[int, Tensor]]:
+    """Index and features of the wanted rows that have an answer; the others' are not read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            return [(index, file.get_tensor(f"{index}")) for index in wanted if f"{index}" in names]
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(features_path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{features_path}: the shard cannot be read ({error}); delete its artifact and run again"
+    )
+
+
+def _read_shard(features_path: Path, rows: Collection[int] | None) -> Iterator[Sample]:
+    table = _read_tokens(features_path, ["row", "id", "prompt_ids", "answer_ids"])
+    wanted = [index for index, row in enumerate(table) if rows is None or row["row"] in rows]
+    for index, features_TH in _read_features(features_path, wanted):
+        row = table[index]
         tokens_T = torch.tensor([*row["prompt_ids"], *row["answer_ids"]])
         if len(features_TH) != len(tokens_T) - 1:
             raise UserError(
                 f"{features_path}: row {index} has {len(features_TH)} features for {len(tokens_T)} tokens; "
                 "delete its artifact and run again"
             )
-        yield Sample(tokens_T, features_TH, len(row["prompt_ids"]))
+        yield Sample(tokens_T, features_TH, len(row["prompt_ids"]), row["row"], row["id"])
 
 
 def _plain(value: object) -> object:

@@ -31,6 +31,7 @@ class PromptSet:
     prompts: tuple[Prompt, ...]
     errors: tuple[RowError, ...]  # among the rows asked for
     num_rows: int  # of the whole source
+    origins: Mapping[int, str]  # by row: its "source", or its file in a folder
 
 
 def load_prompts(source: str, rows: Rows | None = None) -> PromptSet:
@@ -43,15 +44,19 @@ def load_prompts(source: str, rows: Rows | None = None) -> PromptSet:
     path = Path(source)
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path] if path.suffix == ".jsonl" else []
     if files and files[0].is_file():
-        records = [record for file in files for record in _read_lines(file)]
+        lines = [(file.name, record) for file in files for record in _read_lines(file)]
+        records, names = [record for _, record in lines], [name for name, _ in lines]
     else:
         records = [(row, "") for row in _read_dataset(source, path)]
+        names = [path.name] * len(records)
     kept = range(len(records))[slice(*rows)] if rows else range(len(records))
     prompts, errors, digest = [], [], hashlib.sha256()
+    origins: dict[int, str] = {}
     for index in kept:
         parsed = _parse(index, *records[index])
         if isinstance(parsed, Prompt):
             prompts.append(parsed)
+            origins[index] = _origin(records[index][0], names[index])
             fields = [index, parsed.id, parsed.messages, parsed.answer]
         else:
             errors.append(parsed)
@@ -59,7 +64,7 @@ def load_prompts(source: str, rows: Rows | None = None) -> PromptSet:
         digest.update(json.dumps(fields, sort_keys=True).encode() + b"\n")
     if not prompts:
         raise UserError(_nothing_usable(source, rows, len(records), errors))
-    return PromptSet(source, digest.hexdigest(), tuple(prompts), tuple(errors), len(records))
+    return PromptSet(source, digest.hexdigest(), tuple(prompts), tuple(errors), len(records), origins)
 
 
 def split_rows(
@@ -150,6 +155,11 @@ def _parse(row: int, record: Any, reason: str) -> Prompt | RowError:
         messages=tuple({"role": message["role"], "content": message["content"]} for message in messages),
         answer=answer if isinstance(answer, str) else None,
     )
+
+
+def _origin(record: Mapping[str, Any], name: str) -> str:
+    said = record.get("source")
+    return said if isinstance(said, str) else name
 
 
 def _is_conversation(messages: Any) -> TypeGuard[Iterable[Mapping[str, str]]]:

@@ -30,6 +30,8 @@ class TauResult:
 
     counts: tuple[PromptCounts, ...]
     stats: DecodeStats
+    drafted: tuple[tuple[int, int], ...]  # accepted and reached drafted tokens a prompt
+    seconds: float  # of decoding, prefills included
 
 
 @dataclass(frozen=True)
@@ -58,17 +60,22 @@ def measure_tau(
     params: SamplingParams,
     *,
     k: int,
+    num_slots: int = NUM_SLOTS,
 ) -> TauResult:
     """Decodes every prompt once, in batches; prompt i is sampled with seed `params.seed + i`."""
     max_length = min(max(map(len, prompts)) + params.max_new_tokens, target.max_positions)
     engine = Engine(
         [Route(target.forward, target.stop_ids, draft)],
-        num_slots=min(NUM_SLOTS, len(prompts)), max_length=max_length, k=k,
+        num_slots=min(num_slots, len(prompts)), max_length=max_length, k=k,
         prefill_tokens=OFFLINE_PREFILL_TOKENS,
     )  # fmt: skip
+    start = time.perf_counter()
     done = engine.run(Request(str(i), ids, _seeded(params, i)) for i, ids in enumerate(prompts))
-    counts = tuple(PromptCounts(completion.stats.emitted, completion.stats.rounds) for completion in done)
-    return TauResult(counts, engine.stats)
+    seconds = time.perf_counter() - start
+    by_prompt = [completion.stats for completion in done]
+    counts = tuple(PromptCounts(stats.emitted, stats.rounds) for stats in by_prompt)
+    drafted = tuple((sum(stats.accepted), sum(stats.reached)) for stats in by_prompt)
+    return TauResult(counts, engine.stats, drafted, seconds)
 
 
 def measure_speed(

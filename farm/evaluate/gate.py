@@ -39,12 +39,21 @@ def gain_interval(
     """
     if len(adapted) != len(live) or len(adapted) < 2:
         raise ValueError(f"needs the same two or more prompts, got {len(adapted)} and {len(live)}")
-    rng = np.random.default_rng(seed)
-    chosen_RP = rng.integers(0, len(adapted), size=(RESAMPLES, len(adapted)))
-    gain_R = _resampled_tau(adapted, chosen_RP) - _resampled_tau(live, chosen_RP)
-    tail = (1 - confidence) / 2
-    low, high = np.nanquantile(gain_R, [tail, 1 - tail])
-    return float(low), float(high)
+    chosen_RP = _resample(len(adapted), seed)
+    return _quantiles(_resampled_tau(adapted, chosen_RP) - _resampled_tau(live, chosen_RP), confidence)
+
+
+def ratio_interval(
+    upper: Sequence[float], lower: Sequence[float], *, confidence: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """Two-sided percentile interval over prompts of a ratio of sums, such as tau or alpha; counts are by prompt.
+
+    Raises ValueError for fewer than two prompts.
+    """
+    if len(upper) != len(lower) or len(upper) < 2:
+        raise ValueError(f"needs two or more prompts, got {len(upper)} and {len(lower)}")
+    chosen_RP = _resample(len(upper), seed)
+    return _quantiles(_resampled_ratio(upper, lower, chosen_RP), confidence)
 
 
 def promotes(interval: tuple[float, float], min_gain: float) -> bool:
@@ -52,9 +61,25 @@ def promotes(interval: tuple[float, float], min_gain: float) -> bool:
     return interval[0] > min_gain
 
 
+def _resample(num_prompts: int, seed: int) -> NDArray[np.int64]:
+    return np.random.default_rng(seed).integers(0, num_prompts, size=(RESAMPLES, num_prompts))
+
+
+def _quantiles(values_R: NDArray[np.float64], confidence: float) -> tuple[float, float]:
+    tail = (1 - confidence) / 2
+    low, high = np.nanquantile(values_R, [tail, 1 - tail])
+    return float(low), float(high)
+
+
 def _resampled_tau(counts: Sequence[PromptCounts], chosen_RP: NDArray[np.int64]) -> NDArray[np.float64]:
-    emitted_P = np.array([count.emitted for count in counts], dtype=np.float64)
-    rounds_P = np.array([count.rounds for count in counts], dtype=np.float64)
-    rounds_R = rounds_P[chosen_RP].sum(axis=1)
-    sums_R: NDArray[np.float64] = emitted_P[chosen_RP].sum(axis=1) / np.where(rounds_R > 0, rounds_R, np.nan)
-    return sums_R
+    emitted, rounds = [count.emitted for count in counts], [count.rounds for count in counts]
+    return _resampled_ratio(emitted, rounds, chosen_RP)
+
+
+def _resampled_ratio(
+    upper: Sequence[float], lower: Sequence[float], chosen_RP: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    upper_P, lower_P = (np.array(side, dtype=np.float64) for side in (upper, lower))
+    lower_R = lower_P[chosen_RP].sum(axis=1)
+    ratios_R: NDArray[np.float64] = upper_P[chosen_RP].sum(axis=1) / np.where(lower_R > 0, lower_R, np.nan)
+    return ratios_R

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from farm.config import Dtype, EvaluateSettings, ProbeSettings, TargetSpec
+from farm.config import Dtype, EvaluateSettings, ProbeSettings, Refused, TargetSpec
 from farm.data.prompts import Prompt
 from farm.decode.sampling import SamplingParams
-from farm.evaluate.bench import measure_tau
+from farm.evaluate.bench import TauResult, measure_tau
+from farm.evaluate.gate import ratio_interval
 from farm.evaluate.target import OpenTrunk, encode_prompts
 from farm.target.load import check_family, load_target, open_target
 
 
 @dataclass(frozen=True)
 class TauOfBaseDraft:
-    """tau of the base's draft on one target, greedy; `survival` over draft positions 1..k."""
+    """tau of the base's draft on one target, greedy; lists over draft positions 1..k, intervals are 95 % over prompts.
+
+    `alpha` is the share of the reached drafted tokens that was accepted. Seconds are those of the machine, prefills
+    included: a batch's seconds over all its tokens or rounds. None where they were not asked for.
+    """
 
     tau: float
     survival: tuple[float, ...]
+    alpha: float | None  # None where nothing was drafted
+    tau_interval: tuple[float, float] | None  # None for a single prompt
+    alpha_interval: tuple[float, float] | None
+    plain_s: float | None = None  # a token without speculation
+    round_s: float | None = None  # a round
 
 
 def check_target(base: TargetSpec, target: TargetSpec) -> None:
@@ -34,12 +44,42 @@ def probe(
     settings: ProbeSettings,
     evaluate: EvaluateSettings,
     dtype: Dtype,
+    *,
+    timed_slots: int | None = None,
 ) -> TauOfBaseDraft:
-    """tau of the base's draft on a few of the target's prompts, or of the base's own: what retention is made of."""
+    """tau of the base's draft on a few of the target's prompts, or of the base's own: what retention is made of.
+
+    `timed_slots` decodes the prompts with and without the draft in batches of that size, and takes the time.
+    """
     loaded = open_target(target, dtype)
-    opened = OpenTrunk.of(trunk_folder, loaded)
+    draft = OpenTrunk.of(trunk_folder, loaded).draft(None)
     limits = evaluate.model_copy(update={"max_new_tokens": settings.max_new_tokens})
     ids = encode_prompts(loaded, prompts[: settings.prompts], limits)
+    if not ids:
+        raise Refused(
+            f"{target.name}: no prompt leaves room for probe.max_new_tokens {settings.max_new_tokens}; lower it"
+        )
     params = SamplingParams(max_new_tokens=settings.max_new_tokens)
-    result = measure_tau(loaded, opened.draft(None), ids, params, k=evaluate.k)
-    return TauOfBaseDraft(result.stats.tau, tuple(result.stats.survival))
+    if timed_slots is None:
+        return _summary(measure_tau(loaded, draft, ids, params, k=evaluate.k))
+    measure_tau(loaded, draft, ids[:1], params, k=evaluate.k)  # the first call pays for allocations
+    result = measure_tau(loaded, draft, ids, params, k=evaluate.k, num_slots=timed_slots)
+    plain = measure_tau(loaded, None, ids, params, k=0, num_slots=timed_slots)
+    return replace(
+        _summary(result),
+        plain_s=plain.seconds / max(1, plain.stats.emitted),
+        round_s=result.seconds / max(1, result.stats.rounds),
+    )
+
+
+def _summary(result: TauResult) -> TauOfBaseDraft:
+    stats, several = result.stats, len(result.counts) > 1
+    accepted, reached = [pair[0] for pair in result.drafted], [pair[1] for pair in result.drafted]
+    emitted, rounds = [one.emitted for one in result.counts], [one.rounds for one in result.counts]
+    return TauOfBaseDraft(
+        tau=stats.tau,
+        survival=tuple(stats.survival),
+        alpha=sum(accepted) / sum(reached) if sum(reached) else None,
+        tau_interval=ratio_interval(emitted, rounds) if several else None,
+        alpha_interval=ratio_interval(accepted, reached) if several and sum(reached) else None,
+    )

@@ -69,6 +69,7 @@ class TargetRow(Strict):
     alpha_adapted: tuple[Figure, ...] = ()
     finish_reasons: FinishReasons | None = None
     rows: int | None = None  # regenerated rows that were trained on
+    selected: Figure = None  # their share of all; None: all
     coverage: Figure = None  # share of answer tokens inside the draft vocabulary
     retention: Figure = None  # tau_base_draft / tau_base_on_base
     tau_live: Figure = None  # of the version that was live before; None: the base draft was

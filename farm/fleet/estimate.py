@@ -14,7 +14,7 @@ from rich.text import Text
 
 from farm.artifacts import Artifacts
 from farm.fleet.answers import ANSWERS, AnswersJob
-from farm.fleet.plan import ADAPT, EVALUATE, TRUNK, Plan, TargetPlan
+from farm.fleet.plan import ADAPT, EVALUATE, SELECT, TRUNK, Plan, TargetPlan
 from farm.registry import Registry
 from farm.store import NotFound
 
@@ -119,6 +119,8 @@ def estimate_target(plan: Plan, target: TargetPlan, rates: Rates) -> Estimate:
     if ANSWERS not in target.reused:
         total += estimate_answers(target.answers, rates)
     rows = len(target.answers.prompts)
+    if target.select_key is not None:
+        rows = round(rows * plan.manifest.select.fraction)
     return total + estimate_training(rows, target.answers.settings.max_new_tokens, settings.epochs, rates)
 
 
@@ -155,7 +157,8 @@ def plan_table(plan: Plan, artifacts: Artifacts) -> Table:
         reused = list(target.reused)
         if any(version.card["adapt_key"] == target.adapt_key for version in registry.versions(target.name)):
             reused.append(EVALUATE)
-        runs = [stage for stage in (ANSWERS, ADAPT, EVALUATE) if stage not in reused]
+        stages = (ANSWERS, *((SELECT,) if target.select_key else ()), ADAPT, EVALUATE)
+        runs = [stage for stage in stages if stage not in reused]
         _add(table, target.name, runs, reused, cost)
     for name, reason in plan.refused.items():
         table.add_row(Text(name), Text(f"refused: {reason}", style="red"))

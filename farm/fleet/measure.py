@@ -6,7 +6,7 @@ Each body is one call of `farm.evaluate`; results are artifacts, so that a rerun
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +16,13 @@ from ray.exceptions import RayError
 from farm.artifacts import Artifact, Artifacts
 from farm.config import Dtype, EvaluateSettings, Manifest, ProbeSettings, TargetSpec
 from farm.data.prompts import Prompt
-from farm.fleet.plan import EVALUATE
+from farm.fleet.plan import CHECK, EVALUATE, PROBE
 from farm.fleet.pool import cause_of
 from farm.fleet.session import cpus_of_largest_node
 from farm.store import open_store
 
 if TYPE_CHECKING:
     from farm.evaluate.target import EvaluateTask
-
-CHECK, PROBE = "check", "probe"
 
 
 @ray.remote(num_cpus=1, max_retries=1)
@@ -50,8 +48,7 @@ def probe_tau(
     from farm.evaluate.probe import probe
 
     result = probe(target, Path(trunk_folder), prompts, *settings, dtype)
-    manifest = {"target": target.name, "tau": result.tau, "survival": list(result.survival)}
-    return Artifacts(open_store(store)).finish(PROBE, key, manifest)
+    return Artifacts(open_store(store)).finish(PROBE, key, {"target": target.name, **asdict(result)})
 
 
 def evaluate_on_cluster(manifest: Manifest, target: str, prompts: str) -> dict[str, Any]:

@@ -22,18 +22,24 @@ from farm.fleet.plan import TRUNK_FILE, Plan, make_plan
 from farm.fleet.prepare import check_targets, measure_base, prepare_trunk, skip_good_enough
 from farm.fleet.publish import family_record
 from farm.fleet.run import Run
+from farm.fleet.selection import select_answers
 from farm.fleet.session import check_cluster
 from farm.fleet.stages import adapt, evaluate, regenerate_answers
 from farm.fleet.trainers import Attempts
+from farm.fleet.triage import planned_lines
 from farm.store import ObjectStore, open_store
 
 Say = Callable[[str], None]
 
 
-def plan_onboarding(manifest: Manifest) -> Table:
-    """What `onboard` would run and reuse, and what that costs at most. Starts nothing, needs no Ray."""
+def plan_onboarding(manifest: Manifest) -> tuple[Table, list[str]]:
+    """What `onboard` would run and reuse, what that costs at most, and a line a target on whether it pays.
+
+    Starts nothing, needs no Ray.
+    """
     artifacts = Artifacts(open_store(manifest.store))
-    return plan_table(_plan(manifest, artifacts), artifacts)
+    plan = _plan(manifest, artifacts)
+    return plan_table(plan, artifacts), planned_lines(plan, artifacts)
 
 
 def onboard(
@@ -105,6 +111,7 @@ def _run_stages(run: Run) -> None:
         return
     _put_family(run, trunk)
     regenerate_answers(run)
+    select_answers(run, trunk)
     adapt(run, trunk)
     evaluate(run, trunk)
 

@@ -4,18 +4,20 @@ Pure: reads the manifest, the checkpoints' digests, the prompts and the store, a
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from farm.artifacts import TRUNK as TRUNK
 from farm.artifacts import Artifacts, key_of
-from farm.config import Manifest, Refused, RegenerateSettings, TargetSpec, UserError, dump
+from farm.config import Manifest, ProbeSettings, Refused, RegenerateSettings, TargetSpec, UserError, dump
 from farm.data.prompts import Prompt, load_prompts, split_rows
 from farm.fleet.answers import ANSWERS, AnswersJob, answers_key, settings_key
 
 ADAPT: Literal["adapt"] = "adapt"
+SELECT = "select"
+CHECK, PROBE = "check", "probe"
 EVALUATE = "evaluate"
 TRUNK_FILE, EXPERT_FILE = "trunk.safetensors", "expert.safetensors"
 TRUNK_FILES = ("draft.json", TRUNK_FILE, EXPERT_FILE)
@@ -37,6 +39,8 @@ class TargetPlan:
     held_out_digest: str
     adapt_key: str
     reused: tuple[str, ...]  # stages whose artifact is in the store
+    select_key: str | None = None  # of the rows that are adapted on; None: all
+    origins: Mapping[int, str] = field(default_factory=dict)  # of the prompts' rows
 
     @property
     def name(self) -> str:
@@ -84,7 +88,7 @@ def make_plan(manifest: Manifest, artifacts: Artifacts, digest: Digest) -> Plan:
         except (UserError, OSError) as error:
             refused[spec.name] = str(error)
     trunk = _plan_trunk(manifest, artifacts, base, base_digest, drafts)
-    targets = tuple(_plan_adapt(manifest, artifacts, trunk.key, target) for target in drafts)
+    targets = tuple(_plan_adapt(manifest, artifacts, trunk, target) for target in drafts)
     return Plan(manifest, trunk, targets, refused)
 
 
@@ -113,16 +117,52 @@ def _plan_answers(manifest: Manifest, spec: TargetSpec, digest: str) -> TargetPl
         ],
     }
     answers = AnswersJob(spec, manifest.regenerate, key, prompts, dtype=manifest.dtype, source=source)
-    return TargetPlan(spec, digest, answers, kept, found.digest, adapt_key="", reused=())
-
-
-def _plan_adapt(manifest: Manifest, artifacts: Artifacts, trunk_key: str, target: TargetPlan) -> TargetPlan:
-    settings = {name: value for name, value in dump(manifest.adapt).items() if name not in _NOT_IN_KEY}
-    key = key_of(ADAPT, settings, [target.answers.key, trunk_key, target.digest])
-    reused = ((ANSWERS, target.answers.key), (ADAPT, key))
-    return replace(
-        target, adapt_key=key, reused=tuple(stage for stage, key in reused if artifacts.find(stage, key))
+    return TargetPlan(
+        spec, digest, answers, kept, found.digest, adapt_key="", reused=(), origins=found.origins
     )
+
+
+def probe_key(
+    manifest: Manifest,
+    plan: TargetPlan | TrunkPlan,
+    settings: ProbeSettings,
+    trunk_key: str,
+    timed_slots: int | None = None,
+) -> str:
+    """The key of the base draft's tau on a target, or on the base; one that was timed has a key of its own."""
+    config = {"settings": dump(settings), "k": manifest.evaluate.k, "dtype": manifest.dtype}
+    if timed_slots is not None:
+        config["timed_slots"] = timed_slots
+    # As with the trunk: a target that is added later must not change what all others are compared with.
+    if isinstance(plan, TargetPlan) or manifest.train_trunk.prompts:
+        config["prompts"] = [asdict(prompt) for prompt in plan.held_out[: settings.prompts]]
+    digest = plan.digest if isinstance(plan, TargetPlan) else plan.base_digest
+    return key_of(PROBE, config, [digest, trunk_key])
+
+
+def check_key(trunk: TrunkPlan, target: TargetPlan) -> str:
+    """The key of a passed check that a target belongs to the base's family."""
+    return key_of(CHECK, {}, [trunk.base_digest, target.digest])
+
+
+def _plan_adapt(manifest: Manifest, artifacts: Artifacts, trunk: TrunkPlan, target: TargetPlan) -> TargetPlan:
+    settings = {name: value for name, value in dump(manifest.adapt).items() if name not in _NOT_IN_KEY}
+    inputs, select_key = [target.answers.key, trunk.key, target.digest], _select_key(manifest, trunk, target)
+    key = key_of(ADAPT, settings, inputs if select_key is None else [*inputs, select_key])
+    stages = [(ANSWERS, target.answers.key), (ADAPT, key)]
+    if select_key is not None:
+        stages.insert(1, (SELECT, select_key))
+    reused = tuple(stage for stage, key in stages if artifacts.find(stage, key))
+    return replace(target, adapt_key=key, select_key=select_key, reused=reused)
+
+
+def _select_key(manifest: Manifest, trunk: TrunkPlan, target: TargetPlan) -> str | None:
+    """None where every answer is adapted on, so that the keys are those of a store that knows no selection."""
+    if manifest.select.strategy == "all":
+        return None
+    origins = [target.origins[prompt.row] for prompt in target.answers.prompts]
+    config = dump(manifest.select) | {"dtype": manifest.dtype, "origins": origins}
+    return key_of(SELECT, config, [target.answers.key, trunk.key, trunk.base_digest, target.digest])
 
 
 def _plan_trunk(

@@ -3,16 +3,24 @@ base.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from farm.artifacts import Artifact, key_of
+from farm.artifacts import Artifact
 from farm.config import ProbeSettings, TargetSpec, UserError, dump
 from farm.fleet import measure
 from farm.fleet.answers import feature_shards, finish_answers
 from farm.fleet.datasets import regenerate
-from farm.fleet.plan import TRUNK, TRUNK_FILES, TargetPlan, TrunkPlan
+from farm.fleet.plan import (
+    CHECK,
+    PROBE,
+    TRUNK,
+    TRUNK_FILES,
+    TargetPlan,
+    TrunkPlan,
+    check_key,
+    probe_key,
+)
 from farm.fleet.pool import cause_of, run_bounded
 from farm.fleet.run import Run
 from farm.fleet.trainers import TrainJob, train
@@ -25,8 +33,8 @@ def check_targets(run: Run) -> None:
     """Refuse every target that is no member of the base's family; a passed check is kept."""
     specs = {}
     for target in run.remaining:
-        key = key_of(measure.CHECK, {}, [run.trunk.base_digest, target.digest])
-        if run.artifacts.find(measure.CHECK, key) is None:
+        key = check_key(run.trunk, target)
+        if run.artifacts.find(CHECK, key) is None:
             run.board.update(target.name, stage="check")
             specs[target.name] = (run.store.uri, key, run.trunk.base, target.spec)
     for outcome in run_bounded(specs, measure.check, CHECKS_AT_ONCE):
@@ -150,17 +158,10 @@ def _probe(
     specs, taus = {}, {}
     num_gpus = run.manifest.resources.regenerate.num_gpus
     for name, (plan, settings) in plans.items():
-        if isinstance(plan, TrunkPlan):
-            spec, digest = plan.base, plan.base_digest
-        else:
-            spec, digest = plan.spec, plan.digest
+        spec = plan.base if isinstance(plan, TrunkPlan) else plan.spec
         prompts = plan.held_out[: settings.prompts]
-        config = {"settings": dump(settings), "k": run.manifest.evaluate.k, "dtype": run.manifest.dtype}
-        # As with the trunk: a target that is added later must not change what all others are compared with.
-        if isinstance(plan, TargetPlan) or run.manifest.train_trunk.prompts:
-            config["prompts"] = [asdict(prompt) for prompt in prompts]
-        key = key_of(measure.PROBE, config, [digest, trunk.key])
-        if (found := run.artifacts.find(measure.PROBE, key)) is not None:
+        key = probe_key(run.manifest, plan, settings, trunk.key)
+        if (found := run.artifacts.find(PROBE, key)) is not None:
             taus[name] = float(found.manifest["tau"])
             continue
         if isinstance(plan, TargetPlan):

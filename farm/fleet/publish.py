@@ -83,7 +83,8 @@ def _publish(
             "opponent": evaluation.manifest["opponent"],
             "evaluation": evaluation.manifest["row"],
             "config": {
-                name: dump(getattr(plan.manifest, name)) for name in ("regenerate", "adapt", "evaluate")
+                name: dump(getattr(plan.manifest, name))
+                for name in ("regenerate", "select", "adapt", "evaluate")
             },
             "git_sha": git_sha(),
             "library_versions": versions(),

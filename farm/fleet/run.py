@@ -28,6 +28,7 @@ class Run:
     fields: dict[str, dict[str, Any]] = field(default_factory=dict)  # of report rows, by target
     ended: dict[str, TargetRow] = field(default_factory=dict)
     answers: dict[str, Artifact] = field(default_factory=dict)
+    selections: dict[str, Artifact] = field(default_factory=dict)  # empty where all answers are adapted on
     curves: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"  # that the evaluation decoded in
     stage_seconds: dict[str, float | None] = field(default_factory=dict)  # of what all targets share

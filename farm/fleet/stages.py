@@ -14,6 +14,7 @@ from farm.fleet.plan import ADAPT, EVALUATE, EXPERT_FILE, TRUNK_FILE, TRUNK_FILE
 from farm.fleet.pool import run_bounded
 from farm.fleet.publish import opponent_of, publish
 from farm.fleet.run import Run
+from farm.fleet.selection import selected_rows
 from farm.fleet.session import cpus_of_largest_node, runs_at_once
 from farm.fleet.trainers import CURVE_FILE, TrainJob, train
 from farm.fleet.trunk import close_trunk
@@ -109,6 +110,7 @@ def _adapt_job(run: Run, target: TargetPlan, shared: _Shared) -> TrainJob:
     from farm.train.loop import FitTask
 
     answers, settings = run.answers[target.name], run.manifest.adapt
+    chosen = run.selections.get(target.name, answers)
     shards = feature_shards(answers, run.artifacts)
     covered = coverage(token_files(shards), shared.vocabulary)
     if covered < LOW_COVERAGE:
@@ -125,6 +127,7 @@ def _adapt_job(run: Run, target: TargetPlan, shared: _Shared) -> TrainJob:
             shards=shards,
             expert=str(shared.folder / EXPERT_FILE),
             vocabulary=shared.vocabulary,
+            rows=selected_rows(run, target.name),
         ),
         store=run.store.uri,
         trunk=(shared.revision, str(shared.folder / TRUNK_FILE)),
@@ -137,7 +140,7 @@ def _adapt_job(run: Run, target: TargetPlan, shared: _Shared) -> TrainJob:
             "answers_key": target.answers.key,
             "trunk_key": shared.revision,
             "coverage": covered,
-            "trained_tokens": answers.manifest["answer_tokens"] * settings.epochs,
+            "trained_tokens": chosen.manifest["answer_tokens"] * settings.epochs,
         },
     )
 

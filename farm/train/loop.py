@@ -17,7 +17,7 @@ from safetensors.torch import save as safetensors
 from torch import Tensor, distributed
 
 from farm.config import TargetSpec, TrainSettings, UserError
-from farm.data.features import Sample, read_shards
+from farm.data.features import Sample, read_shards, trainable
 from farm.draft.checkpoint import EXPERT_FILE, build_trunk, load_expert, trunk_digest, trunk_files
 from farm.draft.config import DraftConfig
 from farm.draft.model import Draft, DraftHead, new_draft
@@ -44,6 +44,7 @@ class FitTask:
     shards: tuple[str, ...]  # paths of features-*.safetensors, their tokens beside them
     expert: str | None  # path of the expert.safetensors to start from
     vocabulary: tuple[int, ...] | None
+    rows: frozenset[int] | None = None  # of the shards, that are trained on; None: all
 
 
 @dataclass(frozen=True)
@@ -148,9 +149,8 @@ def _train_step(engine: Any, sums: Sums, world: int, *, log: bool) -> dict[str, 
 
 
 def _trainable(task: FitTask) -> list[Sample]:
-    samples = [
-        s for s in read_shards([Path(p) for p in task.shards]) if len(s.tokens_T) - 2 > s.num_prompt_tokens
-    ]
+    read = read_shards([Path(path) for path in task.shards], task.rows)
+    samples = [sample for sample in read if trainable(len(sample.tokens_T) - sample.num_prompt_tokens)]
     if not samples:
         raise UserError(f"{task.target.name}: no answer is long enough to train on; see its finish reasons")
     return samples

@@ -70,7 +70,8 @@ def predict_of(draft: Draft) -> Predict:
         mask = causal_mask(positions_BT, len(embedded_TH), c.num_heads // c.num_kv_heads, embedded_TH.dtype)
 
         def remember(kv_BTPD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-            return kv_BTPD[:, :, : c.num_kv_heads], kv_BTPD[:, :, c.num_kv_heads :], mask
+            k_BGTD, v_BGTD = kv_BTPD.transpose(1, 2).chunk(2, dim=1)
+            return k_BGTD, v_BGTD, mask
 
         return draft(embedded_TH[None], hidden_TH[None], positions_BT, remember)[0]
 

@@ -1,5 +1,6 @@
 """Onboarding end to end on a tiny family: resume, a target that is added, targets that fail alone."""
 
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -80,6 +81,29 @@ def test_a_report_has_what_a_reader_decides_by(farmed: Farmed) -> None:
     assert list(row.stage_seconds) == ["regenerate", "adapt", "evaluate"]
     assert row.speedup_adapted is not None
     assert farmed.report.curves["alpha"]
+
+
+def test_a_selection_is_kept_and_only_what_it_chose_is_adapted_on(farmed: Farmed, tmp_path: Path) -> None:
+    copy = tmp_path / "store"
+    shutil.copytree(farmed.store, copy)
+    before, said = set(open_store(str(copy)).list("artifacts/adapt/")), []
+    manifest = farmed.family.manifest("alpha", store=copy, select={"strategy": "shift", "fraction": 0.5})
+    report, _ = onboard(manifest, said.append)
+    (row,) = report.targets
+    assert (row.rows, row.selected) == (8, 0.5)
+    assert list(row.stage_seconds) == ["regenerate", "select", "adapt", "evaluate"]
+    store = open_store(str(copy))
+    selected, adapted = (
+        Artifacts(store).find(stage, name.split("/")[2])
+        for stage in ("select", "adapt")
+        for name in store.list(f"artifacts/{stage}/")
+        if name.endswith("/manifest.json") and name not in before
+    )
+    assert selected is not None
+    assert adapted is not None
+    assert selected.manifest["settings"]["strategy"] == "shift"
+    assert adapted.manifest["trained_tokens"] == selected.manifest["answer_tokens"] > 0
+    assert any("8 of 16 answers kept" in line and "rank alike" in line for line in said)
 
 
 def test_adapting_leaves_the_trunk_as_it_was_and_no_optimizer_state_behind(farmed: Farmed) -> None:

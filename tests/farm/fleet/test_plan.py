@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from farm.artifacts import Artifacts
-from farm.config import Manifest, TargetSpec, UserError
+from farm.artifacts import Artifacts, key_of
+from farm.config import Manifest, TargetSpec, UserError, dump
 from farm.fleet.answers import ANSWERS, decode_prompts, encode_prompts, missing_shards
 from farm.fleet.estimate import estimate_target, plan_table, read_rates
 from farm.fleet.plan import ADAPT, TRUNK, Plan, make_plan
@@ -139,3 +139,38 @@ def test_the_plan_says_what_is_reused_and_costs_nothing_again(tmp_path: Path) ->
     assert costs.rows == 16
     assert costs.seconds > 16 * manifest.regenerate.max_new_tokens * 0.5
     assert plan_table(plan, artifacts).row_count == 4  # trunk, two targets, together
+
+
+def test_without_a_selection_keys_are_those_of_stores_that_know_none(tmp_path: Path) -> None:
+    manifest = _manifest(tmp_path, "a")
+    plan = _plan(tmp_path, manifest)
+    (target,) = plan.targets
+    settings = {name: value for name, value in dump(manifest.adapt).items() if name != "save_every"}
+    assert target.select_key is None
+    assert target.adapt_key == key_of(ADAPT, settings, [target.answers.key, plan.trunk.key, target.digest])
+
+
+def test_a_selection_changes_what_is_adapted_and_nothing_before_it(tmp_path: Path) -> None:
+    plans = [
+        _plan(tmp_path, _manifest(tmp_path, "a", select=select))
+        for select in ({}, {"strategy": "shift"}, {"strategy": "shift", "fraction": 0.25})
+    ]
+    assert len({plan.targets[0].adapt_key for plan in plans}) == 3
+    assert len({plan.targets[0].select_key for plan in plans}) == 3
+    assert len({plan.targets[0].answers.key for plan in plans}) == 1
+    assert len({plan.trunk.key for plan in plans}) == 1
+    rates = read_rates(plans[0], Artifacts(open_store(plans[0].manifest.store)))
+    whole, half, quarter = (estimate_target(plan, plan.targets[0], rates).seconds for plan in plans)
+    assert whole > half > quarter
+
+
+def test_the_source_of_a_row_decides_its_stratum_and_so_the_selection(tmp_path: Path) -> None:
+    manifest = _manifest(tmp_path, "a", select={"strategy": "random"})
+    before = _plan(tmp_path, manifest).targets[0]
+    lines = [json.dumps({"prompt": f"a {row}", "source": "b" if row % 2 else "c"}) for row in range(20)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
+    after = _plan(tmp_path, manifest).targets[0]
+    assert set(before.origins.values()) == {"a.jsonl"}
+    assert set(after.origins.values()) == {"b", "c"}
+    assert after.answers.key == before.answers.key
+    assert after.select_key != before.select_key

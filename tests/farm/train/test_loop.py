@@ -77,6 +77,17 @@ def test_adapting_moves_every_tensor_of_the_expert_and_no_byte_of_the_trunk(
     assert result.curve[-1][1] < result.curve[0][1]
 
 
+def test_only_the_selected_rows_are_trained_on(task: FitTask, tmp_path: Path) -> None:
+    trunk, one_epoch = trunk_of(task), task.settings.model_copy(update={"epochs": 1})
+    chosen = replace(task, settings=one_epoch, rows=frozenset(range(4, 8)))
+    result = fit_in_process(chosen, trunk, tmp_path / "chosen")
+    assert result.steps == 1  # one batch of four instead of three
+    others = fit_in_process(replace(chosen, rows=frozenset(range(4))), trunk, tmp_path / "others")
+    assert others.curve != result.curve
+    with pytest.raises(UserError, match="long enough"):
+        fit_in_process(replace(chosen, rows=frozenset()), trunk, tmp_path / "none")
+
+
 def test_the_trunk_stage_trains_trunk_and_expert_and_writes_both(task: FitTask, tmp_path: Path) -> None:
     fit_in_process(replace(task, kind="trunk", expert=None), None, tmp_path)
     fresh = new_draft(task.draft, task.settings.seed)

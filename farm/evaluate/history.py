@@ -1,0 +1,66 @@
+"""What a store remembers of past adaptations: the rows of its runs' reports. Needs no torch."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from pydantic import ValidationError
+
+from farm.evaluate.records import Report, TargetRow
+from farm.evaluate.triage import Cost, Past
+from farm.store import NotFound, ObjectStore
+
+
+def read_history(store: ObjectStore) -> tuple[Past, ...]:
+    """Adaptations that were evaluated, in the order of their runs; a reused one counts once."""
+    found: dict[tuple[str | None, str, str | None], Past] = {}
+    for name in store.list("runs/"):
+        if not name.endswith("/report.json"):
+            continue
+        try:
+            report = Report.model_validate_json(store.get(name))
+        except (
+            NotFound,
+            ValidationError,
+        ):  # of another version of the farm: it says nothing that can be read
+            continue
+        for row in report.targets:
+            past = _past(report, row)
+            if past is not None:
+                found[report.trunk_key, row.name, row.adapter_version] = past
+    return tuple(found.values())
+
+
+def typical_cost(history: Sequence[Past], kind: str, rows: int) -> Cost | None:
+    """Seconds that adapting `rows` answers took in the median of past runs, those on this kind of target if any."""
+    known = [past for past in history if past.rows]
+    known = [past for past in known if past.kind == kind] or known
+    if not known:
+        return None
+    answers, training = (
+        statistics.median(getattr(past, field) / past.rows for past in known)
+        for field in ("answers_s", "training_s")
+    )
+    return Cost(answers * rows, training * rows)
+
+
+def _past(report: Report, row: TargetRow) -> Past | None:
+    before, after, base = row.tau_base_draft, row.tau_adapted, report.tau_base_on_base
+    answers_s, training_s = row.stage_seconds.get("regenerate"), row.stage_seconds.get("adapt")
+    if before is None or after is None or base is None or answers_s is None or training_s is None:
+        return None
+    plain, drafted = row.tokens_per_s_autoregressive, row.tokens_per_s_base_draft
+    return Past(
+        target=row.name,
+        kind=row.kind,
+        tier="expert",
+        tau_before=before,
+        tau_after=after,
+        tau_base=base,
+        rows=row.rows or 0,
+        answers_s=answers_s,
+        training_s=training_s,
+        plain_s=1 / plain if plain else None,
+        round_s=before / drafted if drafted else None,
+    )
