@@ -142,7 +142,7 @@ def test_failure_follows_the_features_and_not_the_base(written: Written) -> None
             k, v = kv.transpose(1, 2).chunk(2, dim=1)
             length = k.shape[2]
             causal = torch.ones(length, length).tril().bool()
-            return k, v, causal.repeat_interleave(2, 0)[None, None]
+            return k, v, causal.repeat(2, 1)[None, None]
 
         predicted = draft(embedded, hidden_TH[None, : t + 1], positions, remember)[0, -1]
         p, q = (written.forward.logits(h[None])[0].softmax(-1) for h in (hidden_TH[t + 1], predicted))
