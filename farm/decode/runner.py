@@ -102,7 +102,7 @@ class Runner:
         chunks = [row.tokens[start:end] for row, end in zip(prefill.rows, prefill.ends, strict=True)]
         targets = tuple(row.request.target for row in prefill.rows)
         (group,) = self.routes.groups(targets)  # the scheduler admits one group at a time
-        rows = Rows([start] * num_rows, first=prefill.first)
+        rows = Rows([start] * num_rows, first=prefill.first, counts=[len(chunk) for chunk in chunks])
         tokens_BT = _pad(chunks, self.device)
         loras = group.lora_rows(tokens_BT.shape[1])
         hidden_BTH = group.forward.forward(tokens_BT, rows, self.cache, loras)

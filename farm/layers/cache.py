@@ -17,6 +17,8 @@ from torch import Tensor
 
 from farm.layers.attention import causal_mask, tree_mask
 
+PACKED_BELOW = 0.9  # share of real tokens
+
 
 @dataclass(frozen=True)
 class Branches:
@@ -40,17 +42,25 @@ class Rows:
 
     Row b is slot `first + b`, so that a cache is read through views; `starts[b]` is the position of its first token.
     Rows may be ragged: tokens of a row beyond its real length are padding, whose entries a later write replaces
-    before anything reads them.
+    before anything reads them. Where `counts` tells how many are real, products may leave the others out.
     """
 
     starts: Sequence[int]
     first: int = 0
     branches: Branches | None = None
+    counts: Sequence[int] | None = None
 
     def entries(self, num_tokens: int, device: torch.device | str = "cpu") -> Tensor:
         """Where in its slot the entry of each of `num_tokens` tokens lies, [B, T] int64; trees have other positions."""
         starts_B = torch.tensor(self.starts, dtype=torch.int64, device=device)
         return starts_B[:, None] + torch.arange(num_tokens, device=device)
+
+    def real(self, num_tokens: int, device: torch.device | str = "cpu") -> Tensor | None:
+        """Indices [M] of the real ones among B x T tokens; None where leaving the others out would not pay."""
+        if self.counts is None or sum(self.counts) > PACKED_BELOW * num_tokens * len(self.counts):
+            return None
+        counts_B1 = torch.tensor(self.counts, device=device)[:, None]
+        return (torch.arange(num_tokens, device=device) < counts_B1).view(-1).nonzero()[:, 0]
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
-# B rows, T tokens, M = B T, S positions read, H hidden, V vocab, F mlp width
+# B rows, T tokens, M of these B T in products, S positions read, H hidden, V vocab, F mlp width
 # N query heads, G key/value heads, D head size
 """A lean forward for Llama, Qwen2 and Qwen3 checkpoints: post-norm hidden states out of a slot cache.
 
-`transformers` is the reference (a test compares the two). q/k/v and
-gate/up are fused, rotary tables are made once, and a row is addressed by slot and position (farm/layers/cache.py).
+`transformers` is the reference (a test compares the two). q/k/v and gate/up are fused, rotary tables are made once, a
+row is addressed by slot and position (farm/layers/cache.py), and products leave the padding of ragged prompts out.
 """
 
 from __future__ import annotations
@@ -48,6 +48,18 @@ class Layer:
     def num_bytes(self) -> int:
         """Of its weights; biases and norms are a thousandth of them."""
         return sum(part.num_bytes for part in (self.qkv, self.out, self.gate_up, self.down))
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all layers of one call share. Products see the M `real_M` of B T tokens, attention sees all."""
+
+    cos_BTND: Tensor
+    sin_BTND: Tensor
+    mask: Tensor | None
+    window: Window
+    real_M: Tensor | None  # None: all, M = B T
+    loras: LoraRows | None
 
 
 class TargetForward:
@@ -122,41 +134,48 @@ class TargetForward:
         sin_BTND = spare_values(self.sin[positions_BT].unsqueeze(2), n, g, 0.0)
         group = self.num_heads // self.num_kv_heads
         mask = window.mask(group, self.dtype)
-        x_MH = functional.embedding(tokens_BT, self.embedding).view(-1, self.hidden_size)
+        real_M = None if loras is not None else rows.real(tokens_BT.shape[1], self.device)
+        x_MH = functional.embedding(_pack(tokens_BT.reshape(-1), real_M), self.embedding)
+        context = Context(cos_BTND, sin_BTND, mask, window, real_M, loras)
         for index, layer in enumerate(self.layers):
-            x_MH = self._layer(x_MH, index, layer, (cos_BTND, sin_BTND, mask, window), loras)
-        return self.norm(x_MH).view(*tokens_BT.shape, self.hidden_size)
+            x_MH = self._layer(x_MH, index, layer, context)
+        return _spread(self.norm(x_MH), real_M, tokens_BT.numel()).view(*tokens_BT.shape, self.hidden_size)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits [..., V] of post-norm hidden states [..., H]."""
         return self.head(hidden.reshape(-1, self.hidden_size)).view(*hidden.shape[:-1], self.vocab_size)
 
-    def _layer(
-        self,
-        x_MH: Tensor,
-        index: int,
-        layer: Layer,
-        context: tuple[Tensor, Tensor, Tensor | None, Window],
-        loras: LoraRows | None,
-    ) -> Tensor:
+    def _layer(self, x_MH: Tensor, index: int, layer: Layer, context: Context) -> Tensor:
         def adapted(part: Part, x_MX: Tensor, y_MY: Tensor) -> Tensor:
-            return y_MY if loras is None else loras.add(index, part, x_MX, y_MY)
+            return y_MY if context.loras is None else context.loras.add(index, part, x_MX, y_MY)
 
-        cos_BTND, sin_BTND, mask, window = context
-        b, t = cos_BTND.shape[:2]
+        real_M = context.real_M
+        b, t = context.cos_BTND.shape[:2]
         n, g, d = self.num_heads, self.num_kv_heads, self.head_dim
         normed_MH = layer.input_norm(x_MH)
-        qkv_BTND = adapted("qkv", normed_MH, layer.qkv(normed_MH)).view(b, t, n + 2 * g, d)
+        qkv_MX = adapted("qkv", normed_MH, layer.qkv(normed_MH))
+        qkv_BTND = _spread(qkv_MX, real_M, b * t).view(b, t, n + 2 * g, d)
         if layer.q_norm is not None and layer.k_norm is not None:
             q_BTND, k_BTGD = layer.q_norm(qkv_BTND[:, :, :n]), layer.k_norm(qkv_BTND[:, :, n : n + g])
             qkv_BTND = torch.cat((q_BTND, k_BTGD, qkv_BTND[:, :, n + g :]), dim=2)
-        qkv_BTND = rotate(qkv_BTND, cos_BTND, sin_BTND)
-        k_BGSD, v_BGSD = window.write(index, qkv_BTND[:, :, n:])
-        mixed_MX = attend(qkv_BTND[:, :, :n], k_BGSD, v_BGSD, mask).view(b * t, n * d)
+        qkv_BTND = rotate(qkv_BTND, context.cos_BTND, context.sin_BTND)
+        k_BGSD, v_BGSD = context.window.write(index, qkv_BTND[:, :, n:])
+        mixed_BTX = attend(qkv_BTND[:, :, :n], k_BGSD, v_BGSD, context.mask)
+        mixed_MX = _pack(mixed_BTX.view(b * t, n * d), real_M)
         x_MH = adapted("out", mixed_MX, layer.out.add_to(x_MH, mixed_MX))
         normed_MH = layer.post_norm(x_MH)
         gated_MF = swiglu(adapted("gate_up", normed_MH, layer.gate_up(normed_MH)))
         return adapted("down", gated_MF, layer.down.add_to(x_MH, gated_MF))
+
+
+def _pack(x: Tensor, real_M: Tensor | None) -> Tensor:
+    return x if real_M is None else x.index_select(0, real_M)
+
+
+def _spread(x_MX: Tensor, real_M: Tensor | None, num_tokens: int) -> Tensor:
+    if real_M is None:
+        return x_MX
+    return x_MX.new_zeros(num_tokens, x_MX.shape[1]).index_copy_(0, real_M, x_MX)
 
 
 def unsupported_reason(config: Any) -> str | None:

@@ -35,20 +35,27 @@ def test_logits_equal_transformers_in_one_pass_and_token_by_token(
     torch.testing.assert_close(forward.logits(torch.cat(steps, dim=1)), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_rows_of_different_lengths_in_one_batch_do_not_see_each_other() -> None:
-    model = tiny_model()
+@pytest.mark.parametrize("counts", [None, (5, 11, 8)], ids=["padding multiplied", "padding left out"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_rows_of_different_lengths_in_one_batch_do_not_see_each_other(
+    kind: str, counts: tuple[int, ...] | None
+) -> None:
+    model = tiny_model(kind)
     forward = TargetForward.of(model)
     generator = torch.Generator().manual_seed(2)
     rows = [torch.randint(0, 32, (length,), generator=generator) for length in (5, 11, 8)]
     cache = forward.new_cache(4, 32)
     padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    forward.forward(padded, Rows([0, 0, 0], first=1), cache)
+    before = Rows([0, 0, 0], first=1, counts=counts)
+    assert (before.real(11) is None) == (counts is None)
+    prompts = forward.forward(padded, before, cache)
     following = torch.randint(0, 32, (3, 4), generator=generator)
     got = forward.forward(following, Rows([len(row) for row in rows], first=1), cache)
     for index, row in enumerate(rows):
         with torch.no_grad():
-            expected = model.model(torch.cat((row, following[index]))[None]).last_hidden_state[0, -4:]
-        torch.testing.assert_close(got[index], expected, atol=1e-4, rtol=1e-4)
+            expected = model.model(torch.cat((row, following[index]))[None]).last_hidden_state[0]
+        whole = torch.cat((prompts[index, : len(row)], got[index]))
+        torch.testing.assert_close(whole, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_architectures_that_would_be_computed_wrongly_are_refused() -> None:
