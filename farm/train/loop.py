@@ -119,7 +119,7 @@ def fit(
         raise RuntimeError(
             f"the frozen trunk changed while adapting {task.target.name}: {before[:12]} to {after[:12]}"
         )
-    report({"step": float(training.step), **training.metrics}, save)
+    report({"step": float(training.step), "seconds": training.seconds, **training.metrics}, save)
     return FitResult(
         training.step, tuple(training.curve), before, after, tuple(training.held_out),
         Seconds(caching, spent_on_reference, training.seconds),

@@ -87,7 +87,7 @@ class Training:
                 self.held_out.append((self.step, found))
             if checkpoint is not None and self.step % settings.save_every == 0 and self.step < num_steps:
                 self.seconds += clock.lap()
-                checkpoint({"step": float(self.step), **self.metrics})
+                checkpoint({"step": float(self.step), "seconds": self.seconds, **self.metrics})
                 clock.lap()
         self.seconds += clock.lap()
 
