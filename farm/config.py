@@ -119,15 +119,17 @@ class RegenerateSettings(Strict):
 
 
 class AdaptSettings(TrainSettings):
-    epochs: Positive = 6
-    lr: float = Field(default=1e-3, gt=0)
+    epochs: Positive = 10
+    lr: float = Field(default=2e-3, gt=0)
+    hidden_weight: float = Field(default=5.0, ge=0)  # later drafted tokens read what is predicted
     tier: Tier = "expert"
     rank: Positive = 16  # of low-rank maps
     width: Positive | None = None  # of the private expert; None: the base's
     init: Init = "base"
-    form: Form = "unrolled"
+    form: Form = "cached"
     cached_epochs: Positive = 4  # of form cached-unrolled, before `epochs` unrolled ones
     cached_tokens: Positive = 512  # positions of a batch in the cached form
+    cached_bytes: Positive = 8 * 2**30  # that the cached form may take
 
     @model_validator(mode="after")
     def _cacheable(self) -> Self:

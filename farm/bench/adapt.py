@@ -121,7 +121,7 @@ def _trained_rows(
 
 
 def _fit(
-    subject: Subject, variant: Variant, settings: AdaptSettings, rows: tuple[int, ...] | None, folder: Path
+    subject: Subject, variant: Variant, settings: AdaptSettings, rows: frozenset[int] | None, folder: Path
 ) -> _Run:
     count = len(rows or subject.samples(variant.data))
     steps = settings.epochs * max(1, count // settings.batch_rows)

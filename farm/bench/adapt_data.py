@@ -117,9 +117,9 @@ def _prefilled(manifest: Manifest, spec: TargetSpec, target: LoadedTarget, folde
     return (str(artifacts.store.local_path(f"artifacts/{ANSWERS}/dataset/{shard_names(0)[1]}")),)
 
 
-def choose_rows(subject: Subject, selection: str, fraction: float, seed: int) -> tuple[int, ...]:
+def choose_rows(subject: Subject, selection: str, fraction: float, seed: int) -> frozenset[int]:
     """Rows of the regenerated answers by a selection that needs no scores. Raises UserError for any other."""
     count = len(subject.samples("regenerated"))
     if selection != "random":
         raise UserError(f"selection {selection}: has no scores here; use random")
-    return tuple(sorted(random.Random(seed).sample(range(count), max(1, round(fraction * count)))))
+    return frozenset(random.Random(seed).sample(range(count), max(1, round(fraction * count))))

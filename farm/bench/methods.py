@@ -11,7 +11,8 @@ from farm.config import AdaptSettings
 Data = Literal["none", "regenerated", "dataset"]
 QUICK: Final = ("base-draft", "default", "eda", "full-retrain")
 MAIN: Final = QUICK  # measured on every target; the others on the first
-FULL_EPOCHS: Final = 2.0  # of full retraining, in epochs of the default over whole rows, until it stops early
+ROW_EPOCHS: Final = 0.25  # of what is trained on whole rows, in epochs of a default on cached positions
+FULL_EPOCHS: Final = 0.75  # of full retraining, unless it stops early before
 SELECTIONS: Final = ("random",)
 FULL_RATES: Final = (0.5, 1.0, 2.0)  # learning rates of full retraining, in those of the default
 
@@ -26,9 +27,7 @@ class Variant:
     data: Data = "regenerated"
     selection: str = "all"
     fraction: float = 1.0
-    rates: tuple[float, ...] = (
-        1.0,
-    )  # learning rates, in those of the default; the best on held-out rows counts
+    rates: tuple[float, ...] = (1.0,)  # of learning, in the default's; the best on held-out rows counts
     curve: bool = False  # rows along its way too
     random_trunk: bool = False
     width: float | None = None  # of the expert, in those of the base's
@@ -48,18 +47,22 @@ def variants(default: AdaptSettings) -> list[Variant]:
         "loss": "eda", "hidden_weight": 1.0, "unroll": 1, "form": "unrolled", "tier": "eda", "init": "random",
         "width": None, "adaspec": None, "early_stop": None,
     }  # fmt: skip
-    whole_rows = {"form": "unrolled", "tier": "full", "width": None, "init": "base"}
-    stopped = {"early_stop": {"held_out": 0.05, "every": 20, "patience": 5}}
-    until_flat = {"epochs": _epochs(default, FULL_EPOCHS), **stopped}
+    # A step over whole rows costs several cached ones; the share of epochs keeps the seconds near each other.
+    rows = {"form": "unrolled", "epochs": _epochs(default, 1.0 if default.form == "unrolled" else ROW_EPOCHS)}
+    full = {
+        **rows, "epochs": _epochs(default, FULL_EPOCHS), "tier": "full", "width": None, "init": "base",
+        "unroll": 1 if default.form == "cached" else default.unroll,
+        "early_stop": {"held_out": 0.05, "every": 20, "patience": 5},
+    }  # fmt: skip
     adaspec = {"adaspec": {}}
     out = [
         Variant("base-draft", "base draft", data="none"),
         Variant("default", "default"),
         Variant("eda", "eda", eda, selection="random", fraction=0.5),
         Variant("eda-original", "eda, dataset answers", eda, data="dataset"),
-        Variant("full-retrain", "full retraining", {**whole_rows, **until_flat}, rates=FULL_RATES, curve=True),
+        Variant("full-retrain", "full retraining", full, rates=FULL_RATES, curve=True),
         Variant(
-            "full-retrain-scratch", "full retraining from random", {**whole_rows, **until_flat},
+            "full-retrain-scratch", "full retraining from random", full,
             rates=FULL_RATES, curve=True, random_trunk=True,
         ),
     ]  # fmt: skip
@@ -68,21 +71,25 @@ def variants(default: AdaptSettings) -> list[Variant]:
         for loss in ("kl", "tv", "lk", "lk-log", "eda")
     ]
     out += [Variant("adaspec", f"{loss} + adaspec", {"loss": loss, **adaspec}) for loss in ("kl", "lk")]
-    unrolled = {"form": "unrolled"}
-    out += [Variant("unroll", f"{steps} steps", {**unrolled, "unroll": steps}) for steps in (1, 2, 3, 4)]
-    out += [Variant("forms", form, {"form": form}) for form in ("cached", "cached-unrolled", "unrolled")]
+    out += [Variant("unroll", f"{steps} steps", {**rows, "unroll": steps}) for steps in (1, 2, 3, 4)]
+    both = {
+        "form": "cached-unrolled",
+        "cached_epochs": _epochs(default, 0.5),
+        "epochs": _epochs(default, 0.1),
+    }
     out += [
+        Variant("forms", "cached", {"form": "cached"}),
+        Variant("forms", "unrolled", rows),
+        Variant("forms", "cached, then unrolled", both),
         Variant("tiers", "half width", width=0.5),
         Variant("tiers", "double width", width=2.0),
-        Variant("tiers", "expert + low-rank fc", {**unrolled, "tier": "expert-fc"}),
-        Variant("tiers", "expert + fc", {**unrolled, "tier": "eda"}),
+        Variant("tiers", "expert + low-rank fc", {**rows, "tier": "expert-fc"}),
+        Variant("tiers", "expert + fc", {**rows, "tier": "eda"}),
         Variant("tiers", "zero init", {"init": "zero"}),
         Variant("tiers", "random init", {"init": "random"}),
-        Variant("lora", "low-rank expert, 8", {"tier": "low-rank", "rank": 8, "init": "base", "width": None}),
-        Variant(
-            "lora", "low-rank expert, 32", {"tier": "low-rank", "rank": 32, "init": "base", "width": None}
-        ),
     ]
+    low_rank = {"tier": "low-rank", "init": "base", "width": None}
+    out += [Variant("lora", f"low-rank expert, {rank}", {**low_rank, "rank": rank}) for rank in (8, 32)]
     for selection in SELECTIONS:
         out += [
             Variant("selection", f"{selection}, {share:.0%}", selection=selection, fraction=share)

@@ -32,9 +32,10 @@ class Positions:
     at: Where
 
     def take(self, rows: Tensor) -> Positions:
-        """Some of them, by number."""
+        """Some of them, by number, in float32."""
         at = Where(self.at.sample_M[rows], self.at.index_M[rows])
-        return Positions(self.residual_MH[rows], self.normed_MH[rows], self.hidden_MH[rows], at)
+        parts = (self.residual_MH, self.normed_MH, self.hidden_MH)
+        return Positions(*(part_MH[rows].float() for part_MH in parts), at)
 
     def to(self, _device: torch.device) -> Positions:
         """Themselves: they are made where they are used."""
@@ -42,6 +43,16 @@ class Positions:
 
     def __len__(self) -> int:
         return len(self.residual_MH)
+
+
+def bytes_of(samples: Sequence[Sample], dtype: torch.dtype) -> int:
+    """What caching these samples takes at most."""
+    positions = sum(len(sample.tokens_T) for sample in samples)
+    return (
+        positions
+        * samples[0].features_TH.shape[1]
+        * (2 * dtype.itemsize + samples[0].features_TH.element_size())
+    )
 
 
 @torch.no_grad()
@@ -52,17 +63,22 @@ def cache_positions(
     *,
     batch_rows: int,
     prompt_tokens: bool,
+    dtype: torch.dtype = torch.float32,
 ) -> Positions:
-    """Every trained position of numbered samples, on the trunk's device; 3 H float32 numbers a position."""
-    device, parts = trunk.fc.weight.device, []
+    """Every trained position of numbered samples, on the trunk's device.
+
+    A position takes 2 H numbers of `dtype`, and h_{t+1} as the samples have it.
+    """
+    device, parts, feature_dtype = trunk.fc.weight.device, [], samples[0][1].features_TH.dtype
     in_order = sorted(samples, key=lambda item: len(item[1].tokens_T))  # rows of one length waste no padding
     for start in range(0, len(in_order), batch_rows):
         numbers, rows = zip(*in_order[start : start + batch_rows], strict=True)
         batch = collate(rows, prompt_tokens=prompt_tokens, numbers=numbers).to(device)
         mask_BT = batch.mask(0)
         residual_BTH, normed_BTH = frozen_part(trunk, head.embed(batch.next_tokens_BT), batch.hidden_BTH)
-        hidden_MH = shift(batch.hidden_BTH, 1)[mask_BT]
-        parts.append(Positions(residual_BTH[mask_BT], normed_BTH[mask_BT], hidden_MH, batch.where(0)))
+        hidden_MH = shift(batch.hidden_BTH, 1)[mask_BT].to(feature_dtype)
+        residual_MH, normed_MH = (part_BTH[mask_BT].to(dtype) for part_BTH in (residual_BTH, normed_BTH))
+        parts.append(Positions(residual_MH, normed_MH, hidden_MH, batch.where(0)))
     return Positions(
         torch.cat([part.residual_MH for part in parts]),
         torch.cat([part.normed_MH for part in parts]),

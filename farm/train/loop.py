@@ -21,7 +21,7 @@ from farm.draft.checkpoint import EXPERT_FILE, build_trunk, load_expert, trunk_d
 from farm.draft.config import DraftConfig
 from farm.draft.model import DraftHead, new_draft
 from farm.target.load import load_embedding_and_head
-from farm.train.cached import Positions, cache_positions
+from farm.train.cached import Positions, bytes_of, cache_positions
 from farm.train.course import Course, split_held_out
 from farm.train.filtering import ReferenceLosses, reference_losses
 from farm.train.tiers import TierShape, TrainedDraft, trained_draft
@@ -42,7 +42,7 @@ class FitTask:
     shards: tuple[str, ...]  # paths of features-*.safetensors, their tokens beside them
     expert: str | None  # path of the expert.safetensors to start from
     vocabulary: tuple[int, ...] | None
-    rows: tuple[int, ...] | None = None  # numbers of the shards' samples that are trained on; None: all
+    rows: frozenset[int] | None = None  # numbers of the shards' samples that are trained on; None: all
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ def fit(
 
     `report(metrics, save)` is called every `save_every` steps: `save(folder)` has to be called by every rank and is
     written by rank 0. `resume` is such a folder. `steps_done` is called about a hundred times in all. Raises UserError
-    when the shards hold nothing to train on, RuntimeError when a frozen trunk changed or the loss is not finite.
+    when the shards hold nothing to train on, FloatingPointError when the loss is not finite, RuntimeError when a frozen
+    trunk changed.
     """
     world, settings = distributed.get_world_size(), task.settings
     samples = read_shards([Path(path) for path in task.shards])
@@ -128,7 +129,7 @@ def fit(
 
 
 def _trainable(task: FitTask, samples: list[Sample]) -> list[int]:
-    numbers = range(len(samples)) if task.rows is None else task.rows
+    numbers = range(len(samples)) if task.rows is None else sorted(task.rows)
     found = [n for n in numbers if len(samples[n].tokens_T) - 2 > samples[n].num_prompt_tokens]
     if not found:
         raise UserError(f"{task.target.name}: no answer is long enough to train on; see its finish reasons")
@@ -155,9 +156,16 @@ def _cached(
     settings = task.settings
     if not isinstance(settings, AdaptSettings) or settings.form == "unrolled":
         return None
+    dtype: torch.dtype = getattr(torch, settings.dtype)
+    needed = bytes_of([samples[number] for number in numbers], dtype)
+    if needed > settings.cached_bytes:
+        raise UserError(
+            f"{task.target.name}: form {settings.form} would cache {needed / 2**30:.1f} GiB; raise "
+            "adapt.cached_bytes, select fewer rows, or use form unrolled"
+        )
     return cache_positions(
         trained.trunk, head, [(number, samples[number]) for number in numbers],
-        batch_rows=settings.batch_rows, prompt_tokens=settings.prompt_tokens,
+        batch_rows=settings.batch_rows, prompt_tokens=settings.prompt_tokens, dtype=dtype,
     )  # fmt: skip
 
 

@@ -154,7 +154,7 @@ class Training:
         means_S = alpha_S / totals_S.clamp(min=1)
         values = self._sum(torch.cat((torch.tensor([loss], device=self._device), means_S))).tolist()
         if not math.isfinite(values[0]):
-            raise RuntimeError(
+            raise FloatingPointError(
                 f"{self._name}: the loss is not finite at step {self.step}; lower the learning rate"
             )
         self.metrics = {"loss": values[0]} | {

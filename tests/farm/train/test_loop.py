@@ -24,7 +24,9 @@ from farm.train.optimizer import lr_at
 from farm.train.process import fit_in_process
 from tests.farm.models import tiny_model
 
-SETTINGS = AdaptSettings(epochs=2, batch_rows=4, lr=1e-2, save_every=3, unroll=2)
+SETTINGS = AdaptSettings(
+    epochs=2, batch_rows=4, lr=1e-2, save_every=3, unroll=2, form="unrolled", hidden_weight=0.5
+)
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +160,11 @@ def test_cached_forms_learn_what_unrolling_learns_first(task: FitTask, form: str
     }
 
 
+def test_a_cache_that_would_not_fit_is_refused_with_the_remedy(task: FitTask, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"t: form cached would cache .* form unrolled"):
+        fit_in_process(changed(task, form="cached", cached_bytes=1000), trunk_of(task), tmp_path)
+
+
 def test_gradients_of_micro_batches_add_up_to_those_of_the_batch(task: FitTask, tmp_path: Path) -> None:
     for name, micro_rows in (("whole", None), ("parts", 1)):
         fit_in_process(changed(task, micro_rows=micro_rows), trunk_of(task), tmp_path / name)
@@ -202,14 +209,14 @@ def test_a_run_that_no_longer_gains_stops_early_on_rows_it_does_not_see(
 
 
 def test_only_the_chosen_rows_are_trained_on(task: FitTask, tmp_path: Path) -> None:
-    chosen = replace(task, rows=(0, 3, 5, 7))
+    chosen = replace(task, rows=frozenset((0, 3, 5, 7)))
     result = fit_in_process(chosen, trunk_of(task), tmp_path)
     lengths = [14 + row for row in (0, 3, 5, 7)]
     assert result.positions == 2 * sum(length - 2 - 3 for length in lengths)  # epochs; masked, prompt of 4
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_name(task: FitTask, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="t: the loss is not finite"):
+    with pytest.raises(FloatingPointError, match="t: the loss is not finite"):
         fit_in_process(changed(task, lr=1e30, epochs=20, clip=1e30), trunk_of(task), tmp_path)
 
 
