@@ -121,6 +121,7 @@ class RegenerateSettings(Strict):
 class AdaptSettings(TrainSettings):
     epochs: Positive = 10
     lr: float = Field(default=2e-3, gt=0)
+    loss: Loss = "lk"
     hidden_weight: float = Field(default=5.0, ge=0)  # later drafted tokens read what is predicted
     tier: Tier = "expert"
     rank: Positive = 16  # of low-rank maps

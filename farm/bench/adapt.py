@@ -1,7 +1,7 @@
 """`farm bench adapt`: tau, training time and size of every way to adapt a draft, on one target's data at a time.
 
 Trained in this process by the loop that an onboarding runs; tau is the engine's on held-out prompts, greedy. A row is
-kept as soon as it is measured, and what was kept at the same commit is not measured again.
+kept as soon as it is measured, and what the same code has measured is not measured again.
 """
 
 from __future__ import annotations

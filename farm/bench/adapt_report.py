@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 from collections.abc import Iterable, Sequence
@@ -11,6 +12,7 @@ from typing import Any, Final
 
 from rich.table import Table
 
+import farm
 from farm.bench.adapt import Row
 
 PLATEAU: Final = 0.99  # a run has converged where it is first within 1 % of its best
@@ -145,16 +147,24 @@ def keep(folder: Path, rows: Sequence[Row], source: dict[str, Any]) -> Path:
 
 
 def kept(folder: Path, model: str, source: dict[str, Any]) -> list[Row]:
-    """The rows of an earlier run of this model at the same commit, which need not be measured again."""
+    """The rows of an earlier run of this model by the same code, which need not be measured again."""
     path = folder / FILE
     if not path.exists():
         return []
     record = json.loads(path.read_text())
     names = {one.name for one in fields(Row)}
-    if record.get("git_sha") != source["git_sha"] or any(set(row) != names for row in record["rows"]):
+    if record.get("code") != source["code"] or any(set(row) != names for row in record["rows"]):
         return []
     rows = [Row(**{**row, "survival": tuple(row["survival"])}) for row in record["rows"]]
     return [row for row in rows if row.model == model]
+
+
+def code_digest() -> str:
+    """Names the library's source files: a commit does not say what was changed since."""
+    digest, root = hashlib.sha256(), Path(farm.__path__[0])
+    for file in sorted(root.rglob("*.py")):
+        digest.update(str(file.relative_to(root)).encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _mean(rows: Sequence[Row], name: str) -> float:

@@ -168,10 +168,11 @@ def bench_adapt(
     """Tau, training time and size of every way to adapt a draft; a run that was stopped goes on where it was."""
     from farm.bench.adapt import identities, measure
     from farm.bench.adapt_data import choose_rows, subjects
-    from farm.bench.adapt_report import compare, comparison_table, keep, kept, table, write
+    from farm.bench.adapt_report import code_digest, compare, comparison_table, keep, kept, table, write
     from farm.bench.methods import QUICK, methods_of, variants, work
 
     source, settled, model = _source(), _family(manifest, overrides), family_name(manifest)
+    source |= {"code": code_digest()}
     every, default = variants(settled.adapt), settled.adapt
     unknown = [name for name in method or () if name not in methods_of(every)]
     if unknown:

@@ -13,7 +13,7 @@ from matplotlib.image import imread
 from farm.artifacts import TRUNK, Artifacts
 from farm.bench.adapt import Row, identities, measure
 from farm.bench.adapt_data import Subject, choose_rows, subjects
-from farm.bench.adapt_report import compare, keep, kept, table, tau_after, write
+from farm.bench.adapt_report import code_digest, compare, keep, kept, table, tau_after, write
 from farm.bench.methods import Variant, Work, methods_of, variants, work
 from farm.bench.report import origin
 from farm.config import AdaptSettings, Manifest, RegenerateSettings, UserError
@@ -84,14 +84,14 @@ def test_rows_say_what_was_trained_and_a_second_run_measures_only_what_is_missin
     samples = subject.samples("regenerated")
     positions = sum(max(0, len(s.tokens_T) - 2 - (s.num_prompt_tokens - 1)) for s in samples if trained(s))
     assert default.train_tokens == positions // 32 * 32
-    source = origin("farm bench adapt")
+    source = origin("farm bench adapt") | {"code": code_digest()}
     keep(tmp_path, rows[:2], source)
     before = kept(tmp_path, "tiny", source)
     assert before == rows[:2]
     again = run(subject, todo, before)
     assert [row.variant for row in again] == ["eda, dataset answers", "low-rank expert, 8"]
     assert again[0].tau == original.tau
-    assert kept(tmp_path, "tiny", source | {"git_sha": "another"}) == []
+    assert kept(tmp_path, "tiny", source | {"code": "another"}) == []
     assert kept(tmp_path, "another", source) == []
 
 
