@@ -1,21 +1,21 @@
 # M masked positions, H hidden, C draft vocabulary
 """Losses of many positions while the logits of a bounded number of them exist.
 
-A head is frozen, so a chunk's gradient with respect to its predicted hidden states is taken at once and its logits are
-dropped; what backward still does is to scale each position's gradient. Nothing is computed twice.
+A head is frozen, so the gradient of a chunk with respect to its predicted hidden states is taken at once, in closed form,
+and its logits are dropped; what backward still does is to scale each position's gradient. Nothing is computed twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from farm.draft.model import DraftHead
-from farm.train.loss import acceptance, forward_kl
+from farm.train.loss import graded
 
 LOGIT_NUMBERS: Final = 2**26  # of one chunk of one model's logits: 256 MiB in float32
 
@@ -33,7 +33,7 @@ class PositionLosses:
 class Wanted:
     """Which loss, what is measured beside it, and how many rows of logits may exist at once (None: by their width)."""
 
-    loss: Callable[[Tensor, Tensor], Tensor]  # of draft and target logits [M, C], to [M]
+    loss: str  # a name of farm.train.loss.LOSSES
     divergence: bool = False
     alpha: bool = False
     rows: int | None = None
@@ -61,25 +61,15 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = wanted.rows or max(1, LOGIT_NUMBERS // head.weight_CH.shape[0])
         learns = bool(ctx.needs_input_grad[0])
-        losses, divergences, alphas = [], [], []
-        gradients: list[Tensor] = []
+        losses, divergences, alphas, gradients = [], [], [], []
         for x_MH, h_MH in zip(_split(predicted_MH, rows), _split(hidden_MH, rows), strict=True):
-            x_MH = x_MH.detach().requires_grad_(learns)
-            target_MC = head.logits(h_MH)
-            with torch.set_grad_enabled(learns):
-                draft_MC = head.logits(x_MH)
-                loss_M = wanted.loss(draft_MC, target_MC)
-                if learns:  # positions do not depend on each other: the sum's gradient holds each one's own
-                    gradients += torch.autograd.grad(loss_M.sum(), x_MH)
-            losses.append(loss_M.detach())
-            draft_MC = draft_MC.detach()
-            if wanted.divergence:
-                divergences.append(forward_kl(draft_MC, target_MC))
-            if wanted.alpha:
-                alphas.append(acceptance(draft_MC, target_MC))
-        out = tuple(
-            torch.cat(part) if part else predicted_MH.new_zeros(0) for part in (losses, divergences, alphas)
-        )
+            found = graded(wanted.loss, head.logits(x_MH), head.logits(h_MH))
+            losses.append(found.loss_M)
+            divergences.append(found.divergence_M)
+            alphas.append(found.alpha_M)
+            if learns:
+                gradients.append(functional.linear(found.gradient_MC.to(x_MH.dtype), head.weight_CH.t()))
+        out = tuple(torch.cat(part) for part in (losses, divergences, alphas))
         if learns:
             ctx.save_for_backward(torch.cat(gradients))
         ctx.mark_non_differentiable(*out[1:])

@@ -11,6 +11,7 @@ A mean over positions, its weights and the AdaSPEC filter are taken elsewhere (f
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -20,8 +21,6 @@ from torch.nn import functional
 STEP_DECAY: Final = 0.8  # weight of unrolled step s is STEP_DECAY ** s (EAGLE-3)
 LK_DECAY: Final = 3.0  # of the weight of KL in `lk`
 EDA_CROSS_ENTROPY: Final = 0.1  # beside a smooth L1 of weight 1
-
-Logits = tuple[Tensor, Tensor]  # of draft and target, [M, C] each
 
 
 def soft_cross_entropy(draft_logits_MC: Tensor, target_logits_MC: Tensor) -> Tensor:
@@ -75,6 +74,52 @@ LOSSES: Final[dict[str, Callable[[Tensor, Tensor], Tensor]]] = {
     "lk": lk,
     "lk-log": lk_log,
 }
+
+
+@dataclass(frozen=True)
+class Graded:
+    """A loss with its gradient, taken by hand; no autograd graph is made."""
+
+    loss_M: Tensor
+    gradient_MC: Tensor  # with respect to the draft's logits
+    divergence_M: Tensor  # forward KL
+    alpha_M: Tensor
+
+
+def graded(name: str, draft_logits_MC: Tensor, target_logits_MC: Tensor) -> Graded:
+    """A loss of LOSSES in closed form, in few passes over the logits.
+
+        d KL / dz = q - p          d alpha / dz_c = q_c (1[q_c < p_c] - A),  A = sum of q where q < p
+
+    Every loss's gradient is a (q - p) + b d alpha / dz with one a and b a position.
+    """
+    z_MC, t_MC = _wide(draft_logits_MC), _wide(target_logits_MC)
+    p_MC, q_MC = t_MC.softmax(dim=-1), z_MC.softmax(dim=-1)
+    alpha_M = p_MC.minimum(q_MC).sum(dim=-1)
+    entropy_free_M = (p_MC * (t_MC - z_MC)).sum(dim=-1)
+    divergence_M = entropy_free_M + z_MC.logsumexp(dim=-1) - t_MC.logsumexp(dim=-1)
+    weight_M = torch.exp(-LK_DECAY * alpha_M)
+    one_M, zero_M = torch.ones_like(alpha_M), torch.zeros_like(alpha_M)
+    safe_M = alpha_M.clamp(min=torch.finfo(alpha_M.dtype).tiny)
+    if name == "eda":
+        loss_M = EDA_CROSS_ENTROPY * (z_MC.logsumexp(dim=-1) - (p_MC * z_MC).sum(dim=-1))
+        of_kl_M, of_alpha_M = EDA_CROSS_ENTROPY * one_M, zero_M
+    elif name == "kl":
+        loss_M, of_kl_M, of_alpha_M = divergence_M, one_M, zero_M
+    elif name == "tv":
+        loss_M, of_kl_M, of_alpha_M = 1.0 - alpha_M, zero_M, -one_M
+    elif name == "lk":
+        loss_M = weight_M * divergence_M + (1.0 - weight_M) * (1.0 - alpha_M)
+        of_kl_M, of_alpha_M = weight_M, weight_M - 1.0
+    else:
+        loss_M, of_kl_M, of_alpha_M = -safe_M.log(), zero_M, torch.where(alpha_M < safe_M, 0.0, -1.0 / safe_M)
+    gradient_MC = torch.zeros_like(q_MC)
+    if name in ("eda", "kl", "lk"):
+        gradient_MC = (q_MC - p_MC) * of_kl_M[:, None]
+    if name in ("tv", "lk", "lk-log"):
+        below_MC = q_MC * (q_MC < p_MC)
+        gradient_MC += (below_MC - q_MC * below_MC.sum(dim=-1, keepdim=True)) * of_alpha_M[:, None]
+    return Graded(loss_M, gradient_MC, divergence_M, alpha_M)
 
 
 def smooth_l1(predicted_MH: Tensor, hidden_MH: Tensor) -> Tensor:

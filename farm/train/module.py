@@ -15,7 +15,7 @@ from farm.draft.model import DraftHead
 from farm.train.batches import Batch, Where
 from farm.train.cached import Positions
 from farm.train.chunks import PositionLosses, Wanted, position_losses
-from farm.train.loss import LOSSES, STEP_DECAY, smooth_l1
+from farm.train.loss import STEP_DECAY, smooth_l1
 from farm.train.tiers import TrainedDraft
 from farm.train.unroll import shift, unroll
 
@@ -55,7 +55,7 @@ class DraftLoss(nn.Module):
         self, batch: Batch | Positions, *, divergence: bool = False, alpha: bool = False
     ) -> tuple[StepLosses, ...]:
         """Losses of every unrolled step; of cached positions there is one. Forward KL and alpha only if asked for."""
-        wanted = Wanted(LOSSES[self.loss], divergence, alpha)
+        wanted = Wanted(self.loss, divergence, alpha)
         if isinstance(batch, Positions):
             predicted_MH = batch.residual_MH + self.trained.expert(batch.normed_MH)
             return (self._losses(predicted_MH, batch.hidden_MH, batch.at, wanted),)

@@ -40,7 +40,7 @@ def test_chunks_change_neither_values_nor_gradients(
 ) -> None:
     head, predicted, hidden = case
     weights = torch.rand(M, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    found = position_losses(head, predicted, hidden, Wanted(LOSSES[name], True, True, rows))
+    found = position_losses(head, predicted, hidden, Wanted(name, True, True, rows))
     draft, target = predicted @ head.weight_CH.t(), hidden @ head.weight_CH.t()
     expected = LOSSES[name](draft, target)
     torch.testing.assert_close(found.loss_M, expected)
@@ -59,7 +59,7 @@ def test_a_position_that_is_left_out_spoils_nothing_by_an_infinite_gradient(
     broken = predicted.detach().clone()
     broken[3] = torch.inf
     broken.requires_grad_()
-    loss = position_losses(head, broken, hidden, Wanted(LOSSES["kl"])).loss_M
+    loss = position_losses(head, broken, hidden, Wanted("kl")).loss_M
     keep = torch.arange(M) != 3
     torch.where(keep, loss, 0.0).sum().backward()
     assert torch.isfinite(broken.grad).all()
@@ -68,6 +68,6 @@ def test_a_position_that_is_left_out_spoils_nothing_by_an_infinite_gradient(
 
 def test_without_a_gradient_none_is_computed(case: tuple[Counted, Tensor, Tensor]) -> None:
     head, predicted, hidden = case
-    found = position_losses(head, predicted.detach(), hidden, Wanted(LOSSES["tv"]))
+    found = position_losses(head, predicted.detach(), hidden, Wanted("tv"))
     assert not found.loss_M.requires_grad
     assert found.divergence_M is None

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from farm.data.features import Sample
 from farm.train.batches import collate
-from farm.train.loss import LOSSES, acceptance, forward_kl, lk, lk_log, smooth_l1, soft_cross_entropy
+from farm.train.loss import LOSSES, acceptance, forward_kl, graded, lk, lk_log, smooth_l1, soft_cross_entropy
 
 
 def logits(seed: int, rows: int = 5, columns: int = 7) -> tuple[Tensor, Tensor]:
@@ -45,6 +45,23 @@ def test_every_loss_and_its_gradient_are_those_of_the_definition(name: str) -> N
         torch.autograd.grad((ours * weights).sum(), draft),
         torch.autograd.grad((theirs * weights).sum(), draft),
     )
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_gradient_in_closed_form_is_the_one_of_autograd(name: str, dtype: torch.dtype) -> None:
+    draft, target = (values.detach().to(dtype) for values in logits(6, rows=40, columns=50))
+    found = graded(name, draft, target)
+    draft.requires_grad_()
+    loss = LOSSES[name](draft, target)
+    (expected,) = torch.autograd.grad(loss.sum(), draft)
+    close = {"atol": 1e-9, "rtol": 1e-7} if dtype == torch.float64 else {"atol": 1e-5, "rtol": 1e-2}
+    torch.testing.assert_close(found.loss_M, loss.detach(), **close)
+    torch.testing.assert_close(found.gradient_MC.to(dtype), expected, **close)
+    torch.testing.assert_close(found.divergence_M, forward_kl(draft, target).detach(), **close)
+    torch.testing.assert_close(found.alpha_M, acceptance(draft, target).detach(), **close)
+    other = graded("kl" if name == "tv" else "tv", draft.detach(), target).gradient_MC
+    assert (other.to(dtype) - expected).abs().max() > 1e-2  # another loss's gradient would be noticed
 
 
 @pytest.mark.parametrize("name", ["eda", "kl", "tv", "lk-log"])  # lk holds its weight constant on purpose
