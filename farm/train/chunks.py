@@ -1,7 +1,7 @@
 # M masked positions, H hidden, C draft vocabulary
 """Losses of many positions while the logits of a bounded number of them exist.
 
-A head is frozen, so the gradient of a chunk with respect to its predicted hidden states is taken at once, in closed form,
+A head is frozen, so a chunk's gradient with respect to its predicted hidden states is taken at once, in closed form,
 and its logits are dropped; what backward still does is to scale each position's gradient. Nothing is computed twice.
 """
 
