@@ -17,6 +17,7 @@ from farm.bench.adapt import Row
 
 PLATEAU: Final = 0.99  # a run has converged where it is first within 1 % of its best
 FILE: Final = "adapt.json"
+SAME: Final = ("code", "adapt", "evaluate")  # of a run that goes on with an earlier one's rows
 
 
 @dataclass(frozen=True)
@@ -147,13 +148,15 @@ def keep(folder: Path, rows: Sequence[Row], source: dict[str, Any]) -> Path:
 
 
 def kept(folder: Path, model: str, source: dict[str, Any]) -> list[Row]:
-    """The rows of an earlier run of this model by the same code, which need not be measured again."""
+    """The rows of an earlier run of this model by the same code and settings, which need not be measured again."""
     path = folder / FILE
     if not path.exists():
         return []
     record = json.loads(path.read_text())
     names = {one.name for one in fields(Row)}
-    if record.get("code") != source["code"] or any(set(row) != names for row in record["rows"]):
+    if any(record.get(name) != source.get(name) for name in SAME):
+        return []
+    if any(set(row) != names for row in record["rows"]):
         return []
     rows = [Row(**{**row, "survival": tuple(row["survival"])}) for row in record["rows"]]
     return [row for row in rows if row.model == model]

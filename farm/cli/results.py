@@ -22,7 +22,7 @@ from farm.cli.options import (
     console,
     keep_measures,
 )
-from farm.config import Manifest, UserError, load_manifest
+from farm.config import Manifest, UserError, dump, load_manifest
 
 if TYPE_CHECKING:
     from farm.bench.decode import Row
@@ -172,7 +172,7 @@ def bench_adapt(
     from farm.bench.methods import QUICK, methods_of, variants, work
 
     source, settled, model = _source(), _family(manifest, overrides), family_name(manifest)
-    source |= {"code": code_digest()}
+    source |= {"code": code_digest(), "adapt": dump(settled.adapt), "evaluate": dump(settled.evaluate)}
     every, default = variants(settled.adapt), settled.adapt
     unknown = [name for name in method or () if name not in methods_of(every)]
     if unknown:

@@ -92,6 +92,7 @@ def test_rows_say_what_was_trained_and_a_second_run_measures_only_what_is_missin
     assert [row.variant for row in again] == ["eda, dataset answers", "low-rank expert, 8"]
     assert again[0].tau == original.tau
     assert kept(tmp_path, "tiny", source | {"code": "another"}) == []
+    assert kept(tmp_path, "tiny", source | {"adapt": {"epochs": 2}}) == []
     assert kept(tmp_path, "another", source) == []
 
 
