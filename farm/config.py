@@ -19,6 +19,13 @@ Rows = tuple[int, int | None]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 Dtype = Literal["auto", "float32", "bfloat16"]
+Strategy = Literal["all", "shift", "mahalanobis", "failure", "flatness", "random"]
+Loss = Literal["eda", "kl", "tv", "lk", "lk-log"]
+Tier = Literal["low-rank", "expert", "expert-fc", "eda", "full"]
+Init = Literal["base", "zero", "random"]
+Form = Literal["unrolled", "cached", "cached-unrolled"]
+SERVED_TIERS = ("low-rank", "expert")  # they leave the trunk as it is, so that targets can share it
+CACHED_TIERS = SERVED_TIERS  # what the trunk puts out stays the same while they are trained
 
 
 class Strict(BaseModel):
@@ -47,10 +54,32 @@ class DraftSettings(Strict):
     vocabulary: Positive | None = None  # number of most frequent tokens kept; None: all
 
 
+class AdaSpec(Strict):
+    """Train on the positions where the draft is furthest behind a reference of its own size (AdaSPEC)."""
+
+    keep: float = Field(default=0.4, gt=0, le=1)  # share of the positions
+    reference_epochs: Positive = 1
+    warm: Share = 0.1  # share of all steps that keeps everything; after as many again, `keep` is reached
+
+
+class EarlyStop(Strict):
+    """Stop when held-out rows are no longer predicted better."""
+
+    held_out: float = Field(default=0.05, gt=0, lt=1)  # share of the rows
+    every: Positive = 50  # steps
+    patience: Positive = 3  # measurements without a gain
+    min_gain: float = Field(default=0.002, ge=0)  # of the expected tau, relative
+
+
 class TrainSettings(Strict):
     epochs: Positive
     lr: float = Field(gt=0)
     batch_rows: Positive = 16
+    micro_rows: Positive | None = None  # rows at once on a worker; gradients of a batch add up. None: all
+    loss: Loss = "kl"
+    hidden_weight: float = Field(default=0.5, ge=0)  # of the smooth L1 of hidden states; EDA's is 1
+    adaspec: AdaSpec | None = None
+    early_stop: EarlyStop | None = None
     warmup: Share = 0.05  # share of all steps
     clip: float = Field(default=1.0, gt=0)
     unroll: Positive = 2
@@ -93,7 +122,7 @@ class RegenerateSettings(Strict):
 class SelectSettings(Strict):
     """Which of its answers a target is adapted on; see farm.data.select for the scores."""
 
-    strategy: Literal["all", "shift", "mahalanobis", "failure", "flatness", "random"] = "all"
+    strategy: Strategy = "all"
     fraction: float = Field(default=0.5, gt=0, le=1)
     pilot_rows: int = Field(default=256, ge=256)  # that set the threshold
     exact: bool = False  # the threshold is set by every row instead: the fraction is met to the row
@@ -101,8 +130,27 @@ class SelectSettings(Strict):
 
 
 class AdaptSettings(TrainSettings):
-    epochs: Positive = 6
-    lr: float = Field(default=1e-3, gt=0)
+    epochs: Positive = 10
+    lr: float = Field(default=2e-3, gt=0)
+    loss: Loss = "lk"
+    hidden_weight: float = Field(default=5.0, ge=0)  # later drafted tokens read what is predicted
+    tier: Tier = "expert"
+    rank: Positive = 16  # of low-rank maps
+    width: Positive | None = None  # of the private expert; None: the base's
+    init: Init = "base"
+    form: Form = "cached"
+    cached_epochs: Positive = 4  # of form cached-unrolled, before `epochs` unrolled ones
+    cached_tokens: Positive = 512  # positions of a batch in the cached form
+    cached_bytes: Positive = 8 * 2**30  # that the cached form may take
+
+    @model_validator(mode="after")
+    def _cacheable(self) -> Self:
+        if self.form != "unrolled" and self.tier not in CACHED_TIERS:
+            raise ValueError(
+                f"form {self.form} needs a trunk that stays the same, tier {self.tier} trains a part of it; "
+                f"use form unrolled, or tier {' or '.join(CACHED_TIERS)}"
+            )
+        return self
 
 
 class EvaluateSettings(Strict):
@@ -187,6 +235,11 @@ class Manifest(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.adapt.tier not in SERVED_TIERS:
+            raise ValueError(
+                f"adapt.tier: {self.adapt.tier} changes the trunk, which targets share when they are served; "
+                f"use {' or '.join(SERVED_TIERS)} (`farm bench adapt` measures the others)"
+            )
         names = [target.name for target in self.targets]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:

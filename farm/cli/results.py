@@ -22,7 +22,7 @@ from farm.cli.options import (
     console,
     keep_measures,
 )
-from farm.config import Manifest, UserError, load_manifest
+from farm.config import Manifest, UserError, dump, load_manifest
 
 if TYPE_CHECKING:
     from farm.bench.decode import Row
@@ -149,6 +149,51 @@ def bench_mixed(
         rows.setdefault((case, row.control), []).append(row)
     _show_wide(table(rows))
     console.print(write(out, rows, source), markup=False, soft_wrap=True)
+
+
+@bench_app.command("adapt")
+def bench_adapt(
+    manifest: FamilyPath = ZOO,
+    out: Annotated[Path, typer.Option(help="Folder of adapt.json and its plots.")] = Path("docs/bench"),
+    target: Annotated[
+        list[str] | None, typer.Option(help="A target's name, repeatable; default: every full one.")
+    ] = None,
+    method: Annotated[list[str] | None, typer.Option(help="A method, repeatable; default: all.")] = None,
+    seeds: Annotated[int, typer.Option(help="Seeds of every way.", min=1)] = 3,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="The main methods, the first target, one seed.")
+    ] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Tau, training time and size of every way to adapt a draft; a run that was stopped goes on where it was."""
+    from farm.bench.adapt import identities, measure
+    from farm.bench.adapt_data import subjects
+    from farm.bench.adapt_report import code_digest, compare, comparison_table, keep, kept, table, write
+    from farm.bench.methods import QUICK, methods_of, variants, work
+
+    source, settled, model = _source(), _family(manifest, overrides), family_name(manifest)
+    source |= {"code": code_digest(), "adapt": dump(settled.adapt), "evaluate": dump(settled.evaluate)}
+    every, default = variants(settled.adapt), settled.adapt
+    unknown = [name for name in method or () if name not in methods_of(every)]
+    if unknown:
+        raise UserError(f"--method {unknown[0]}: is none of {', '.join(methods_of(every))}")
+    names = target or [spec.name for spec in settled.targets if spec.lora is None]
+    rows = kept(out, model, source)
+    for number, subject in enumerate(subjects(settled, names[:1] if quick else names)):
+        chosen = method or (QUICK if quick else ())
+        todo = work(every, chosen, 1 if quick else seeds, first=number == 0)
+        for new in measure(subject, model, default, todo, identities(rows)):
+            rows += new
+            keep(out, rows, source)
+            last = new[-1]
+            console.print(
+                f"{last.target}, {last.variant}, seed {last.seed}: tau {last.tau:.2f}, {last.train_seconds:.1f} s",
+                highlight=False,
+            )
+    _show_wide(table(rows))
+    _show_wide(comparison_table(compare(rows)))
+    for path in write(out, rows, source):
+        console.print(path, markup=False, soft_wrap=True)
 
 
 def _family(manifest: Path, overrides: list[str] | None) -> Manifest:

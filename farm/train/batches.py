@@ -11,6 +11,21 @@ from torch import Tensor
 
 from farm.data.features import Sample
 
+MAX_TOKENS = 2**20  # of one sample
+
+
+@dataclass(frozen=True)
+class Where:
+    """Which positions: sample number and index in it, int64 [M] each."""
+
+    sample_M: Tensor
+    index_M: Tensor
+
+    @property
+    def uid_M(self) -> Tensor:  # noqa: N802 - a tensor's name carries its shape
+        """A name for each position, the same in every batch and on every rank."""
+        return self.sample_M * MAX_TOKENS + self.index_M
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -20,6 +35,7 @@ class Batch:
     hidden_BTH: Tensor  # h_t
     first_B: Tensor  # first index that is trained on: the last prompt token's, or 0
     last_B: Tensor  # L - 3, the last index whose prediction has a true hidden state
+    sample_B: Tensor  # number of the row's sample, int64
 
     def mask(self, step: int) -> Tensor:
         """Indices [B, T] trained on at unrolled step `step`: h_{t+1+step} exists and the round begins in the answer."""
@@ -29,11 +45,21 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The batch on a device, hidden states in float32."""
         move = (self.next_tokens_BT.to(device), self.hidden_BTH.to(device, torch.float32))
-        return Batch(*move, self.first_B.to(device), self.last_B.to(device))
+        return Batch(*move, *(rows.to(device) for rows in (self.first_B, self.last_B, self.sample_B)))
+
+    def where(self, step: int) -> Where:
+        """Sample and index of every position of `mask(step)`, in its order."""
+        row_M, index_M = self.mask(step).nonzero(as_tuple=True)
+        return Where(self.sample_B[row_M], index_M)
 
 
-def collate(samples: Sequence[Sample], *, prompt_tokens: bool = False) -> Batch:
-    """One batch of samples, padded to the longest; `prompt_tokens` trains on the prompts too."""
+def collate(
+    samples: Sequence[Sample], *, prompt_tokens: bool = False, numbers: Sequence[int] | None = None
+) -> Batch:
+    """One batch of samples, padded to the longest; `prompt_tokens` trains on the prompts too.
+
+    `numbers` are the samples' numbers in their data set; None counts them from 0.
+    """
     length = max(len(sample.tokens_T) for sample in samples) - 1
     hidden_size = samples[0].features_TH.shape[1]
     tokens_BT = torch.zeros(len(samples), length, dtype=torch.int64)
@@ -43,7 +69,8 @@ def collate(samples: Sequence[Sample], *, prompt_tokens: bool = False) -> Batch:
         hidden_BTH[row, : len(sample.features_TH)] = sample.features_TH
     first_B = torch.tensor([0 if prompt_tokens else sample.num_prompt_tokens - 1 for sample in samples])
     last_B = torch.tensor([len(sample.tokens_T) - 3 for sample in samples])
-    return Batch(tokens_BT, hidden_BTH, first_B, last_B)
+    sample_B = torch.tensor(range(len(samples)) if numbers is None else numbers)
+    return Batch(tokens_BT, hidden_BTH, first_B, last_B, sample_B)
 
 
 class Schedule:
@@ -57,11 +84,16 @@ class Schedule:
         self.steps_per_epoch = num_samples // self.batch_rows
         self.num_steps = epochs * self.steps_per_epoch
         self._num_samples, self._seed = num_samples, seed
+        self._order: tuple[int, Tensor] | None = None  # of the epoch that was asked for last
+
+    def batch(self, step: int) -> Tensor:
+        """Sample numbers of a step's whole batch, int64."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+            self._order = epoch, torch.randperm(self._num_samples, generator=generator)
+        return self._order[1][index * self.batch_rows : (index + 1) * self.batch_rows]
 
     def rows(self, step: int, rank: int = 0, world: int = 1) -> list[int]:
         """Sample numbers of one rank at a step; together the ranks have the step's batch."""
-        epoch, index = divmod(step, self.steps_per_epoch)
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
-        order = torch.randperm(self._num_samples, generator=generator).tolist()
-        batch = order[index * self.batch_rows : (index + 1) * self.batch_rows]
-        return list(batch[rank::world])
+        return self.batch(step)[rank::world].tolist()

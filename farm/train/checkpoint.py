@@ -7,7 +7,7 @@ whatever the ZeRO stage. Without ZeRO they know nothing, and the parameter and t
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,13 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE_FILE, STEP_FILE = "optimizer.safetensors", "state.json"
 
 
-def named_weights(engine: Any) -> dict[str, Tensor]:
-    """fp32 weights by parameter name, on the CPU. Every rank has to call it."""
-    return {
-        name: _weight(p).detach().float().cpu().contiguous() for name, p in engine.module.named_parameters()
-    }
-
-
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: steps taken, and the loss curve so far as (step, loss)."""
+    """How far a run is: steps taken, and so far the loss and what an early stop measured, as (step, value)."""
 
     step: int = 0
     curve: tuple[tuple[int, float], ...] = ()
+    held_out: tuple[tuple[int, float], ...] = ()
 
 
 def save_state(engine: Any, folder: Path, progress: Progress, *, writes: bool) -> None:
@@ -43,7 +37,7 @@ def save_state(engine: Any, folder: Path, progress: Progress, *, writes: bool) -
             tensors[f"{moment}.{name}"] = _moment(engine, parameter, moment).float().cpu().contiguous()
     if writes:
         save_file(tensors, folder / STATE_FILE)
-        (folder / STEP_FILE).write_text(json.dumps({"step": progress.step, "curve": progress.curve}))
+        (folder / STEP_FILE).write_text(json.dumps(asdict(progress)))
 
 
 def load_state(engine: Any, folder: Path) -> Progress:
@@ -59,15 +53,20 @@ def load_state(engine: Any, folder: Path) -> Progress:
             _set_moment(engine, parameter, moment, tensors[f"{moment}.{name}"])
     for moments in optimizer.state.values():
         moments["step"] = torch.tensor(float(step))
-    return Progress(step, tuple((int(at), float(loss)) for at, loss in state["curve"]))
+    return Progress(step, *(_pairs(state[name]) for name in ("curve", "held_out")))
+
+
+def _pairs(values: list[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
+    return tuple((int(step), float(value)) for step, value in values)
 
 
 def _create_optimizer_state(engine: Any) -> None:
     """Takes one step of zero gradients at a rate of zero: ZeRO has no moments to set before its first step."""
     for group in engine.optimizer.param_groups:
         group["lr"] = 0.0
-    engine.backward(torch.stack([parameter.sum() for parameter in engine.module.parameters()]).sum() * 0.0)
-    engine.step()
+    for _ in range(engine.gradient_accumulation_steps()):
+        engine.backward(torch.stack([p.sum() for p in engine.module.parameters()]).sum() * 0.0)
+        engine.step()
 
 
 def _base_optimizer(engine: Any) -> Any:

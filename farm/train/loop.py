@@ -1,41 +1,39 @@
 # S unrolled steps
-"""Training of a draft, or of a private expert over a frozen trunk, by DeepSpeed on 1..N workers.
+"""Training of a draft, or of what a tier trains over a frozen trunk, by DeepSpeed on 1..N workers.
 
 Knows nothing of Ray: `torch.distributed` is initialised by the caller, checkpoints leave through `report`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors.torch import save as safetensors
 from torch import Tensor, distributed
 
-from farm.config import TargetSpec, TrainSettings, UserError
+from farm.config import AdaptSettings, TargetSpec, TrainSettings, UserError
 from farm.data.features import Sample, read_shards, trainable
 from farm.draft.checkpoint import EXPERT_FILE, build_trunk, load_expert, trunk_digest, trunk_files
 from farm.draft.config import DraftConfig
-from farm.draft.model import Draft, DraftHead, new_draft
+from farm.draft.model import DraftHead, new_draft
 from farm.target.load import load_embedding_and_head
-from farm.train.batches import Schedule, collate
-from farm.train.checkpoint import Progress, load_state, named_weights, save_state
-from farm.train.module import DraftLoss, Sums, weighted
-
-CURVE_POINTS = 100
+from farm.train.cached import Positions, bytes_of, cache_positions
+from farm.train.course import Course, split_held_out
+from farm.train.filtering import ReferenceLosses, reference_losses
+from farm.train.tiers import TierShape, TrainedDraft, trained_draft
+from farm.train.training import Clock, StepsDone, Training
 
 Save = Callable[[Path], None]
 Report = Callable[[dict[str, float], Save | None], None]
-StepsDone = Callable[[int, int], None]  # steps taken, of all
 
 
 @dataclass(frozen=True)
 class FitTask:
-    """One training run: a trunk with the base's expert, or one target's private expert."""
+    """One training run: a trunk with the base's expert, or what a tier trains for one target."""
 
     kind: Literal["trunk", "expert"]
     settings: TrainSettings
@@ -48,13 +46,27 @@ class FitTask:
 
 
 @dataclass(frozen=True)
+class Seconds:
+    """Where a run's time went; saving checkpoints and starting processes are not in it."""
+
+    caching: float = 0.0
+    reference: float = 0.0
+    steps: float = 0.0
+
+
+@dataclass(frozen=True)
 class FitResult:
-    """`curve` holds (step, loss); the digests are those of the frozen trunk, empty for kind "trunk"."""
+    """What a run came to; the digests are those of the frozen trunk, empty for kind "trunk"."""
 
     steps: int
-    curve: tuple[tuple[int, float], ...]
+    curve: tuple[tuple[int, float], ...]  # step, loss
     trunk_digest_before: str
     trunk_digest_after: str
+    held_out: tuple[tuple[int, float], ...] = ()  # step, expected tau on the rows of an early stop
+    seconds: Seconds = Seconds()
+    positions: int = 0  # first-step positions of all steps that were taken, on all ranks
+    flops: float = 0.0  # of this rank; counted at a few steps of each form
+    trained_bytes: int = 0  # of the trained tensors
 
 
 def fit(
@@ -69,99 +81,116 @@ def fit(
 
     `report(metrics, save)` is called every `save_every` steps: `save(folder)` has to be called by every rank and is
     written by rank 0. `resume` is such a folder. `steps_done` is called about a hundred times in all. Raises UserError
-    when the shards hold nothing to train on, RuntimeError when a frozen trunk changed.
+    when the shards hold nothing to train on, FloatingPointError when the loss is not finite, RuntimeError when a frozen
+    trunk changed.
     """
-    rank, world = distributed.get_rank(), distributed.get_world_size()
-    device = _device()
-    samples = _trainable(task)
-    schedule = Schedule(len(samples), task.settings.batch_rows, task.settings.epochs, task.settings.seed)
-    if world > schedule.batch_rows:
+    world, settings = distributed.get_world_size(), task.settings
+    samples = read_shards([Path(path) for path in task.shards], task.rows)
+    numbers, held_out = split_held_out(_trainable(task, samples), settings)
+    if world > min(settings.batch_rows, len(numbers)):
         raise UserError(
-            f"resources.adapt.workers: {world} workers for {schedule.batch_rows} rows a batch; lower it"
+            f"resources.adapt.workers: {world} workers for {min(settings.batch_rows, len(numbers))} rows "
+            "a batch; lower it"
         )
     before = "" if trunk is None else trunk_digest(trunk)
-    draft = _draft(task, trunk)
-    module = DraftLoss(
-        draft.trunk, draft.expert, _head(task, device), task.settings.unroll, train_trunk=trunk is None
-    )
-    if trunk is not None and device.type != "cpu":
-        module.freeze(draft.trunk.to(device))  # a private copy: shared pages are on the CPU
-    engine = _initialize(module.to(device), task.settings, world)
-    done = Progress() if resume is None else load_state(engine, resume)
-    curve, num_steps = list(done.curve), schedule.num_steps
-    every = max(1, num_steps // CURVE_POINTS)
-    step = done.step
+    head, trained = _head(task, _device()), _trained(task, trunk, _device())
+    clock = Clock()
+    positions = _cached(task, trained, head, samples, numbers)
+    caching = clock.lap()
+    course = Course(samples, numbers, settings, positions, world)
+    reference = _reference(task, trunk, head, course, resume)
+    spent_on_reference = clock.lap()
+    training = Training(task.target.name, settings, course, trained, head, reference)
+    if resume is not None:
+        training.load(resume)
 
     def save(folder: Path) -> None:
-        save_state(engine, folder, Progress(step, tuple(curve)), writes=rank == 0)
-        _save_result(task, engine, folder, writes=rank == 0)
+        training.save(folder)
+        if distributed.get_rank() == 0:
+            if reference is not None:
+                reference.save(folder)
+            _save_result(task, trained, folder)
 
-    metrics: dict[str, float] = {"loss": curve[-1][1] if curve else math.nan}
-    while step < num_steps:
-        _set_lr(engine, task.settings, step, num_steps)
-        rows = [samples[row] for row in schedule.rows(step, rank, world)]
-        batch = collate(rows, prompt_tokens=task.settings.prompt_tokens).to(device)
-        log = step % every == 0 or step + 1 == num_steps
-        with torch.autocast(device.type, torch.bfloat16, enabled=task.settings.dtype == "bfloat16"):
-            sums: Sums = engine(batch, measure=log)
-        logged = _train_step(engine, sums, world, log=log)
-        if logged is not None:
-            metrics = logged
-            curve.append((step, metrics["loss"]))
-            if steps_done is not None:
-                steps_done(step + 1, num_steps)
-        step += 1
-        if step % task.settings.save_every == 0 and step < num_steps:
-            report({"step": float(step), **metrics}, save)
+    def checkpoint(metrics: dict[str, float]) -> None:
+        report(metrics, save)
+
+    training.run(checkpoint, steps_done, held_out)
     after = "" if trunk is None else trunk_digest(trunk)
     if before != after:
         raise RuntimeError(
             f"the frozen trunk changed while adapting {task.target.name}: {before[:12]} to {after[:12]}"
         )
-    report({"step": float(num_steps), **metrics}, save)
-    return FitResult(num_steps, tuple(curve), before, after)
+    report({"step": float(training.step), "seconds": training.seconds, **training.metrics}, save)
+    return FitResult(
+        training.step, tuple(training.curve), before, after, tuple(training.held_out),
+        Seconds(caching, spent_on_reference, training.seconds),
+        training.positions, training.flops, trained.num_bytes,
+    )  # fmt: skip
 
 
-def lr_at(settings: TrainSettings, step: int, num_steps: int) -> float:
-    """Linear warm-up, then a cosine to zero over the real number of steps."""
-    warm = max(1, round(settings.warmup * num_steps))
-    if step < warm:
-        return settings.lr * (step + 1) / warm
-    progress = (step - warm) / max(1, num_steps - warm)
-    return settings.lr * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def _train_step(engine: Any, sums: Sums, world: int, *, log: bool) -> dict[str, float] | None:
-    """Backward and update from one forward's sums; the global means where they are logged."""
-    counts_S = sums.counts_S.clone()
-    if world > 1:
-        distributed.all_reduce(counts_S)
-    loss = weighted(sums, counts_S, world)
-    engine.backward(loss)
-    engine.step()
-    if not log:
-        return None
-    totals = torch.cat((loss.detach()[None] / world, sums.accepted_S / counts_S.clamp(min=1)))
-    if world > 1:
-        distributed.all_reduce(totals)
-    mean, *accepted = totals.tolist()
-    return {"loss": mean, **{f"acceptance_{i + 1}": value for i, value in enumerate(accepted)}}
-
-
-def _trainable(task: FitTask) -> list[Sample]:
-    read = read_shards([Path(path) for path in task.shards], task.rows)
-    samples = [sample for sample in read if trainable(len(sample.tokens_T) - sample.num_prompt_tokens)]
-    if not samples:
+def _trainable(task: FitTask, samples: list[Sample]) -> list[int]:
+    found = [n for n, one in enumerate(samples) if trainable(len(one.tokens_T) - one.num_prompt_tokens)]
+    if not found:
         raise UserError(f"{task.target.name}: no answer is long enough to train on; see its finish reasons")
-    return samples
+    return found
 
 
-def _draft(task: FitTask, trunk: Mapping[str, Tensor] | None) -> Draft:
+def _trained(task: FitTask, trunk: Mapping[str, Tensor] | None, device: torch.device) -> TrainedDraft:
+    """The draft at its start; a frozen trunk keeps the tensors it was given where the device allows."""
+    settings = task.settings
     if trunk is None:
-        return new_draft(task.draft, task.settings.seed)
-    if task.expert is None:
-        return Draft(build_trunk(task.draft, trunk), new_draft(task.draft, task.settings.seed).expert)
-    return Draft(build_trunk(task.draft, trunk), load_expert(task.draft, Path(task.expert)))
+        fresh = new_draft(task.draft, settings.seed).to(device)
+        return TrainedDraft(fresh.trunk, fresh.expert, owned=fresh.trunk)
+    frozen = build_trunk(task.draft, trunk).to(device)
+    base = None if task.expert is None else load_expert(task.draft, Path(task.expert)).to(device)
+    shape = TierShape("expert", 1, None, "base" if base is not None else "random")
+    if isinstance(settings, AdaptSettings):
+        shape = TierShape(settings.tier, settings.rank, settings.width, settings.init)
+    return trained_draft(frozen, base, shape, settings.seed)
+
+
+def _cached(
+    task: FitTask, trained: TrainedDraft, head: DraftHead, samples: list[Sample], numbers: list[int]
+) -> Positions | None:
+    settings = task.settings
+    if not isinstance(settings, AdaptSettings) or settings.form == "unrolled":
+        return None
+    dtype: torch.dtype = getattr(torch, settings.dtype)
+    needed = bytes_of([samples[number] for number in numbers], dtype)
+    if needed > settings.cached_bytes:
+        raise UserError(
+            f"{task.target.name}: form {settings.form} would cache {needed / 2**30:.1f} GiB; raise "
+            "adapt.cached_bytes, select fewer rows, or use form unrolled"
+        )
+    return cache_positions(
+        trained.trunk, head, [(number, samples[number]) for number in numbers],
+        batch_rows=settings.batch_rows, prompt_tokens=settings.prompt_tokens, dtype=dtype,
+    )  # fmt: skip
+
+
+def _reference(
+    task: FitTask,
+    trunk: Mapping[str, Tensor] | None,
+    head: DraftHead,
+    course: Course,
+    resume: Path | None,
+) -> ReferenceLosses | None:
+    """Losses of a draft of the same start, distilled without a filter; read back by a run that is resumed."""
+    adaspec = task.settings.adaspec
+    if adaspec is None:
+        return None
+    if resume is not None:
+        return ReferenceLosses.load(resume, _device())
+    settings = task.settings.model_copy(
+        update={"adaspec": None, "early_stop": None, "loss": "kl", "epochs": adaspec.reference_epochs}
+    )
+    trained = _trained(task, trunk, _device())
+    training = Training(task.target.name, settings, course.with_settings(settings), trained, head, None)
+    training.run(None, None, [])
+    return reference_losses(
+        training.module, training.whole(course.numbers),
+        num_samples=course.num_samples, length=course.longest, world=distributed.get_world_size(),
+    )  # fmt: skip
 
 
 def _head(task: FitTask, device: torch.device) -> DraftHead:
@@ -176,47 +205,17 @@ def _device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _initialize(module: DraftLoss, settings: TrainSettings, world: int) -> Any:
-    import deepspeed
-    from deepspeed.utils import logger
-
-    logger.setLevel("WARNING")
-    if not torch.cuda.is_available() and hasattr(deepspeed.ops, "__compatible_ops__"):
-        # Its first use compiles C++ for over a minute; gloo alone serves small experts.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    optimizer = torch.optim.AdamW(module.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    config = {
-        "train_micro_batch_size_per_gpu": max(1, settings.batch_rows // world),
-        "gradient_clipping": settings.clip,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": settings.zero_stage},
-        "wall_clock_breakdown": False,
-        "steps_per_print": 10**9,
-    }
-    engine, *_ = deepspeed.initialize(
-        model=module, optimizer=optimizer, config=config, dist_init_required=False
+def _save_result(task: FitTask, trained: TrainedDraft, folder: Path) -> None:
+    """The folded draft: the expert alone where the trunk is as it was, else both."""
+    draft = trained.folded()
+    expert, trunk = (
+        {name: value.float().cpu().contiguous() for name, value in part.state_dict().items()}
+        for part in (draft.expert, draft.trunk)
     )
-    return engine
-
-
-def _set_lr(engine: Any, settings: TrainSettings, step: int, num_steps: int) -> None:
-    for group in engine.optimizer.param_groups:
-        group["lr"] = lr_at(settings, step, num_steps)
-
-
-def _save_result(task: FitTask, engine: Any, folder: Path, *, writes: bool) -> None:
-    weights = named_weights(engine)
-    if not writes:
-        return
-    expert, trunk = _below(weights, "expert."), _below(weights, "trunk.")
-    if task.kind == "expert":
+    if trained.owned is None:
         files = {EXPERT_FILE: safetensors(expert)}
     else:
         vocabulary = None if task.vocabulary is None else torch.tensor(task.vocabulary)
         files = trunk_files(task.draft, trunk, expert, vocabulary)
     for name, data in files.items():
         (folder / name).write_bytes(data)
-
-
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -1,36 +1,133 @@
 # M masked positions, H hidden, C draft vocabulary
-"""Losses of a draft: sums over positions, to be divided by the global number of positions.
+"""Losses of a draft, one number a position, over logits of the draft vocabulary at temperature 1.
 
-    L = sum_s w_s / M_s sum_m [ CE(p~, q) + lambda smoothL1(h^, h) ]        w = 1, 0.8, 0.64 ...
+    p  the target's distribution, restricted to the draft vocabulary and renormalised; no gradient
+    q  the draft's
+    alpha = sum_c min(p_c, q_c) = 1 - TV(p, q), the probability that a drafted token is accepted (2211.17192, cor. 3.6)
 
-p~ is the target's distribution restricted to the draft vocabulary and renormalised, q the draft's.
+A mean over positions, its weights and the AdaSPEC filter are taken elsewhere (farm/train/module.py, adaspec.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import torch
 from torch import Tensor
 from torch.nn import functional
 
-STEP_DECAY = 0.8  # weight of unrolled step s is STEP_DECAY ** s (EAGLE-3)
-HIDDEN_WEIGHT = 0.5  # lambda
+STEP_DECAY: Final = 0.8  # weight of unrolled step s is STEP_DECAY ** s (EAGLE-3)
+LK_DECAY: Final = 3.0  # of the weight of KL in `lk`
+EDA_CROSS_ENTROPY: Final = 0.1  # beside a smooth L1 of weight 1
 
 
 def soft_cross_entropy(draft_logits_MC: Tensor, target_logits_MC: Tensor) -> Tensor:
-    """- sum_m sum_c p~_c log q_c, fp32 scalar; gradients flow into the draft's logits only.
-
-    The forward KL divergence up to the entropy of p~, which is constant (DistillSpec 2310.08461, eq. 2).
-    """
-    p_MC = target_logits_MC.detach().float().softmax(dim=-1)
-    return -(p_MC * draft_logits_MC.float().log_softmax(dim=-1)).sum()
+    """- sum_c p_c log q_c, [M], fp32 or wider; like all here, gradients flow into the draft's logits only."""
+    p_MC = _wide(target_logits_MC.detach()).softmax(dim=-1)
+    return -(p_MC * _wide(draft_logits_MC).log_softmax(dim=-1)).sum(dim=-1)
 
 
-def smooth_l1(predicted_MH: Tensor, hidden_MH: Tensor) -> Tensor:
-    """sum_m mean_h smoothL1(h^ - h) with beta = 1, fp32 scalar (EAGLE 2401.15077, section 3.2)."""
-    total = functional.smooth_l1_loss(predicted_MH.float(), hidden_MH.detach().float(), reduction="sum")
-    return total / predicted_MH.shape[-1]
+def forward_kl(draft_logits_MC: Tensor, target_logits_MC: Tensor) -> Tensor:
+    """sum_c p_c (log p_c - log q_c), [M] (DistillSpec 2310.08461, eq. 2): soft cross-entropy less the entropy of p."""
+    log_p_MC = _wide(target_logits_MC.detach()).log_softmax(dim=-1)
+    return (log_p_MC.exp() * (log_p_MC - _wide(draft_logits_MC).log_softmax(dim=-1))).sum(dim=-1)
 
 
 def acceptance(draft_logits_MC: Tensor, target_logits_MC: Tensor) -> Tensor:
-    """sum_m sum_c min(p~_c, q_c): expected accepted tokens of these positions when sampling at temperature 1."""
-    p_MC, q_MC = target_logits_MC.float().softmax(dim=-1), draft_logits_MC.float().softmax(dim=-1)
-    return p_MC.minimum(q_MC).sum().detach()
+    """alpha, [M]."""
+    p_MC = _wide(target_logits_MC.detach()).softmax(dim=-1)
+    return p_MC.minimum(_wide(draft_logits_MC).softmax(dim=-1)).sum(dim=-1)
+
+
+def total_variation(draft_logits_MC: Tensor, target_logits_MC: Tensor) -> Tensor:
+    """1 - alpha, [M] (DistillSpec, table 1): its gradient vanishes where p and q have nothing in common."""
+    return 1.0 - acceptance(draft_logits_MC, target_logits_MC)
+
+
+def lk(draft_logits_MC: Tensor, target_logits_MC: Tensor) -> Tensor:
+    """lambda KL + (1 - lambda) TV with lambda = exp(-3 alpha), no gradient through lambda; [M] (LK losses 2602.23881).
+
+    KL where the draft is far off, TV where it is close.
+    """
+    alpha_M = acceptance(draft_logits_MC, target_logits_MC)
+    weight_M = torch.exp(-LK_DECAY * alpha_M.detach())
+    return weight_M * forward_kl(draft_logits_MC, target_logits_MC) + (1.0 - weight_M) * (1.0 - alpha_M)
+
+
+def lk_log(draft_logits_MC: Tensor, target_logits_MC: Tensor) -> Tensor:
+    """- log alpha, [M] (LK losses): the gradient of TV over alpha."""
+    alpha_M = acceptance(draft_logits_MC, target_logits_MC)
+    return -alpha_M.clamp(min=torch.finfo(alpha_M.dtype).tiny).log()
+
+
+def eda_cross_entropy(draft_logits_MC: Tensor, target_logits_MC: Tensor) -> Tensor:
+    """The distribution term of EDA's loss, 0.1 CE, [M]; its smooth L1 has weight 1 (`hidden_weight`)."""
+    return EDA_CROSS_ENTROPY * soft_cross_entropy(draft_logits_MC, target_logits_MC)
+
+
+LOSSES: Final[dict[str, Callable[[Tensor, Tensor], Tensor]]] = {
+    "eda": eda_cross_entropy,
+    "kl": forward_kl,
+    "tv": total_variation,
+    "lk": lk,
+    "lk-log": lk_log,
+}
+
+
+@dataclass(frozen=True)
+class Graded:
+    """A loss with its gradient, taken by hand; no autograd graph is made."""
+
+    loss_M: Tensor
+    gradient_MC: Tensor  # with respect to the draft's logits
+    divergence_M: Tensor  # forward KL
+    alpha_M: Tensor
+
+
+def graded(name: str, draft_logits_MC: Tensor, target_logits_MC: Tensor) -> Graded:
+    """A loss of LOSSES in closed form, in few passes over the logits.
+
+        d KL / dz = q - p          d alpha / dz_c = q_c (1[q_c < p_c] - A),  A = sum of q where q < p
+
+    Every loss's gradient is a (q - p) + b d alpha / dz with one a and b a position.
+    """
+    z_MC, t_MC = _wide(draft_logits_MC), _wide(target_logits_MC)
+    p_MC, q_MC = t_MC.softmax(dim=-1), z_MC.softmax(dim=-1)
+    alpha_M = p_MC.minimum(q_MC).sum(dim=-1)
+    entropy_free_M = (p_MC * (t_MC - z_MC)).sum(dim=-1)
+    divergence_M = entropy_free_M + z_MC.logsumexp(dim=-1) - t_MC.logsumexp(dim=-1)
+    weight_M = torch.exp(-LK_DECAY * alpha_M)
+    one_M, zero_M = torch.ones_like(alpha_M), torch.zeros_like(alpha_M)
+    safe_M = alpha_M.clamp(min=torch.finfo(alpha_M.dtype).tiny)
+    if name == "eda":
+        loss_M = EDA_CROSS_ENTROPY * (z_MC.logsumexp(dim=-1) - (p_MC * z_MC).sum(dim=-1))
+        of_kl_M, of_alpha_M = EDA_CROSS_ENTROPY * one_M, zero_M
+    elif name == "kl":
+        loss_M, of_kl_M, of_alpha_M = divergence_M, one_M, zero_M
+    elif name == "tv":
+        loss_M, of_kl_M, of_alpha_M = 1.0 - alpha_M, zero_M, -one_M
+    elif name == "lk":
+        loss_M = weight_M * divergence_M + (1.0 - weight_M) * (1.0 - alpha_M)
+        of_kl_M, of_alpha_M = weight_M, weight_M - 1.0
+    else:
+        loss_M, of_kl_M, of_alpha_M = -safe_M.log(), zero_M, torch.where(alpha_M < safe_M, 0.0, -1.0 / safe_M)
+    gradient_MC = torch.zeros_like(q_MC)
+    if name in ("eda", "kl", "lk"):
+        gradient_MC = (q_MC - p_MC) * of_kl_M[:, None]
+    if name in ("tv", "lk", "lk-log"):
+        below_MC = q_MC * (q_MC < p_MC)
+        gradient_MC += (below_MC - q_MC * below_MC.sum(dim=-1, keepdim=True)) * of_alpha_M[:, None]
+    return Graded(loss_M, gradient_MC, divergence_M, alpha_M)
+
+
+def smooth_l1(predicted_MH: Tensor, hidden_MH: Tensor) -> Tensor:
+    """mean_h smoothL1(h^ - h) with beta = 1, [M] (EAGLE 2401.15077, section 3.2)."""
+    predicted_MH, hidden_MH = _wide(predicted_MH), _wide(hidden_MH.detach())
+    return functional.smooth_l1_loss(predicted_MH, hidden_MH, reduction="none").mean(dim=-1)
+
+
+def _wide(values: Tensor) -> Tensor:
+    """In float32, or as it is where that is wider."""
+    return values if values.dtype == torch.float64 else values.float()

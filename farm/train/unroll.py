@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from farm.draft.model import Draft
+from farm.draft.trunk import Trunk
 from farm.layers.attention import fold_mask
 
 
@@ -28,24 +29,39 @@ def unroll(draft: Draft, embedded_BTH: Tensor, hidden_BTH: Tensor, num_steps: in
     """
     num_rows, length, _ = embedded_BTH.shape
     index_T = torch.arange(length, device=embedded_BTH.device)
-    causal_TT = index_T <= index_T[:, None]
-    own_TT = index_T == index_T[:, None]
-    group = draft.config.num_heads // draft.config.num_kv_heads
-    seen: list[Tensor] = []
-
-    def remember(kv_BTPD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        seen.append(kv_BTPD)
-        mask_TS = torch.cat((causal_TT, *[own_TT] * (len(seen) - 1)), dim=1)
-        mask_B1TS = mask_TS.expand(num_rows, 1, length, mask_TS.shape[1])
-        k_BGSD, v_BGSD = torch.cat(seen, dim=1).transpose(1, 2).chunk(2, dim=1)
-        return k_BGSD, v_BGSD, fold_mask(mask_B1TS, group)
-
+    remember = OwnSteps(num_rows, length, draft.config.num_heads // draft.config.num_kv_heads, index_T)
     predicted: list[Tensor] = []
     for step in range(num_steps):
         inputs_BTH = predicted[-1] if predicted else hidden_BTH
         positions_BT = (index_T + step).expand(num_rows, length)
         predicted.append(draft(shift(embedded_BTH, step), inputs_BTH, positions_BT, remember))
     return predicted
+
+
+class OwnSteps:
+    """What a round that began at index t reads: keys of step 0 up to t, and those of its own later steps at t."""
+
+    def __init__(self, num_rows: int, length: int, group: int, index_T: Tensor) -> None:
+        self._num_rows, self._length, self._group = num_rows, length, group
+        self._causal_TT = index_T <= index_T[:, None]
+        self._own_TT = index_T == index_T[:, None]
+        self._seen: list[Tensor] = []
+
+    def __call__(self, kv_BTPD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values [B, G, S, D] with the mask; see Trunk.forward."""
+        self._seen.append(kv_BTPD)
+        mask_TS = torch.cat((self._causal_TT, *[self._own_TT] * (len(self._seen) - 1)), dim=1)
+        mask_B1TS = mask_TS.expand(self._num_rows, 1, self._length, mask_TS.shape[1])
+        k_BGSD, v_BGSD = torch.cat(self._seen, dim=1).transpose(1, 2).chunk(2, dim=1)
+        return k_BGSD, v_BGSD, fold_mask(mask_B1TS, self._group)
+
+
+def frozen_part(trunk: Trunk, embedded_BTH: Tensor, hidden_BTH: Tensor) -> tuple[Tensor, Tensor]:
+    """What the trunk puts out at step 0: the residual that an expert adds to, and its input, [B, T, H] each."""
+    num_rows, length, _ = embedded_BTH.shape
+    index_T = torch.arange(length, device=embedded_BTH.device)
+    remember = OwnSteps(num_rows, length, trunk.config.num_heads // trunk.config.num_kv_heads, index_T)
+    return trunk(embedded_BTH, hidden_BTH, index_T.expand(num_rows, length), remember)  # type: ignore[no-any-return]
 
 
 def shift(values_BTX: Tensor, steps: int) -> Tensor:

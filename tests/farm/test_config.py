@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farm.config import Manifest, UserError, check_placeable, dump, load_manifest, rows_overlap
+from farm.config import AdaptSettings, Manifest, UserError, check_placeable, dump, load_manifest, rows_overlap
 
 
 @pytest.fixture
@@ -305,3 +305,14 @@ def test_config_and_store_load_without_torch_or_ray():
 
 def test_a_fixed_length_beyond_k_is_refused(folder):
     assert "raise k" in mistake(folder, tree(serve={"control": "fixed-9"}))
+
+
+def test_a_tier_that_changes_the_trunk_is_refused_where_targets_share_it(folder):
+    with pytest.raises(UserError, match=r"adapt.tier: full changes the trunk.*low-rank or expert"):
+        load_manifest(write(folder, tree()), ["adapt.tier=full"])
+    assert load_manifest(write(folder, tree()), ["adapt.tier=low-rank"]).adapt.tier == "low-rank"
+
+
+def test_a_cached_form_of_a_tier_that_trains_fc_is_refused():
+    with pytest.raises(ValueError, match="form cached needs a trunk that stays the same"):
+        AdaptSettings(tier="expert-fc", form="cached")

@@ -19,11 +19,14 @@ from farm.store import open_store
 from farm.target import zoo
 from farm.target.forward import TargetForward
 from farm.train.batches import Schedule
-from farm.train.loop import FitTask, lr_at
+from farm.train.loop import FitTask
+from farm.train.optimizer import lr_at
 from farm.train.process import fit_in_process
 from tests.farm.models import tiny_model
 
-SETTINGS = AdaptSettings(epochs=2, batch_rows=4, lr=1e-2, save_every=3, unroll=2)
+SETTINGS = AdaptSettings(
+    epochs=2, batch_rows=4, lr=1e-2, save_every=3, unroll=2, form="unrolled", loss="kl", hidden_weight=0.5
+)
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +134,101 @@ def test_steps_are_counted_to_the_end_of_the_schedule(task: FitTask, tmp_path: P
     fit_in_process(task, trunk_of(task), folder, steps_done=lambda done, of: seen.append((done, of)))
     assert [done for done, _ in seen] == [1, 2, 3, 4, 5, 6]
     assert {of for _, of in seen} == {6}
+
+
+def changed(task: FitTask, **settings: object) -> FitTask:
+    """The task under other settings, with the checks of a manifest."""
+    return replace(task, settings=AdaptSettings(**{**task.settings.model_dump(), **settings}))
+
+
+@pytest.mark.parametrize(
+    ("tier", "loss"),
+    [("low-rank", "kl"), ("expert", "lk"), ("expert-fc", "tv"), ("eda", "eda"), ("full", "lk-log")],
+)
+def test_every_tier_learns_beside_an_untouched_trunk(
+    task: FitTask, tier: str, loss: str, tmp_path: Path
+) -> None:
+    task = changed(task, tier=tier, loss=loss, epochs=20, save_every=1000, rank=4)
+    result = fit_in_process(task, trunk_of(task), tmp_path)
+    assert result.trunk_digest_before == result.trunk_digest_after
+    first, last = (sum(loss for _, loss in part) for part in (result.curve[:3], result.curve[-3:]))
+    assert last < first  # an epoch each
+    assert (tmp_path / TRUNK_FILE).exists() == (tier in ("expert-fc", "eda", "full"))
+    assert result.trained_bytes > 0
+    assert result.flops > 0
+
+
+@pytest.mark.parametrize("form", ["cached", "cached-unrolled"])
+def test_cached_forms_learn_what_unrolling_learns_first(task: FitTask, form: str, tmp_path: Path) -> None:
+    task = changed(task, form=form, epochs=10, cached_epochs=10, cached_tokens=64, save_every=1000)
+    result = fit_in_process(task, trunk_of(task), tmp_path)
+    first = result.curve[0][1]
+    cached = [loss for step, loss in result.curve if step < 20]
+    assert cached[-1] < first
+    assert result.seconds.caching > 0
+    assert {name for name in load_file(tmp_path / EXPERT_FILE)} == {
+        f"{p}_proj.weight" for p in ("gate", "up", "down")
+    }
+
+
+def test_a_cache_that_would_not_fit_is_refused_with_the_remedy(task: FitTask, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"t: form cached would cache .* form unrolled"):
+        fit_in_process(changed(task, form="cached", cached_bytes=1000), trunk_of(task), tmp_path)
+
+
+def test_gradients_of_micro_batches_add_up_to_those_of_the_batch(task: FitTask, tmp_path: Path) -> None:
+    for name, micro_rows in (("whole", None), ("parts", 1)):
+        fit_in_process(changed(task, micro_rows=micro_rows), trunk_of(task), tmp_path / name)
+    whole, parts = load_file(tmp_path / "whole" / EXPERT_FILE), load_file(tmp_path / "parts" / EXPERT_FILE)
+    for name, value in whole.items():
+        torch.testing.assert_close(value, parts[name], atol=1e-4, rtol=1e-3)
+
+
+def test_a_filtered_run_resumes_with_its_references_losses_and_differs_from_an_unfiltered_one(
+    task: FitTask, tmp_path: Path
+) -> None:
+    plain = fit_in_process(task, trunk_of(task), tmp_path / "plain")
+    task = changed(task, adaspec={"keep": 0.4, "warm": 0.0})
+    whole = fit_in_process(task, trunk_of(task), tmp_path / "whole")
+    assert whole.seconds.reference > 0
+    assert whole.curve != plain.curve
+    with pytest.raises(Killed):
+        _fit_until_killed(task, tmp_path / "killed")
+    resumed = fit_in_process(task, trunk_of(task), tmp_path / "resumed", resume=tmp_path / "killed")
+    torch.testing.assert_close(torch.tensor(resumed.curve), torch.tensor(whole.curve))
+
+
+def test_two_workers_filter_the_same_positions_as_one(task: FitTask, tmp_path: Path) -> None:
+    task = changed(task, adaspec={"keep": 0.4, "warm": 0.0}, zero_stage=1)
+    one = fit_in_process(task, trunk_of(task), tmp_path / "one")
+    (tmp_path / "two").mkdir()
+    multiprocessing.spawn(_worker, args=(task, str(tmp_path / "two")), nprocs=2)
+    left, right = load_file(tmp_path / "one" / EXPERT_FILE), load_file(tmp_path / "two" / EXPERT_FILE)
+    for name, value in left.items():
+        torch.testing.assert_close(value, right[name], atol=1e-4, rtol=1e-3)
+    assert len(one.curve) == 6
+
+
+def test_a_run_that_no_longer_gains_stops_early_on_rows_it_does_not_see(
+    task: FitTask, tmp_path: Path
+) -> None:
+    stop = {"held_out": 0.25, "every": 1, "patience": 2, "min_gain": 1.0}  # a gain that nothing reaches
+    result = fit_in_process(changed(task, epochs=50, early_stop=stop), trunk_of(task), tmp_path)
+    assert result.steps == 3
+    assert [step for step, _ in result.held_out] == [1, 2, 3]
+    assert all(1.0 <= tau <= 3.0 for _, tau in result.held_out)
+
+
+def test_only_the_chosen_rows_are_trained_on(task: FitTask, tmp_path: Path) -> None:
+    chosen = replace(task, rows=frozenset((0, 3, 5, 7)))
+    result = fit_in_process(chosen, trunk_of(task), tmp_path)
+    lengths = [14 + row for row in (0, 3, 5, 7)]
+    assert result.positions == 2 * sum(length - 2 - 3 for length in lengths)  # epochs; masked, prompt of 4
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_its_name(task: FitTask, tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match="t: the loss is not finite"):
+        fit_in_process(changed(task, lr=1e30, epochs=20, clip=1e30), trunk_of(task), tmp_path)
 
 
 class Killed(Exception):

@@ -1,0 +1,39 @@
+# B rows, T draft positions, S unrolled steps
+"""How well a draft does on rows that it is not trained on: what it is expected to emit a round, teacher-forced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, distributed
+
+from farm.config import EarlyStop
+from farm.train.batches import Batch
+from farm.train.module import DraftLoss
+
+
+@torch.no_grad()
+def expected_tau(module: DraftLoss, batches: Iterable[Batch], world: int) -> float:
+    """1 + sum_s mean_t prod_{j <= s} alpha_{t,j} over the unrolled steps: sampling at temperature 1, all ranks."""
+    sums_S2 = torch.zeros(module.num_steps, 2, dtype=torch.float64)
+    for batch in batches:
+        survival_BT: Tensor | None = None
+        for step, losses in enumerate(module(batch, alpha=True)):
+            mask_BT = batch.mask(step)
+            alpha_BT = torch.zeros(mask_BT.shape, device=mask_BT.device)
+            alpha_BT[mask_BT] = losses.distribution.alpha_M.float()
+            survival_BT = alpha_BT if survival_BT is None else survival_BT * alpha_BT
+            sums_S2[step] += torch.stack((survival_BT.double().sum(), mask_BT.double().sum())).cpu()
+    if world > 1:
+        distributed.all_reduce(sums_S2)
+    return 1.0 + float((sums_S2[:, 0] / sums_S2[:, 1].clamp(min=1)).sum())
+
+
+def stops(measured: Sequence[tuple[int, float]], settings: EarlyStop) -> bool:
+    """Whether the last `patience` measurements (step, expected tau) brought no gain over the best before them."""
+    if len(measured) <= settings.patience:
+        return False
+    values = [value for _, value in measured]
+    before, recent = max(values[: -settings.patience]), max(values[-settings.patience :])
+    return recent < before * (1 + settings.min_gain)

@@ -1,0 +1,63 @@
+"""When a run stops, and what its held-out measure is."""
+
+import pytest
+import torch
+
+from farm.config import EarlyStop
+from farm.data.features import Sample
+from farm.draft.config import DraftConfig
+from farm.draft.model import DraftHead, new_draft
+from farm.train.batches import collate
+from farm.train.held_out import expected_tau, stops
+from farm.train.loss import acceptance
+from farm.train.module import DraftLoss
+from farm.train.tiers import TrainedDraft
+from farm.train.unroll import unroll
+
+
+@pytest.mark.parametrize(
+    ("values", "stopped"),
+    [
+        ([1.0, 1.1, 1.2], False),  # too few to judge
+        ([1.0, 1.1, 1.2, 1.3], False),
+        ([1.0, 1.3, 1.2, 1.2], False),  # the best is among the last three
+        ([1.3, 1.3, 1.2, 1.3], True),  # as good as before is no gain
+        ([1.0, 2.0, 1.9, 1.9, 2.001], True),
+        ([1.0, 2.0, 1.9, 1.9, 2.01], False),
+    ],
+)
+def test_a_run_stops_when_its_last_measurements_brought_nothing(values: list[float], stopped: bool) -> None:
+    measured = list(enumerate(values))
+    assert stops(measured, EarlyStop(patience=3, min_gain=0.002)) is stopped
+
+
+def test_expected_tau_is_the_mean_product_of_acceptances_in_any_batches() -> None:
+    generator = torch.Generator().manual_seed(0)
+    draft = new_draft(DraftConfig(16, 2, 1, 8, 24, 20, 1e-6, 10_000.0, 32), seed=2, std=0.3).requires_grad_(
+        False
+    )
+    weight = torch.randn(32, 16, generator=generator)
+    head = DraftHead(weight, weight, None)
+    samples = [
+        Sample(
+            torch.randint(0, 32, (n,), generator=generator), torch.randn(n - 1, 16, generator=generator), 3
+        )
+        for n in (9, 13, 7)
+    ]
+    products: list[list[float]] = [[], []]
+    for sample in samples:  # one row at a time, one position at a time
+        h = sample.features_TH
+        steps = unroll(draft, head.embed(sample.tokens_T[None, 1:]), h[None], 2)
+        for t in range(2, len(sample.tokens_T) - 2):
+            survival = 1.0
+            for s in range(2):
+                if t + s <= len(sample.tokens_T) - 3:
+                    q, p = head.logits(steps[s][0, t]), head.logits(h[t + 1 + s])
+                    survival *= float(acceptance(q[None], p[None]))
+                    products[s].append(survival)
+    expected = 1.0 + sum(sum(values) / len(values) for values in products)
+    module = DraftLoss(TrainedDraft(draft.trunk, draft.expert, owned=None), head, 2, "kl")
+    assert expected_tau(module, [collate(samples)], 1) == pytest.approx(expected, abs=1e-4)
+    assert expected_tau(module, [collate(samples[:1]), collate(samples[1:])], 1) == pytest.approx(
+        expected, abs=1e-4
+    )
