@@ -148,7 +148,7 @@ class AdaptSettings(TrainSettings):
         if self.form != "unrolled" and self.tier not in CACHED_TIERS:
             raise ValueError(
                 f"form {self.form} needs a trunk that stays the same, tier {self.tier} trains a part of it; "
-                f"use form unrolled, or tier {' or '.join(CACHED_TIERS)}"
+                f"use tier {' or '.join(CACHED_TIERS)}, or form unrolled"
             )
         return self
 
