@@ -26,7 +26,7 @@ from farm.decode.sampling import SamplingParams
 from farm.draft.model import Draft
 from farm.evaluate.bench import PromptIds
 from farm.evaluate.target import OpenTrunk
-from farm.export.eagle import ServingEngine
+from farm.export.engines import ServingEngine
 from farm.export.folder import MERGED_FOLDER, ExportTask, export
 from farm.layers.cache import Rows
 from farm.target.load import LoadedTarget

@@ -10,7 +10,7 @@ import typer
 
 from farm.cli.options import Overrides, app, console
 from farm.config import Manifest, TargetSpec, UserError, load_manifest
-from farm.export.eagle import ServingEngine, StoredDtype
+from farm.export.engines import ServingEngine, StoredDtype
 
 import_app = typer.Typer(no_args_is_help=True, help="Drafts of other projects.")
 app.add_typer(import_app, name="import")

@@ -13,8 +13,7 @@ Read in `llama_eagle.py` of vLLM 0.32 and of SGLang 0.5.23; the parity gate (far
 
 from __future__ import annotations
 
-from enum import StrEnum
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,23 +22,13 @@ from farm.config import UserError
 from farm.draft.config import DraftConfig
 from farm.draft.expert import Expert
 from farm.draft.trunk import Trunk
+from farm.export.engines import ARCHITECTURES, ServingEngine, StoredDtype
 from farm.export.fold import GatedMlp, padded, side_by_side
 
-StoredDtype = Literal["float32", "bfloat16", "float16"]
 LAYER = "layers.0."
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 NORM = f"{LAYER}post_attention_layernorm.weight"
-
-
-class ServingEngine(StrEnum):
-    """What an export is for."""
-
-    VLLM = "vllm"
-    SGLANG = "sglang"
-
-
-ARCHITECTURES = {ServingEngine.VLLM: "LlamaForCausalLM", ServingEngine.SGLANG: "LlamaForCausalLMEagle"}
 
 
 def folded_mlp(trunk: Trunk, private: Expert, multiple: int) -> GatedMlp:

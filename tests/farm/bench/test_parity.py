@@ -35,7 +35,7 @@ from farm.decode.control import Load, RoundResult
 from farm.decode.engine import Engine, Request, Route
 from farm.decode.sampling import SamplingParams
 from farm.evaluate.target import OpenTrunk
-from farm.export.eagle import ServingEngine
+from farm.export.engines import ServingEngine
 from farm.export.folder import export
 from farm.target.load import load_target
 from tests.farm.export.drafts import Family, make_family

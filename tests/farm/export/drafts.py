@@ -15,7 +15,7 @@ from farm.config import TargetSpec
 from farm.draft.checkpoint import EXPERT_FILE, trunk_files
 from farm.draft.config import DraftConfig
 from farm.draft.model import Draft, new_draft
-from farm.export.eagle import ServingEngine
+from farm.export.engines import ServingEngine
 from farm.export.folder import ExportTask
 from farm.layers.attention import causal_mask
 from farm.target import zoo

@@ -27,7 +27,7 @@ from farm.draft.checkpoint import (
     read_tensors,
 )
 from farm.draft.model import Draft
-from farm.export.eagle import ServingEngine
+from farm.export.engines import ServingEngine
 from farm.export.folder import (
     CARD_FILE,
     MERGED_FOLDER,
