@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from farm.config import Strict
+from farm.sections import Strict
 from farm.store import NotFound, ObjectStore
 
 WAITING = "waiting"

@@ -4,8 +4,8 @@ from pydantic import Field
 from ray import serve
 from ray.serve import Application
 
-from farm.config import Dtype, ServeResources, ServeSettings
 from farm.registry import Registry
+from farm.sections import Dtype, ServeResources, ServeSettings
 from farm.store import open_store
 from serve.ingress import Gateway
 from serve.replica import EngineHost

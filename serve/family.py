@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 
 from farm.artifacts import TRUNK, Artifacts
-from farm.config import Dtype, TargetSpec, UserError
+from farm.config import UserError
 from farm.data.chat import read_template
 from farm.draft.checkpoint import (
     CONFIG_FILE,
@@ -24,6 +24,7 @@ from farm.draft.expert import Expert
 from farm.draft.model import Draft
 from farm.draft.trunk import Trunk
 from farm.registry import Registry, Version
+from farm.sections import Dtype, TargetSpec
 from farm.store import open_store
 from farm.target.load import LoadedTarget, load_target, resolve_dtype, stop_ids
 from farm.target.lora import open_beside

@@ -9,12 +9,13 @@ from functools import partial
 
 from ray import serve
 
-from farm.config import Dtype, ServeSettings, UserError
+from farm.config import UserError
 from farm.data.chat import encode_chat
 from farm.decode.controls import make_control
 from farm.decode.engine import Engine, Request, Route
 from farm.decode.sampling import SamplingParams
 from farm.decode.stats import DecodeStats
+from farm.sections import Dtype, ServeSettings
 from farm.target.load import LoadedTarget
 from serve.detokenize import TextStream
 from serve.family import LOAD_ERRORS, PLAIN, Family, ServedDraft

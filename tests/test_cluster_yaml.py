@@ -9,7 +9,8 @@ import jsonschema
 import pytest
 import yaml
 
-from farm.config import Manifest, RegenerateResources, Resources, TargetSpec, check_placeable
+from farm.config import Manifest, check_placeable
+from farm.sections import RegenerateResources, Resources, TargetSpec
 
 ROOT = Path(__file__).parents[1]
 

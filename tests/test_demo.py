@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from farm.config import EvaluateSettings, Manifest, load_manifest
+from farm.config import Manifest, load_manifest
 from farm.data.prompts import load_prompts
 from farm.decode.engine import Engine, Request, Route
 from farm.decode.sampling import SamplingParams
 from farm.evaluate.target import OpenTrunk, encode_prompts
 from farm.registry import Registry
+from farm.sections import EvaluateSettings
 from farm.store import open_store
 from farm.target import grammar
 from farm.target.load import load_target

@@ -14,10 +14,10 @@ from typing import Any, Final
 
 from farm.bench.adapt_data import Subject, choose_rows
 from farm.bench.methods import Variant, Work
-from farm.config import AdaptSettings
 from farm.draft.checkpoint import trunk_digest
 from farm.draft.model import new_draft
 from farm.evaluate.bench import TauResult
+from farm.sections import AdaptSettings
 from farm.train.loop import FitResult, FitTask, Save
 from farm.train.process import fit_in_process
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from farm.artifacts import Artifacts
 from farm.bench.family import held_out
-from farm.config import Manifest, SelectSettings, Strategy, TargetSpec, UserError
+from farm.config import Manifest, UserError
 from farm.data.features import Sample, read_shards, shard_names, write_shard
 from farm.data.prompts import load_prompts, split_rows
 from farm.decode.regenerate import prefill_rows
@@ -21,6 +21,7 @@ from farm.draft.config import DraftConfig
 from farm.draft.model import Draft
 from farm.evaluate.bench import PromptIds, TauResult, measure_tau
 from farm.evaluate.published import BASE, Published, spec_of
+from farm.sections import SelectSettings, Strategy, TargetSpec
 from farm.store import open_store
 from farm.target.load import LoadedTarget, open_target
 from farm.train.scoring import Selection, SelectTask, select_rows

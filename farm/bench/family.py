@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from farm.config import Manifest, TargetSpec, UserError
+from farm.config import Manifest, UserError
 from farm.data.prompts import load_prompts, split_rows
 from farm.draft.model import Draft
 from farm.evaluate.bench import PromptIds
 from farm.evaluate.published import Published
 from farm.evaluate.target import OpenTrunk, encode_prompts
+from farm.sections import TargetSpec
 from farm.target.load import LoadedTarget, load_model, open_target
 
 TRIAL_TOKENS = 16  # generated in each dtype to find the one in which `transformers` is faster

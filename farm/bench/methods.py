@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
-from farm.config import AdaptSettings, Strategy
+from farm.sections import AdaptSettings, Strategy
 
 Data = Literal["none", "regenerated", "dataset"]
 QUICK: Final = ("base-draft", "default", "eda", "full-retrain")

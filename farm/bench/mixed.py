@@ -20,13 +20,14 @@ from rich.table import Table
 from farm.bench.decode import EQUAL_TOKENS, Row, timed
 from farm.bench.family import held_out
 from farm.bench.report import Ratio
-from farm.config import Manifest, TargetSpec, UserError
+from farm.config import Manifest, UserError
 from farm.decode.controls import make_control
 from farm.decode.engine import Engine, Request, Route
 from farm.decode.sampling import SamplingParams
 from farm.evaluate.bench import PromptIds
 from farm.evaluate.published import Published
 from farm.evaluate.target import OpenTrunk
+from farm.sections import TargetSpec
 from farm.target.load import LoadedTarget, open_target
 from farm.target.lora import open_beside
 

@@ -18,12 +18,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from farm.bench.pairs import Pair
-from farm.config import Manifest, TargetSpec
+from farm.config import Manifest
 from farm.data.chat import encode_chat
 from farm.data.prompts import load_prompts
 from farm.decode.sampling import SamplingBatch, SamplingParams, distribution
 from farm.layers.cache import Rows
 from farm.layers.dense import Dense, RmsNorm
+from farm.sections import TargetSpec
 from farm.target.forward import TargetForward
 from farm.target.load import load_model, load_tokenizer, placement
 

@@ -19,8 +19,9 @@ from typing import IO, Any
 
 import torch
 
-from farm.config import TargetSpec, UserError
+from farm.config import UserError
 from farm.evaluate.bench import PromptIds
+from farm.sections import TargetSpec
 
 ENVIRONMENT = Path(".vllm-venv")  # in the working directory, where make puts it
 CHILD = Path(__file__).with_name("vllm_child.py")

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from farm.cli.options import Overrides, app, console
-from farm.config import Manifest, TargetSpec, UserError, load_manifest
+from farm.config import Manifest, UserError, load_manifest
 from farm.export.engines import ServingEngine, StoredDtype
+from farm.sections import TargetSpec
 
 import_app = typer.Typer(no_args_is_help=True, help="Drafts of other projects.")
 app.add_typer(import_app, name="import")

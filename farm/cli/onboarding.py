@@ -61,9 +61,9 @@ def finetune(  # noqa: PLR0913 - each option of the command is a parameter
     ] = "float32",
 ) -> None:
     """Make a target: fine-tune a checkpoint on prompts with answers."""
-    from farm.config import TargetSpec
     from farm.data.prompts import load_prompts
     from farm.manifest import model_path
+    from farm.sections import TargetSpec
     from farm.target.finetune import FinetuneSettings
     from farm.target.finetune import finetune as run
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from farm.config import Rows, UserError
+from farm.config import UserError
+from farm.sections import Rows
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 
-from farm.config import CONTROL_PATTERN
 from farm.decode.adaedl import AdaEDL
 from farm.decode.control import Control, Fixed
 from farm.decode.renewal import Cost
+from farm.sections import CONTROL_PATTERN
 
 DEFAULT_LENGTH = 4
 

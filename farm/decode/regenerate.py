@@ -13,13 +13,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from farm.config import RegenerateSettings, UserError
+from farm.config import UserError
 from farm.data.chat import encode_chat, encode_pair
 from farm.data.features import FEATURE_DTYPE, Answer
 from farm.data.prompts import Prompt
 from farm.decode.engine import OFFLINE_PREFILL_TOKENS, Completion, Engine, FinishReason, Request, Route
 from farm.decode.sampling import SamplingParams
 from farm.layers.cache import Rows
+from farm.sections import RegenerateSettings
 from farm.target.load import LoadedTarget
 
 

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from farm.config import Dtype, EvaluateSettings, ProbeSettings, Refused, TargetSpec
+from farm.config import Refused
 from farm.data.prompts import Prompt
 from farm.decode.sampling import SamplingParams
 from farm.evaluate.bench import TauResult, measure_tau
 from farm.evaluate.gate import ratio_interval
 from farm.evaluate.target import OpenTrunk, encode_prompts
+from farm.sections import Dtype, EvaluateSettings, ProbeSettings, TargetSpec
 from farm.target.load import check_family, load_target, open_target
 
 

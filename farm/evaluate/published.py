@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from farm.artifacts import TRUNK, Artifacts
-from farm.config import Manifest, TargetSpec, UserError
+from farm.config import Manifest, UserError
 from farm.data.prompts import load_prompts
 from farm.draft.checkpoint import EXPERT_FILE
 from farm.evaluate.provenance import hardware
 from farm.evaluate.target import EvaluateTask, evaluate_target
 from farm.registry import Registry
+from farm.sections import TargetSpec
 from farm.store import open_store
 from farm.target.load import placement
 

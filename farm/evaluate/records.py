@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from farm.config import Strict
+from farm.sections import Strict
 
 Decision = Literal["promoted", "kept", "skipped", "refused", "failed"]
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from farm.config import Dtype, EvaluateSettings, TargetSpec
 from farm.data.chat import encode_chat
 from farm.data.prompts import Prompt
 from farm.decode.sampling import SamplingParams
@@ -25,6 +24,7 @@ from farm.draft.model import Draft
 from farm.draft.trunk import Trunk
 from farm.evaluate.bench import PromptIds, TauResult, measure_speed, measure_tau
 from farm.evaluate.gate import gain_interval, tau_of
+from farm.sections import Dtype, EvaluateSettings, TargetSpec
 from farm.target.load import LoadedTarget, load_model, open_target, placement
 
 

@@ -16,11 +16,12 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from farm.config import Refused, TargetSpec, UserError
+from farm.config import Refused, UserError
 from farm.data.chat import read_template
 from farm.draft.checkpoint import TRUNK_FILE, build_trunk, load_expert, read_config, read_tensors
 from farm.export.eagle import eagle_config, eagle_tensors, folded_mlp
 from farm.export.engines import ARCHITECTURES, ServingEngine, StoredDtype
+from farm.sections import TargetSpec
 from farm.target.load import check_folder, load_model, load_tokenizer
 
 WEIGHTS_FILE, TOKEN_MAP_FILE, TEMPLATE_FILE = "model.safetensors", "token_map.pt", "chat_template.jinja"

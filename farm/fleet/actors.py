@@ -10,8 +10,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from farm.artifacts import Artifacts
-from farm.config import Dtype, TargetSpec
 from farm.fleet.answers import ANSWERS, AnswersJob, card_name, decode_prompts
+from farm.sections import Dtype, TargetSpec
 from farm.store import open_store
 
 if TYPE_CHECKING:

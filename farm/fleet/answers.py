@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from farm.artifacts import Artifact, Artifacts, key_of
-from farm.config import Dtype, Refused, RegenerateSettings, TargetSpec, dump
+from farm.config import Refused, dump
 from farm.data.chat import read_template
 from farm.data.prompts import Prompt
+from farm.sections import Dtype, RegenerateSettings, TargetSpec
 
 ANSWERS = "answers"
 # They say where the work runs, not what comes out of it.

@@ -13,10 +13,10 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.util.annotations import RayDeprecationWarning
 
 from farm.artifacts import Artifacts
-from farm.config import RegenerateResources
 from farm.fleet.actors import ActorConfig, RegenerateActor
 from farm.fleet.answers import AnswersJob, encode_prompts, missing_shards
 from farm.fleet.pool import describe
+from farm.sections import RegenerateResources
 from farm.store import open_store
 
 # Of one actor and of one shard on it. Without a bound, a target whose load kills its process is tried for

@@ -14,11 +14,12 @@ import ray
 from ray.exceptions import RayError
 
 from farm.artifacts import Artifact, Artifacts
-from farm.config import Dtype, EvaluateSettings, Manifest, ProbeSettings, TargetSpec
+from farm.config import Manifest
 from farm.data.prompts import Prompt
 from farm.fleet.plan import CHECK, EVALUATE, PROBE
 from farm.fleet.pool import cause_of
 from farm.fleet.session import cpus_of_largest_node
+from farm.sections import Dtype, EvaluateSettings, ProbeSettings, TargetSpec
 from farm.store import open_store
 
 if TYPE_CHECKING:

@@ -11,9 +11,10 @@ from typing import Literal
 
 from farm.artifacts import TRUNK as TRUNK
 from farm.artifacts import Artifacts, key_of
-from farm.config import Manifest, ProbeSettings, Refused, RegenerateSettings, TargetSpec, UserError, dump
+from farm.config import Manifest, Refused, UserError, dump
 from farm.data.prompts import Prompt, load_prompts, split_rows
 from farm.fleet.answers import ANSWERS, AnswersJob, answers_key, settings_key
+from farm.sections import ProbeSettings, RegenerateSettings, TargetSpec
 
 ADAPT: Literal["adapt"] = "adapt"
 SELECT = "select"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from farm.artifacts import Artifact
-from farm.config import ProbeSettings, TargetSpec, UserError, dump
+from farm.config import UserError, dump
 from farm.fleet import measure
 from farm.fleet.answers import feature_shards, finish_answers
 from farm.fleet.datasets import regenerate
@@ -25,6 +25,7 @@ from farm.fleet.pool import cause_of, run_bounded
 from farm.fleet.run import Run
 from farm.fleet.trainers import TrainJob, train
 from farm.fleet.vocabulary import choose_vocabulary, token_files
+from farm.sections import ProbeSettings, TargetSpec
 
 CHECKS_AT_ONCE = 2
 

@@ -5,7 +5,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from farm.config import AdaptResources, Manifest, check_placeable
+from farm.config import Manifest, check_placeable
+from farm.sections import AdaptResources
 
 NAMESPACE = "farm"
 AUTH_VARIABLE = "RAY_AUTH_MODE"

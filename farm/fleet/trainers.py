@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import ray
 
 from farm.artifacts import Artifact, Artifacts
-from farm.config import AdaptResources
 from farm.fleet.plan import ADAPT, EXPERT_FILE, TRUNK_FILES
 from farm.fleet.session import WORKER_VARIABLES
+from farm.sections import AdaptResources
 from farm.status import StatusBoard
 from farm.store import open_store
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from farm.artifacts import Artifact, Artifacts
-from farm.config import Manifest, ProbeSettings, Refused, UserError
+from farm.config import Manifest, Refused, UserError
 from farm.evaluate.history import read_history, typical_cost
 from farm.evaluate.triage import (
     SERVED_TOKENS,
@@ -37,6 +37,7 @@ from farm.fleet.plan import (
     make_plan,
     probe_key,
 )
+from farm.sections import ProbeSettings
 from farm.store import open_store
 
 PROBE_PROMPTS = 32  # a target

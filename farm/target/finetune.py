@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from farm.config import TargetSpec, UserError
+from farm.config import UserError
 from farm.data.chat import encode_pair, read_template
 from farm.data.prompts import Prompt
+from farm.sections import TargetSpec
 from farm.target.load import load_model, load_tokenizer, placement
 
 IGNORED = -100

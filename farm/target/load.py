@@ -13,9 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from farm.config import Dtype, Refused, TargetSpec
+from farm.config import Refused
 from farm.data.chat import read_template
 from farm.layers.lora import Lora
+from farm.sections import Dtype, TargetSpec
 from farm.target.forward import TargetForward, unsupported_reason
 from farm.target.weights import read_weights
 

@@ -13,9 +13,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from farm.config import Refused, TargetSpec
+from farm.config import Refused
 from farm.data.chat import read_template
 from farm.layers.lora import Lora, Part
+from farm.sections import TargetSpec
 from farm.target.forward import TargetForward
 from farm.target.load import LoadedTarget, check_folder, stop_ids
 from farm.target.weights import LoraFactors, read_factors

@@ -6,8 +6,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 
-from farm.config import AdaptSettings, TrainSettings
 from farm.data.features import Sample
+from farm.sections import AdaptSettings, TrainSettings
 from farm.train.batches import Batch, Schedule, collate
 from farm.train.cached import Positions
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, distributed
 
-from farm.config import EarlyStop
+from farm.sections import EarlyStop
 from farm.train.batches import Batch
 from farm.train.module import DraftLoss
 

@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import save as safetensors
 from torch import Tensor, distributed
 
-from farm.config import AdaptSettings, TargetSpec, TrainSettings, UserError
+from farm.config import UserError
 from farm.data.features import Sample, read_shards, trainable
 from farm.draft.checkpoint import EXPERT_FILE, build_trunk, load_expert, trunk_digest, trunk_files
 from farm.draft.config import DraftConfig
 from farm.draft.model import DraftHead, new_draft
+from farm.sections import AdaptSettings, TargetSpec, TrainSettings
 from farm.target.load import load_embedding_and_head
 from farm.train.cached import Positions, bytes_of, cache_positions
 from farm.train.course import Course, split_held_out

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from farm.config import TrainSettings
+from farm.sections import TrainSettings
 
 
 def initialize(module: nn.Module, settings: TrainSettings, num_micro: int, rows: int) -> Any:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from farm.config import Dtype, SelectSettings, TargetSpec, UserError
+from farm.config import UserError
 from farm.data import select
 from farm.data.features import FEATURE_DTYPE, Sample, read_shards, trainable_rows
 from farm.data.select import Moments, Scored, Threshold, Whitening
@@ -31,6 +31,7 @@ from farm.draft.checkpoint import (
 )
 from farm.draft.model import Draft, DraftHead
 from farm.layers.cache import Rows
+from farm.sections import Dtype, SelectSettings, TargetSpec
 from farm.target.load import LoadedTarget, load_embedding_and_head, open_target
 from farm.train.batches import collate
 from farm.train.unroll import shift, unroll

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from farm.config import Init, Tier, UserError
+from farm.config import UserError
 from farm.draft.expert import Expert
 from farm.draft.model import Draft
 from farm.draft.trunk import Trunk
+from farm.sections import Init, Tier
 
 STD: Final = 0.02
 MAPS: Final = ("gate_proj", "up_proj", "down_proj")

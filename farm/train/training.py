@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, distributed
 from torch.utils.flop_counter import FlopCounterMode
 
-from farm.config import TrainSettings
 from farm.draft.model import DraftHead
+from farm.sections import TrainSettings
 from farm.train.adaspec import keep_at
 from farm.train.batches import Batch
 from farm.train.cached import Positions

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farm.artifacts import Artifacts, key_of
-from farm.config import AdaptSettings, UserError
+from farm.config import UserError
+from farm.sections import AdaptSettings
 from farm.store import FileStore
 
 JSON = st.recursive(

@@ -10,7 +10,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farm.config import AdaptSettings, Manifest, UserError, check_placeable, dump, load_manifest, rows_overlap
+from farm.config import Manifest, UserError, check_placeable, dump, load_manifest, rows_overlap
+from farm.sections import AdaptSettings
 
 
 @pytest.fixture

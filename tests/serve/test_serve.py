@@ -11,10 +11,11 @@ import httpx
 import openai
 import pytest
 
-from farm.config import TargetSpec, UserError
+from farm.config import UserError
 from farm.data.chat import encode_chat
 from farm.decode.engine import Engine, Request, Route
 from farm.decode.sampling import SamplingParams
+from farm.sections import TargetSpec
 from farm.target.load import load_target
 from tests.serve.family import build_family, publish, tiny_expert
 

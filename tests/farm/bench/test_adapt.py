@@ -16,11 +16,12 @@ from farm.bench.adapt_data import Subject, choose_rows, subjects
 from farm.bench.adapt_report import code_digest, compare, keep, kept, table, tau_after, write
 from farm.bench.methods import SELECTIONS, Variant, Work, methods_of, variants, work
 from farm.bench.report import origin
-from farm.config import AdaptSettings, Manifest, RegenerateSettings, Strategy
+from farm.config import Manifest
 from farm.data.features import write_shard
 from farm.data.prompts import load_prompts
 from farm.decode.regenerate import regenerate_rows
 from farm.registry import Registry
+from farm.sections import AdaptSettings, RegenerateSettings, Strategy
 from farm.store import open_store
 from farm.target.load import open_target
 from tests.farm.fleet.family import Family

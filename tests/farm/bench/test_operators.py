@@ -15,8 +15,8 @@ from farm.bench.operators import (
     pairs,
     sorted_distribution,
 )
-from farm.config import TargetSpec
 from farm.decode.sampling import FILTER_WIDTH
+from farm.sections import TargetSpec
 from farm.target.load import load_model
 from tests.farm.models import tiny_model
 

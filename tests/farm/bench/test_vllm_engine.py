@@ -23,9 +23,10 @@ from farm.bench.vllm_engine import (
     kv_bytes,
     vllm_engines,
 )
-from farm.config import TargetSpec, UserError
+from farm.config import UserError
 from farm.decode.engine import Engine, Request, Route
 from farm.decode.sampling import SamplingParams
+from farm.sections import TargetSpec
 from farm.target import zoo
 from farm.target.load import load_target
 from tests.farm.models import tiny_model

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from farm.config import RegenerateSettings, TargetSpec
 from farm.data.prompts import Prompt
 from farm.decode.regenerate import prefill_rows, regenerate_rows, sampling_of
 from farm.layers.cache import Rows
+from farm.sections import RegenerateSettings, TargetSpec
 from farm.target import zoo
 from farm.target.load import LoadedTarget, load_target
 from tests.farm.models import tiny_model

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farm.config import TargetSpec
 from farm.draft.checkpoint import EXPERT_FILE, trunk_files
 from farm.draft.config import DraftConfig
 from farm.draft.model import Draft, new_draft
 from farm.export.engines import ServingEngine
 from farm.export.folder import ExportTask
 from farm.layers.attention import causal_mask
+from farm.sections import TargetSpec
 from farm.target import zoo
 from tests.farm.models import tiny_model
 

@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from farm.config import Refused, TargetSpec, UserError
+from farm.config import Refused, UserError
 from farm.draft.checkpoint import (
     EXPERT_FILE,
     TRUNK_FILE,
@@ -38,6 +38,7 @@ from farm.export.folder import (
     export,
 )
 from farm.export.public import trunk_of_eagle, write_trunk
+from farm.sections import TargetSpec
 from farm.target.load import load_model
 from tests.farm.export.drafts import HIDDEN, VOCAB, Family, make_family, predict_of, proposals
 from tests.farm.export.eagle1 import Eagle1

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
-from farm.config import Manifest, TargetSpec
+from farm.config import Manifest
 from farm.draft.checkpoint import trunk_files
 from farm.draft.config import DraftConfig
 from farm.draft.model import new_draft
+from farm.sections import TargetSpec
 from farm.target import zoo
 
 NUM_ROWS = 20

@@ -8,12 +8,12 @@ import psutil
 import pytest
 
 from farm.artifacts import Artifacts
-from farm.config import RegenerateResources, TargetSpec
 from farm.data.features import read_shards
 from farm.fleet.actors import LiveTargets
 from farm.fleet.answers import ANSWERS, feature_shards, finish_answers, missing_shards
 from farm.fleet.datasets import ShardResult, regenerate
 from farm.fleet.plan import make_plan
+from farm.sections import RegenerateResources, TargetSpec
 from farm.store import open_store
 from farm.target.load import target_digest
 from tests.farm.fleet.family import Family

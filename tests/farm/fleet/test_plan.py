@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from farm.artifacts import Artifacts, key_of
-from farm.config import Manifest, TargetSpec, UserError, dump
+from farm.config import Manifest, UserError, dump
 from farm.fleet.answers import ANSWERS, decode_prompts, encode_prompts, missing_shards
 from farm.fleet.estimate import estimate_target, plan_table, read_rates
 from farm.fleet.plan import ADAPT, TRUNK, Plan, make_plan
+from farm.sections import TargetSpec
 from farm.store import open_store
 
 

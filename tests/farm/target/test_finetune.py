@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from farm.config import TargetSpec, UserError
+from farm.config import UserError
 from farm.data.prompts import Prompt
 from farm.layers.cache import Rows
+from farm.sections import TargetSpec
 from farm.target import zoo
 from farm.target.finetune import FinetuneSettings, finetune
 from farm.target.load import LoadedTarget, load_target

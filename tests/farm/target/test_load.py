@@ -6,8 +6,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from farm.config import Dtype, Refused, TargetSpec
+from farm.config import Refused
 from farm.layers.cache import Rows
+from farm.sections import Dtype, TargetSpec
 from farm.target import zoo
 from farm.target.load import (
     check_family,

@@ -9,12 +9,13 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from farm.bench.family import generate
-from farm.config import Refused, TargetSpec
+from farm.config import Refused
 from farm.decode.engine import Engine, Request, Route
 from farm.decode.sampling import SamplingParams
 from farm.draft.config import DraftConfig
 from farm.draft.model import new_draft
 from farm.layers.cache import Branches, Rows
+from farm.sections import TargetSpec
 from farm.target import zoo
 from farm.target.forward import TargetForward
 from farm.target.load import load_embedding_and_head, load_model, load_target

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from farm.config import AdaptSettings
 from farm.data.features import Sample
 from farm.draft.config import DraftConfig
 from farm.draft.model import Draft, DraftHead, new_draft
+from farm.sections import AdaptSettings
 from farm.train.batches import Batch, collate
 from farm.train.cached import Positions, cache_positions
 from farm.train.course import Course, split_held_out

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from farm.config import EarlyStop
 from farm.data.features import Sample
 from farm.draft.config import DraftConfig
 from farm.draft.model import DraftHead, new_draft
+from farm.sections import EarlyStop
 from farm.train.batches import collate
 from farm.train.held_out import expected_tau, stops
 from farm.train.loss import acceptance

@@ -9,12 +9,13 @@ from safetensors.torch import load_file
 from torch import multiprocessing
 
 from farm.artifacts import Artifacts
-from farm.config import AdaptSettings, TargetSpec, UserError
+from farm.config import UserError
 from farm.data.features import Answer, write_shard
 from farm.draft.checkpoint import EXPERT_FILE, TRUNK_FILE, read_tensors, trunk_digest, trunk_files
 from farm.draft.config import DraftConfig
 from farm.draft.model import new_draft
 from farm.layers.cache import Rows
+from farm.sections import AdaptSettings, TargetSpec
 from farm.store import open_store
 from farm.target import zoo
 from farm.target.forward import TargetForward

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from farm.artifacts import Artifacts
-from farm.config import RegenerateSettings, SelectSettings, TargetSpec, UserError
+from farm.config import UserError
 from farm.data.features import Answer, read_shards, write_shard
 from farm.data.prompts import Prompt
 from farm.data.select import Moments, Whitening, mahalanobis, random, shift
@@ -17,6 +17,7 @@ from farm.draft.checkpoint import trunk_files
 from farm.draft.config import DraftConfig
 from farm.draft.model import new_draft
 from farm.layers.cache import Rows
+from farm.sections import RegenerateSettings, SelectSettings, TargetSpec
 from farm.store import open_store
 from farm.target import zoo
 from farm.target.forward import TargetForward

@@ -1,0 +1,206 @@
+"""The sections of a manifest: what can be set for each stage, strict and frozen. Needs neither torch nor Ray."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
+CONTROL_PATTERN = r"^(off|fixed(-[1-9]\d?)?|adaedl(-published)?|cost)$"  # of the draft length
+
+Rows = tuple[int, int | None]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+Dtype = Literal["auto", "float32", "bfloat16"]
+Strategy = Literal["all", "shift", "mahalanobis", "failure", "flatness", "random"]
+Loss = Literal["eda", "kl", "tv", "lk", "lk-log"]
+Tier = Literal["low-rank", "expert", "expert-fc", "eda", "full"]
+Init = Literal["base", "zero", "random"]
+Form = Literal["unrolled", "cached", "cached-unrolled"]
+SERVED_TIERS = ("low-rank", "expert")  # they leave the trunk as it is, so that targets can share it
+CACHED_TIERS = SERVED_TIERS  # what the trunk puts out stays the same while they are trained
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TargetSpec(Strict):
+    name: str = Field(pattern=NAME_PATTERN)
+    model: str
+    lora: str | None = None
+    revision: str | None = None
+    prompts: str
+    chat_template: str | None = None  # path of a jinja file, or the template's text
+
+    @field_validator("name")
+    @classmethod
+    def _stays_in_its_folder(cls, name: str) -> str:
+        if ".." in name:
+            raise ValueError("a name may not contain '..'; use letters, digits, '.', '_' and '-'")
+        return name
+
+
+class DraftSettings(Strict):
+    shared_width: Positive | None = None  # None: the base's intermediate_size
+    private_width: Positive | None = None  # None: the same as the shared expert
+    vocabulary: Positive | None = None  # number of most frequent tokens kept; None: all
+
+
+class AdaSpec(Strict):
+    """Train on the positions where the draft is furthest behind a reference of its own size (AdaSPEC)."""
+
+    keep: float = Field(default=0.4, gt=0, le=1)  # share of the positions
+    reference_epochs: Positive = 1
+    warm: Share = 0.1  # share of all steps that keeps everything; after as many again, `keep` is reached
+
+
+class EarlyStop(Strict):
+    """Stop when held-out rows are no longer predicted better."""
+
+    held_out: float = Field(default=0.05, gt=0, lt=1)  # share of the rows
+    every: Positive = 50  # steps
+    patience: Positive = 3  # measurements without a gain
+    min_gain: float = Field(default=0.002, ge=0)  # of the expected tau, relative
+
+
+class TrainSettings(Strict):
+    epochs: Positive
+    lr: float = Field(gt=0)
+    batch_rows: Positive = 16
+    micro_rows: Positive | None = None  # rows at once on a worker; gradients of a batch add up. None: all
+    loss: Loss = "kl"
+    hidden_weight: float = Field(default=0.5, ge=0)  # of the smooth L1 of hidden states; EDA's is 1
+    adaspec: AdaSpec | None = None
+    early_stop: EarlyStop | None = None
+    warmup: Share = 0.05  # share of all steps
+    clip: float = Field(default=1.0, gt=0)
+    unroll: Positive = 2
+    zero_stage: int = Field(default=0, ge=0, le=2)
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of products; weights and optimizer are float32
+    save_every: Positive = 200  # steps
+    prompt_tokens: bool = False  # learn from the tokens of the prompts too, not from the answers alone
+    seed: int = 0
+
+
+class TrainTrunkSettings(TrainSettings):
+    epochs: Positive = 8
+    lr: float = Field(default=2e-3, gt=0)
+    prompts: str | None = None  # None: the targets' prompts together
+    rows: Rows | None = None
+    max_new_tokens: Positive = 96
+    answers: Literal["regenerate", "dataset"] = "regenerate"  # "dataset": prefill the rows' own answers
+    temperature: float = Field(default=0.7, ge=0)
+    greedy_share: Share = 0.5
+
+
+class ProbeSettings(Strict):
+    prompts: Positive = 16
+    max_new_tokens: Positive = 48
+    skip_above: float | None = None  # retention above which a target is skipped; None: never
+
+
+class RegenerateSettings(Strict):
+    rows: Rows | None = None  # None: all but the held-out rows
+    max_new_tokens: Positive = 96
+    batch_rows: Positive = 16
+    shard_rows: Positive = 64
+    greedy_share: Share = 0.5
+    temperature: float = Field(default=0.7, ge=0)
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    seed: int = 0
+    memory_bytes: Positive = 8 * 2**30  # of live targets in one actor
+
+
+class SelectSettings(Strict):
+    """Which of its answers a target is adapted on; see farm.data.select for the scores."""
+
+    strategy: Strategy = "all"
+    fraction: float = Field(default=0.5, gt=0, le=1)
+    pilot_rows: int = Field(default=256, ge=256)  # that set the threshold
+    exact: bool = False  # the threshold is set by every row instead: the fraction is met to the row
+    seed: int = 0  # of strategy random
+
+
+class AdaptSettings(TrainSettings):
+    epochs: Positive = 10
+    lr: float = Field(default=2e-3, gt=0)
+    loss: Loss = "lk"
+    hidden_weight: float = Field(default=5.0, ge=0)  # later drafted tokens read what is predicted
+    tier: Tier = "expert"
+    rank: Positive = 16  # of low-rank maps
+    width: Positive | None = None  # of the private expert; None: the base's
+    init: Init = "base"
+    form: Form = "cached"
+    cached_epochs: Positive = 4  # of form cached-unrolled, before `epochs` unrolled ones
+    cached_tokens: Positive = 512  # positions of a batch in the cached form
+    cached_bytes: Positive = 8 * 2**30  # that the cached form may take
+
+    @model_validator(mode="after")
+    def _cacheable(self) -> Self:
+        if self.form != "unrolled" and self.tier not in CACHED_TIERS:
+            raise ValueError(
+                f"form {self.form} needs a trunk that stays the same, tier {self.tier} trains a part of it; "
+                f"use tier {' or '.join(CACHED_TIERS)}, or form unrolled"
+            )
+        return self
+
+
+class EvaluateSettings(Strict):
+    rows: Rows | None = None  # None: the last `prompts` rows
+    prompts: Positive = 64
+    k: Positive = 4
+    temperatures: tuple[float, ...] = (0.0, 1.0)
+    max_new_tokens: Positive = 64
+    speed_prompts: Positive = 4
+    speed_rounds: int = Field(default=5, ge=5)
+    threads: Positive | None = None  # None: one for each core
+    seed: int = 0
+    min_gain: float = 0.0  # lower bound of tau_adapted - tau_live that promotes
+
+
+class ServeSettings(Strict):
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=1, le=65535)
+    num_slots: Positive = 8
+    max_length: Positive = 1024
+    k: Positive = 8  # most tokens that a round drafts
+    control: str = Field(default="cost", pattern=CONTROL_PATTERN)
+    max_ongoing_requests: Positive = 32
+    max_queued_requests: Positive = 64
+
+    @model_validator(mode="after")
+    def _length_within_k(self) -> Self:
+        _, _, length = self.control.partition("-")
+        if length.isdigit() and int(length) > self.k:
+            raise ValueError(f"control {self.control} drafts more than k = {self.k} tokens; raise k")
+        return self
+
+
+class RegenerateResources(Strict):
+    num_gpus: float = Field(default=0, ge=0)
+    num_cpus: float = Field(default=1, ge=0)
+    min_actors: Positive = 1
+    max_actors: Positive = 1
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_actors > self.max_actors:
+            raise ValueError("min_actors is above max_actors; raise max_actors")
+        return self
+
+
+class AdaptResources(Strict):
+    workers: Positive = 1
+    gpus_per_worker: float = Field(default=0, ge=0)
+    parallel: Positive = 2  # runs at the same time
+
+
+class ServeResources(Strict):
+    replicas: Positive = 1
+    num_gpus: float = Field(default=0, ge=0)
+
+
+class Resources(Strict):
+    regenerate: RegenerateResources = RegenerateResources()
+    adapt: AdaptResources = AdaptResources()
+    serve: ServeResources = ServeResources()
