@@ -46,6 +46,7 @@ def test_a_value_that_asks_for_nothing_is_accepted(field):
         {"stop": ""},
         {"stop": list("abcde")},
         {"seed": 2**63},
+        {"max_drafted": -1},
     ],
 )
 def test_a_value_out_of_range_names_its_field(field):

@@ -127,6 +127,17 @@ def test_streamed_pieces_add_up_to_the_whole_answer(served):
     assert all(chunk.usage is None for chunk in chunks)
 
 
+def test_a_client_may_have_its_request_decoded_plainly(served):
+    drafted = served.greedy("adapted")
+    (before,) = hosted("adapted")
+    plain = served.greedy("adapted", extra_body={"max_drafted": 0})
+    (after,) = hosted("adapted")
+    assert plain.choices[0].message.content == drafted.choices[0].message.content
+    assert after.rounds - before.rounds == after.emitted - before.emitted > 0
+    with pytest.raises(openai.BadRequestError, match="max_drafted"):
+        served.greedy("adapted", extra_body={"max_drafted": -1})
+
+
 def test_usage_comes_last_in_a_stream_that_asked_for_it(served):
     *chunks, last = served.greedy("bare", stream=True, stream_options={"include_usage": True})
     assert last.choices == []
