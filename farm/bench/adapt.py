@@ -6,7 +6,7 @@ kept as soon as it is measured, and what the same code has measured is not measu
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -178,6 +178,15 @@ def _row(
         tau=stats.tau, alpha=sum(stats.accepted) / max(1, sum(stats.reached)),
         survival=tuple(stats.survival), **fields,
     )  # fmt: skip
+
+
+def grouped(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
+    """Finished rows by target, method and variant, in the order of their first one: a row a seed."""
+    out: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        if row.progress == 1.0:
+            out.setdefault((row.target, row.method, row.variant), []).append(row)
+    return out
 
 
 def identities(rows: Sequence[Row]) -> set[Identity]:

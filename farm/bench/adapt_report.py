@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final
@@ -13,7 +13,8 @@ from typing import Any, Final
 from rich.table import Table
 
 import farm
-from farm.bench.adapt import Row
+from farm.bench import adapt_plots
+from farm.bench.adapt import Row, grouped
 
 PLATEAU: Final = 0.99  # a run has converged where it is first within 1 % of its best
 FILE: Final = "adapt.json"
@@ -69,15 +70,6 @@ def tau_after(curve: Sequence[Row], seconds: float) -> float:
     return left.tau + share * (right.tau - left.tau)
 
 
-def grouped(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
-    """Finished rows by target, method and variant, in the order of their first one: a row a seed."""
-    out: dict[tuple[str, str, str], list[Row]] = {}
-    for row in rows:
-        if row.progress == 1.0:
-            out.setdefault((row.target, row.method, row.variant), []).append(row)
-    return out
-
-
 def table(rows: Sequence[Row]) -> Table:
     """A variant a line, means over seeds."""
     out = Table(caption="means over seeds, tau with its spread; seconds of caching, reference and steps")
@@ -123,9 +115,9 @@ def write(folder: Path, rows: Sequence[Row], source: dict[str, Any]) -> list[Pat
     """adapt.json and the plots; returns their paths."""
     paths = [keep(folder, rows, source)]
     for name, plot in (
-        ("seconds", _plot_seconds),
-        ("fraction", _plot_fraction),
-        ("survival", _plot_survival),
+        ("seconds", adapt_plots.seconds),
+        ("fraction", adapt_plots.fraction),
+        ("survival", adapt_plots.survival),
     ):
         figure = plot(rows)
         if figure is not None:
@@ -172,82 +164,3 @@ def code_digest() -> str:
 
 def _mean(rows: Sequence[Row], name: str) -> float:
     return statistics.mean(getattr(row, name) for row in rows)
-
-
-def _panels(targets: Sequence[str]) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.2 * len(targets), 4.2), layout="constrained")
-    panels = figure.subplots(1, len(targets), squeeze=False)[0]
-    for panel, target in zip(panels, targets, strict=True):
-        panel.set(title=target)
-        panel.grid(alpha=0.3)
-    return figure, panels
-
-
-def _targets(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(row.target for row in rows))
-
-
-def _plot_seconds(rows: Sequence[Row]) -> Any:
-    """Tau against training seconds: a point a variant, a line where a run was measured on its way."""
-    targets = _targets(rows)
-    figure, panels = _panels(targets)
-    for panel, target in zip(panels, targets, strict=True):
-        for (of, method, variant), seeds in grouped(rows).items():
-            if of != target or not seeds[0].train_seconds:
-                continue
-            curve = [
-                r
-                for r in rows
-                if (r.target, r.method, r.variant, r.seed) == (of, method, variant, seeds[0].seed)
-            ]
-            points = seeds if len(curve) == 1 else sorted(curve, key=lambda row: row.train_seconds)
-            style = {"linestyle": "" if len(curve) == 1 else "-", "marker": "o", "markersize": 4}
-            panel.plot([r.train_seconds for r in points], [r.tau for r in points], label=variant, **style)
-        panel.set(xlabel="training seconds", ylabel="tau")
-        panel.set_xscale("log")
-    panels[-1].legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    return figure
-
-
-def _plot_fraction(rows: Sequence[Row]) -> Any:
-    """Tau against the selected share of the rows, a line a selection; None where there is but one share."""
-    chosen = [row for row in rows if row.method in ("selection", "default") and row.progress == 1.0]
-    targets = _targets([row for row in chosen if row.method == "selection"])
-    if not targets:
-        return None
-    figure, panels = _panels(targets)
-    for panel, target in zip(panels, targets, strict=True):
-        near = [row for row in chosen if row.target == target]
-        for selection in dict.fromkeys(row.selection for row in near if row.method == "selection"):
-            mine = [row for row in near if row.selection == selection or row.fraction == 1.0]
-            shares = sorted({row.fraction for row in mine})
-            taus = [statistics.mean(r.tau for r in mine if r.fraction == share) for share in shares]
-            panel.plot(shares, taus, marker="o", markersize=4, label=selection)
-        panel.set(xlabel="share of the rows", ylabel="tau")
-        panel.legend(fontsize=7)
-    return figure
-
-
-def _plot_survival(rows: Sequence[Row]) -> Any:
-    """Share of rounds in which each drafted position was accepted, a line a variant of the main methods."""
-    targets = _targets(rows)
-    figure, panels = _panels(targets)
-    for panel, target in zip(panels, targets, strict=True):
-        for (of, method, variant), seeds in grouped(rows).items():
-            if of == target and method in (
-                "base-draft",
-                "default",
-                "eda",
-                "eda-original",
-                "full-retrain",
-                "lora",
-            ):
-                lines = zip(*(row.survival for row in seeds), strict=False)
-                means = [statistics.mean(position) for position in lines]
-                panel.plot(range(1, len(means) + 1), means, marker="o", markersize=4, label=variant)
-        panel.set(xlabel="drafted position", ylabel="survival", ylim=(0, 1))
-        panel.xaxis.get_major_locator().set_params(integer=True)
-    panels[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    return figure

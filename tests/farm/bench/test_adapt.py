@@ -11,6 +11,7 @@ import pytest
 from matplotlib.image import imread
 
 from farm.artifacts import TRUNK, Artifacts
+from farm.bench import adapt_plots
 from farm.bench.adapt import Row, identities, measure
 from farm.bench.adapt_data import Subject, choose_rows, subjects
 from farm.bench.adapt_report import code_digest, compare, keep, kept, table, tau_after, write
@@ -185,3 +186,16 @@ def test_the_default_is_compared_with_the_plateau_and_with_equal_seconds() -> No
     assert tau_after(curve, 1000.0) == 4.0
     (alone,) = compare([ROW])
     assert (alone.of_eda, alone.of_converged_tau) == (None, None)
+
+
+def test_a_colour_means_the_same_in_every_panel_and_the_legend_names_each(subject: Subject) -> None:
+    """A method that only one target was measured with must not shift the colours of the others."""
+    rows = run(subject, chosen("base draft", "default", "low-rank expert, 8"), [])
+    other = [replace(row, target="other") for row in rows if row.method != "default"]
+    figure = adapt_plots.survival([*rows, *other])
+    first, second = figure.axes
+    colours = {line.get_label(): line.get_color() for line in first.get_lines()}
+    assert len(set(colours.values())) == 3
+    assert all(line.get_color() == colours[line.get_label()] for line in second.get_lines())
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == list(colours)
