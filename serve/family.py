@@ -11,15 +11,7 @@ import torch
 from farm.artifacts import TRUNK, Artifacts
 from farm.config import UserError
 from farm.data.chat import read_template
-from farm.draft.checkpoint import (
-    CONFIG_FILE,
-    EXPERT_FILE,
-    TRUNK_FILE,
-    build_trunk,
-    load_expert,
-    read_config,
-    read_tensors,
-)
+from farm.draft.checkpoint import EXPERT_FILE, load_draft, load_expert
 from farm.draft.expert import Expert
 from farm.draft.model import Draft
 from farm.draft.trunk import Trunk
@@ -128,11 +120,8 @@ class Family:
         artifact = self._artifacts.find(TRUNK, key)
         if artifact is None:
             raise UserError(f"trunk {key} is not in this store; run `farm onboard` again")
-        config = read_config(self._artifacts.path(artifact, CONFIG_FILE).parent)
-        tensors = read_tensors(self._artifacts.path(artifact, TRUNK_FILE))
-        expert = load_expert(config, self._artifacts.path(artifact, EXPERT_FILE))
-        trunk = build_trunk(config, tensors)
-        return SharedTrunk(key, self._placed(trunk), self._placed(expert))
+        draft = load_draft(self._artifacts.path(artifact, EXPERT_FILE).parent)
+        return SharedTrunk(key, self._placed(draft.trunk), self._placed(draft.expert))
 
     def _placed(self, module: Module) -> Module:
         return module.to(device=self._device, dtype=getattr(torch, self._dtype)).requires_grad_(False).eval()

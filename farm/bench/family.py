@@ -14,7 +14,7 @@ from farm.config import Manifest, UserError
 from farm.data.prompts import load_prompts, split_rows
 from farm.draft.model import Draft
 from farm.evaluate.bench import PromptIds
-from farm.evaluate.published import Published
+from farm.evaluate.published import Published, spec_of
 from farm.evaluate.target import OpenTrunk, encode_prompts
 from farm.sections import TargetSpec
 from farm.target.load import LoadedTarget, load_model, open_target
@@ -41,13 +41,10 @@ def members(manifest: Manifest, names: Sequence[str]) -> Iterator[Member]:
     Raises UserError when the store holds no family or no such target.
     """
     published = Published.of(manifest.store)
-    known = {spec.name: spec for spec in manifest.targets}
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise UserError(f"--target {unknown[0]}: the manifest has no such target; it has {', '.join(known)}")
-    for name in names or [spec.name for spec in manifest.targets if spec.lora is None]:
-        live = published.live_expert(name)
-        yield _open(manifest, known[name], published.trunk_folder, None if live is None else str(live.file))
+    full = [spec.name for spec in manifest.targets if spec.lora is None]
+    for spec in [spec_of(manifest, name) for name in names or full]:
+        live = published.live_expert(spec.name)
+        yield _open(manifest, spec, published.trunk_folder, None if live is None else str(live.file))
 
 
 def _open(manifest: Manifest, spec: TargetSpec, folder: Path, expert: str | None) -> Member:

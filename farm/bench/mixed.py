@@ -88,25 +88,15 @@ def cases(manifest: Manifest) -> list[Case]:
         raise UserError(
             "the family has no two LoRA targets of one checkpoint, nor two full ones, to decode together"
         )
-    trunk: OpenTrunk | None = None
     found: list[Case] = []
-    checkpoint = (
-        open_target(loras[0].model_copy(update={"lora": None}), manifest.dtype) if len(loras) > 1 else None
-    )
-    for kind, specs in (("lora", loras), ("full", fulls)):
-        if len(specs) < 2:
-            continue
-        voices = []
-        for spec in specs:
-            target = _open(spec, manifest, checkpoint)
-            trunk = trunk or OpenTrunk.of(published.trunk_folder, target)
-            voices.append(_voice(manifest, spec, target, trunk, published))
-        if kind == "lora":
-            merged = _voice(
-                manifest, specs[0], open_target(specs[0], manifest.dtype), _known(trunk), published
-            )
-            found.append(Case("lora, merged", (merged,), (BATCH,)))
-        found += _mixture(kind, voices)
+    if len(loras) > 1:
+        checkpoint = open_target(loras[0].model_copy(update={"lora": None}), manifest.dtype)
+        targets = [open_target(loras[0], manifest.dtype), *(_beside(spec, checkpoint) for spec in loras)]
+        merged, *voices = _voices(manifest, [loras[0], *loras], targets, published)
+        found += [Case("lora, merged", (merged,), (BATCH,)), *_mixture("lora", voices)]
+    if len(fulls) > 1:
+        targets = [open_target(spec, manifest.dtype) for spec in fulls]
+        found += _mixture("full", _voices(manifest, fulls, targets, published))
     return found
 
 
@@ -179,9 +169,7 @@ def _mixture(kind: str, voices: Sequence[Voice]) -> list[Case]:
     return [*alone, Case(kind, tuple(voices), each, alone)]
 
 
-def _open(spec: TargetSpec, manifest: Manifest, checkpoint: LoadedTarget | None) -> LoadedTarget:
-    if spec.lora is None or checkpoint is None:
-        return open_target(spec, manifest.dtype)
+def _beside(spec: TargetSpec, checkpoint: LoadedTarget) -> LoadedTarget:
     beside = open_beside(spec, checkpoint)
     if beside is None:
         raise UserError(
@@ -190,20 +178,18 @@ def _open(spec: TargetSpec, manifest: Manifest, checkpoint: LoadedTarget | None)
     return beside
 
 
-def _voice(
-    manifest: Manifest, spec: TargetSpec, target: LoadedTarget, trunk: OpenTrunk, published: Published
-) -> Voice:
-    live = published.live_expert(spec.name)
-    if live is None:
-        raise UserError(f"{spec.name}: has no live adapter; run `farm onboard` first")
-    draft = trunk.draft(str(live.file))
-    route = Route(target.forward, frozenset(), draft, target.lora, spec.name)
-    return Voice(route, held_out(manifest, spec, target))
-
-
-def _known(trunk: OpenTrunk | None) -> OpenTrunk:
-    assert trunk is not None
-    return trunk
+def _voices(
+    manifest: Manifest, specs: Sequence[TargetSpec], targets: Sequence[LoadedTarget], published: Published
+) -> list[Voice]:
+    """Each target with its live adapter over one trunk. Raises UserError for a target without one."""
+    trunk, voices = OpenTrunk.of(published.trunk_folder, targets[0]), []
+    for spec, target in zip(specs, targets, strict=True):
+        live = published.live_expert(spec.name)
+        if live is None:
+            raise UserError(f"{spec.name}: has no live adapter; run `farm onboard` first")
+        route = Route(target.forward, frozenset(), trunk.draft(str(live.file)), target.lora, spec.name)
+        voices.append(Voice(route, held_out(manifest, spec, target)))
+    return voices
 
 
 def _engine(case: Case, control: str) -> Engine:

@@ -8,15 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from farm.cli.options import Overrides, app, console
-from farm.config import Manifest, UserError, load_manifest
+from farm.cli.options import ZOO, Overrides, app, console, load_family
+from farm.config import Manifest, UserError
 from farm.export.engines import ServingEngine, StoredDtype
-from farm.sections import TargetSpec
 
 import_app = typer.Typer(no_args_is_help=True, help="Drafts of other projects.")
 app.add_typer(import_app, name="import")
 
-ZOO = Path(".farm/zoo/manifest.yaml")
 PARITY_FILE = "parity.json"
 
 
@@ -36,13 +34,11 @@ def export_draft(  # noqa: PLR0913 - the options of a command
     overrides: Overrides = None,
 ) -> None:
     """Write a target's live draft as an EAGLE-1 folder that vLLM or SGLang serves unchanged."""
-    from farm.evaluate.published import BASE, Published
+    from farm.evaluate.published import BASE, Published, spec_of
     from farm.export.folder import ExportTask, export
 
-    if not manifest.exists():
-        raise UserError(f"{manifest}: does not exist; give a family's --manifest, or run `farm demo` first")
-    family = load_manifest(manifest, overrides or ())
-    spec = _spec(family, target)
+    family = load_family(manifest, overrides, "--manifest")
+    spec = spec_of(family, target)
     published = Published.of(family.store)
     expert, card = published.base_expert, {"target": target, "trunk_key": published.trunk_key}
     if target != BASE:
@@ -74,12 +70,6 @@ def import_eagle(
 
     write_trunk(trunk_of_eagle(folder, private_width), out)
     console.print(f"trunk: {out}", markup=False, soft_wrap=True)
-
-
-def _spec(family: Manifest, name: str) -> TargetSpec:
-    from farm.evaluate.published import spec_of
-
-    return spec_of(family, name)
 
 
 def _verify(task: Any, folder: Path, base_expert: Path, family: Manifest) -> None:

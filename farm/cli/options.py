@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from farm.config import Manifest, load_manifest
 from farm.errors import UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -24,6 +25,7 @@ StorePath = Annotated[str, typer.Option("--store", help="The store's folder or U
 MeasuredTarget = Annotated[str, typer.Option("--target", help="A target's name, or `base`.")]
 PromptsSource = Annotated[str, typer.Option("--prompts", help="JSONL, Parquet or a folder of prompts.")]
 MeasuresPath = Annotated[Path, typer.Option("--out", help="JSON file for the measures.")]
+ZOO = Path(".farm/zoo/manifest.yaml")
 SHOWN = ("tau_base_draft", "tau_adapted", "tokens_per_s_autoregressive", "speedup_adapted")
 
 
@@ -70,6 +72,13 @@ def probing_bar() -> Iterator[Callable[[str, int, int], None]]:
             bars.update(task, description=what, completed=done, total=of)
 
         yield show
+
+
+def load_family(manifest: Path, overrides: list[str] | None, option: str = "manifest") -> Manifest:
+    """A manifest that may be the demo's zoo, which is there only after a demo; `option` is how it is given."""
+    if not manifest.exists():
+        raise UserError(f"{manifest}: does not exist; run `farm demo` first, or give a family's {option}")
+    return load_manifest(manifest, overrides or ())
 
 
 def keep_measures(measured: Mapping[str, Any], out: Path) -> None:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from farm.cli.options import (
+    ZOO,
     ManifestPath,
     MeasuredTarget,
     MeasuresPath,
@@ -21,8 +22,9 @@ from farm.cli.options import (
     app,
     console,
     keep_measures,
+    load_family,
 )
-from farm.config import Manifest, UserError, dump, load_manifest
+from farm.config import UserError, dump, load_manifest
 
 if TYPE_CHECKING:
     from farm.bench.decode import Row
@@ -34,7 +36,6 @@ app.add_typer(bench_app, name="bench")
 FamilyPath = Annotated[
     Path, typer.Argument(help="A family's manifest; default: the demo's zoo.", metavar="[MANIFEST]")
 ]
-ZOO = Path(".farm/zoo/manifest.yaml")
 TABLE_WIDTH = 132  # of a benchmark's table where the terminal is narrower or says nothing
 
 
@@ -84,7 +85,7 @@ def bench_decode(  # noqa: PLR0913 - the options of a command
     from farm.bench.report import table, write
     from farm.bench.vllm_engine import check_loadable, find_python, vllm_engines
 
-    source, settled = _source(), _family(manifest, overrides)
+    source, settled = _source(), load_family(manifest, overrides)
     try:
         arms = chosen(quick_arms() if quick else full_arms(), only)
     except ValueError as error:
@@ -122,7 +123,7 @@ def bench_operators(
     from farm.bench.operators import model_pairs
     from farm.bench.pairs import measure, table, write
 
-    source, pairs = _source(), model_pairs(_family(manifest, overrides))
+    source, pairs = _source(), model_pairs(load_family(manifest, overrides))
     shown = track(pairs, "measuring", console=console, disable=not console.is_terminal)
     rows = [measure(pair, family_name(manifest), repeats) for pair in shown]
     _show_wide(table(rows))
@@ -141,7 +142,7 @@ def bench_mixed(
 
     from farm.bench.mixed import CONTROLS, cases, measure, table, write
 
-    source, every = _source(), cases(_family(manifest, overrides))
+    source, every = _source(), cases(load_family(manifest, overrides))
     total = len(every) * len(CONTROLS) * repeats
     measured = measure(every, family_name(manifest), repeats)
     rows: dict[tuple[Case, str], list[Row]] = {}
@@ -171,7 +172,7 @@ def bench_adapt(
     from farm.bench.adapt_report import code_digest, compare, comparison_table, keep, kept, table, write
     from farm.bench.methods import QUICK, methods_of, variants, work
 
-    source, settled, model = _source(), _family(manifest, overrides), family_name(manifest)
+    source, settled, model = _source(), load_family(manifest, overrides), family_name(manifest)
     source |= {"code": code_digest(), "adapt": dump(settled.adapt), "evaluate": dump(settled.evaluate)}
     every, default = variants(settled.adapt), settled.adapt
     unknown = [name for name in method or () if name not in methods_of(every)]
@@ -194,12 +195,6 @@ def bench_adapt(
     _show_wide(comparison_table(compare(rows)))
     for path in write(out, rows, source):
         console.print(path, markup=False, soft_wrap=True)
-
-
-def _family(manifest: Path, overrides: list[str] | None) -> Manifest:
-    if not manifest.exists():
-        raise UserError(f"{manifest}: does not exist; run `farm demo` first, or give a family's manifest")
-    return load_manifest(manifest, overrides or ())
 
 
 def _show_wide(shown: Table) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from farm.config import UserError
 from farm.draft.config import DraftConfig
 from farm.draft.expert import Expert
+from farm.draft.model import Draft
 from farm.draft.trunk import Trunk
 
 CONFIG_FILE, TRUNK_FILE, EXPERT_FILE = "draft.json", "trunk.safetensors", "expert.safetensors"
@@ -85,6 +86,17 @@ def build_expert(config: DraftConfig, state: Mapping[str, Tensor]) -> Expert:
 def load_expert(config: DraftConfig, path: Path) -> Expert:
     """Private expert of a safetensors file, checked against the trunk's hidden size."""
     return build_expert(config, read_tensors(path))
+
+
+def load_trunk(folder: Path) -> Trunk:
+    """The frozen trunk of a folder that `trunk_files` describes, in float32 on the CPU."""
+    return build_trunk(read_config(folder), read_tensors(folder / TRUNK_FILE))
+
+
+def load_draft(folder: Path, expert: Path | None = None) -> Draft:
+    """A folder's trunk with the private expert of a file, or with the base's that lies beside it."""
+    trunk = load_trunk(folder)
+    return Draft(trunk, load_expert(trunk.config, expert or folder / EXPERT_FILE))
 
 
 def trunk_digest(state: Mapping[str, Tensor]) -> str:

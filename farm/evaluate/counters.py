@@ -121,7 +121,7 @@ def _series(sample: Sample) -> tuple[str, frozenset[tuple[str, str]]]:
 
 def best_length(survival: Sequence[float], costs: StepCosts) -> tuple[int, float]:
     """The draft length of most tokens a second by these costs, and its speed over plain decoding."""
-    load, known = Load(("served",), (True,)), RoundCosts(len(survival))
+    load, known = Load(("served",), (len(survival),)), RoundCosts(len(survival))
     for length in range(len(survival) + 1):
         drafted_s = length * costs.draft
         known.add(RoundResult(load, (length,), (0,), length, drafted_s, costs.round(length) - drafted_s))

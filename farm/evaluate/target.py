@@ -12,14 +12,7 @@ import torch
 from farm.data.chat import encode_chat
 from farm.data.prompts import Prompt
 from farm.decode.sampling import SamplingParams
-from farm.draft.checkpoint import (
-    EXPERT_FILE,
-    TRUNK_FILE,
-    build_trunk,
-    load_expert,
-    read_config,
-    read_tensors,
-)
+from farm.draft.checkpoint import EXPERT_FILE, load_expert, load_trunk
 from farm.draft.model import Draft
 from farm.draft.trunk import Trunk
 from farm.evaluate.bench import PromptIds, TauResult, measure_speed, measure_tau
@@ -51,7 +44,7 @@ class OpenTrunk:
     @classmethod
     def of(cls, folder: Path, target: LoadedTarget) -> OpenTrunk:
         """The trunk in the target's dtype, on its device."""
-        trunk = build_trunk(read_config(folder), read_tensors(folder / TRUNK_FILE))
+        trunk = load_trunk(folder)
         return cls(trunk.to(target.forward.device, target.forward.dtype), folder / EXPERT_FILE)
 
     def draft(self, expert: str | None) -> Draft:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from farm.config import UserError
 from farm.draft.config import DraftConfig
-from farm.draft.expert import Expert
+from farm.draft.model import Draft
 from farm.draft.trunk import Trunk
 from farm.export.engines import ARCHITECTURES, ServingEngine, StoredDtype
 from farm.export.fold import GatedMlp, padded, side_by_side
@@ -31,9 +31,9 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 NORM = f"{LAYER}post_attention_layernorm.weight"
 
 
-def folded_mlp(trunk: Trunk, private: Expert, multiple: int) -> GatedMlp:
+def folded_mlp(draft: Draft, multiple: int) -> GatedMlp:
     """Shared and private expert as one MLP whose width is a multiple of `multiple`."""
-    return padded(side_by_side(GatedMlp.of(trunk.shared_expert), GatedMlp.of(private)), multiple)
+    return padded(side_by_side(GatedMlp.of(draft.trunk.shared_expert), GatedMlp.of(draft.expert)), multiple)
 
 
 def eagle_tensors(trunk: Trunk, mlp: GatedMlp, dtype: StoredDtype) -> dict[str, Tensor]:

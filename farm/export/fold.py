@@ -58,12 +58,3 @@ def padded(mlp: GatedMlp, multiple: int) -> GatedMlp:
         functional.pad(mlp.up_FH, (0, 0, 0, rows)),
         functional.pad(mlp.down_HF, (0, rows)),
     )
-
-
-def with_delta(weight_YX: Tensor, down_RX: Tensor, up_YR: Tensor) -> Tensor:
-    """W + B A in W's dtype, taken in float64: a low-rank change of `fc` or of an expert's matrix made part of it.
-
-    A matrix that is low-rank by itself is this over W = 0.
-    """
-    folded_YX = weight_YX.double() + up_YR.double() @ down_RX.double()
-    return folded_YX.to(weight_YX.dtype)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from farm.config import Refused, UserError
 from farm.data.chat import read_template
-from farm.draft.checkpoint import TRUNK_FILE, build_trunk, load_expert, read_config, read_tensors
+from farm.draft.checkpoint import load_draft
 from farm.export.eagle import eagle_config, eagle_tensors, folded_mlp
 from farm.export.engines import ARCHITECTURES, ServingEngine, StoredDtype
 from farm.sections import TargetSpec
@@ -123,19 +123,18 @@ def serve_command(task: ExportTask, folder: Path, model: str, dtype: StoredDtype
 
 def _write(task: ExportTask, config: Any, folder: Path, final: Path) -> None:
     """All files of the export; `final` is where the folder will be."""
-    draft = read_config(task.trunk_folder)
-    trunk = build_trunk(draft, read_tensors(task.trunk_folder / TRUNK_FILE))
+    draft = load_draft(task.trunk_folder, task.expert)
     sizes = config.hidden_size, config.vocab_size
-    if sizes != (draft.hidden_size, draft.vocab_size):
+    if sizes != (draft.config.hidden_size, draft.config.vocab_size):
         raise Refused(
             f"{task.target.name}: has hidden size and vocabulary {sizes}, the draft "
-            f"{(draft.hidden_size, draft.vocab_size)}; it is no draft of this target"
+            f"{(draft.config.hidden_size, draft.config.vocab_size)}; it is no draft of this target"
         )
-    mlp = folded_mlp(trunk, load_expert(draft, task.expert), task.multiple)
+    trunk, mlp = draft.trunk, folded_mlp(draft, task.multiple)
     dtype = task.dtype or stored_dtype(config)
     tensors = eagle_tensors(trunk, mlp, dtype)
     (folder / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
-    described = eagle_config(draft, mlp.width, config.max_position_embeddings, dtype, task.engine)
+    described = eagle_config(draft.config, mlp.width, config.max_position_embeddings, dtype, task.engine)
     (folder / "config.json").write_text(json.dumps(described, indent=1) + "\n")
     (folder / CARD_FILE).write_text(json.dumps(dict(task.card), indent=1, sort_keys=True) + "\n")
     has_map = task.engine is ServingEngine.SGLANG and trunk.vocabulary_C is not None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from farm.layers.attention import causal_mask, tree_mask
 
-PACKED_BELOW = 0.9  # share of real tokens
+MOST_REAL = 0.9  # share of real tokens up to which leaving the others out pays
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Rows:
 
     def real(self, num_tokens: int, device: torch.device | str = "cpu") -> Tensor | None:
         """Indices [M] of the real ones among B x T tokens; None where leaving the others out would not pay."""
-        if self.counts is None or sum(self.counts) > PACKED_BELOW * num_tokens * len(self.counts):
+        if self.counts is None or sum(self.counts) > MOST_REAL * num_tokens * len(self.counts):
             return None
         counts_B1 = torch.tensor(self.counts, device=device)[:, None]
         return (torch.arange(num_tokens, device=device) < counts_B1).view(-1).nonzero()[:, 0]

@@ -21,14 +21,7 @@ from farm.config import UserError
 from farm.data import select
 from farm.data.features import FEATURE_DTYPE, Sample, read_shards, trainable_rows
 from farm.data.select import Moments, Scored, Threshold, Whitening
-from farm.draft.checkpoint import (
-    EXPERT_FILE,
-    TRUNK_FILE,
-    build_trunk,
-    load_expert,
-    read_config,
-    read_tensors,
-)
+from farm.draft.checkpoint import load_draft
 from farm.draft.model import Draft, DraftHead
 from farm.layers.cache import Rows
 from farm.sections import Dtype, SelectSettings, TargetSpec
@@ -225,7 +218,5 @@ def _scorer(task: SelectTask) -> _Whitened | _Predicted | _Random:
     embedding_VH, head_VH = (tensor.to(device) for tensor in load_embedding_and_head(task.target))
     if strategy == "flatness":
         return _Predicted(DraftHead.of(embedding_VH, head_VH, None), head_VH, None)
-    folder = Path(task.trunk_folder)
-    trunk = build_trunk(read_config(folder), read_tensors(folder / TRUNK_FILE)).to(device)
-    draft = Draft(trunk, load_expert(trunk.config, folder / EXPERT_FILE).to(device)).requires_grad_(False)
-    return _Predicted(DraftHead.of(embedding_VH, head_VH, trunk.vocabulary_C), head_VH, draft)
+    draft = load_draft(Path(task.trunk_folder)).to(device).requires_grad_(False)
+    return _Predicted(DraftHead.of(embedding_VH, head_VH, draft.trunk.vocabulary_C), head_VH, draft)

@@ -18,7 +18,7 @@ from farm.bench.adapt_report import code_digest, compare, keep, kept, table, tau
 from farm.bench.methods import SELECTIONS, Variant, Work, methods_of, variants, work
 from farm.bench.report import origin
 from farm.config import Manifest
-from farm.data.features import write_shard
+from farm.data.features import trainable, write_shard
 from farm.data.prompts import load_prompts
 from farm.decode.regenerate import regenerate_rows
 from farm.registry import Registry
@@ -84,7 +84,8 @@ def test_rows_say_what_was_trained_and_a_second_run_measures_only_what_is_missin
     assert all(1.0 <= row.tau <= 3.0 and 0.0 <= row.alpha <= 1.0 for row in rows)
     assert all(row.train_seconds > 0 and row.train_flops > 0 for row in rows[1:])
     samples = subject.samples("regenerated")
-    positions = sum(max(0, len(s.tokens_T) - 2 - (s.num_prompt_tokens - 1)) for s in samples if trained(s))
+    lengths = [len(s.tokens_T) - s.num_prompt_tokens for s in samples]
+    positions = sum(length - 1 for length in lengths if trainable(length))
     assert default.train_tokens == positions // 32 * 32
     source = origin("farm bench adapt") | {"code": code_digest()}
     keep(tmp_path, rows[:2], source)
@@ -96,10 +97,6 @@ def test_rows_say_what_was_trained_and_a_second_run_measures_only_what_is_missin
     assert kept(tmp_path, "tiny", source | {"code": "another"}) == []
     assert kept(tmp_path, "tiny", source | {"adapt": {"epochs": 2}}) == []
     assert kept(tmp_path, "another", source) == []
-
-
-def trained(sample) -> bool:  # type: ignore[no-untyped-def]
-    return len(sample.tokens_T) - 2 > sample.num_prompt_tokens
 
 
 def test_full_retraining_is_measured_on_its_way_and_its_best_rate_is_chosen_by_held_out_rows(

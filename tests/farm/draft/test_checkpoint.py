@@ -10,14 +10,14 @@ from farm.draft.checkpoint import (
     EXPERT_FILE,
     TRUNK_FILE,
     build_trunk,
+    load_draft,
     load_expert,
-    read_config,
     read_tensors,
     trunk_digest,
     trunk_files,
 )
 from farm.draft.config import DraftConfig
-from farm.draft.model import Draft, new_draft
+from farm.draft.model import new_draft
 
 CONFIG = DraftConfig(16, 2, 1, 8, 24, 12, 1e-5, 1e4, 32)
 
@@ -33,12 +33,11 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_draft_comes_back_as_it_was_saved(folder: Path) -> None:
     draft = new_draft(CONFIG, seed=0)
-    trunk = build_trunk(read_config(folder), read_tensors(folder / TRUNK_FILE))
-    again = Draft(trunk, load_expert(CONFIG, folder / EXPERT_FILE))
+    again = load_draft(folder)
     for name, value in draft.state_dict().items():
         assert torch.equal(again.state_dict()[name], value)
-    assert trunk.vocabulary_C is not None
-    assert trunk.vocabulary_C.tolist() == [3, 1, 4]
+    assert again.trunk.vocabulary_C is not None
+    assert again.trunk.vocabulary_C.tolist() == [3, 1, 4]
 
 
 def test_a_built_trunk_uses_the_very_memory_it_was_given_and_is_frozen(folder: Path) -> None:

@@ -23,8 +23,9 @@ from farm.evaluate.counters import (
     read_counters,
     tau_of_alpha,
 )
-from farm.evaluate.records import Report, TargetRow
+from farm.evaluate.records import TargetRow
 from farm.store import FileStore
+from tests.farm.evaluate.reports import put_report
 
 Rounds = Sequence[tuple[int, int]]  # drafted, accepted
 
@@ -187,17 +188,7 @@ def test_past_runs_of_a_store_stand_in_for_what_was_not_given(tmp_path: Path) ->
         name="math", kind="full", decision="promoted", tau_base_draft=1.0, tau_adapted=2.5, rows=10,
         stage_seconds={"regenerate": 30.0, "adapt": 60.0}, adapter_version="v1",
     )  # fmt: skip
-    report = Report(
-        k=4,
-        temperature=0,
-        threads=1,
-        dtype="float32",
-        prompts=8,
-        tau_base_on_base=4.0,
-        targets=(row,),
-        run_id="1",
-    )
-    FileStore(tmp_path / "store").put("runs/1/report.json", report.model_dump_json().encode())
+    put_report(FileStore(tmp_path / "store"), row, k=4)
     (tmp_path / "base").mkdir()
     (tmp_path / "p.jsonl").write_text("{}")
     manifest = tmp_path / "m.yaml"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from farm.export.fold import GatedMlp, padded, side_by_side, with_delta
+from farm.export.fold import GatedMlp, padded, side_by_side
 
 H = 6
 Fold = Callable[[GatedMlp, GatedMlp], GatedMlp]
@@ -70,13 +70,3 @@ def _rows(shared: GatedMlp, private: GatedMlp) -> tuple[Tensor, Tensor]:
 def test_a_wrong_fold_is_far_from_the_sum(wrong: Fold) -> None:
     """Else the property above would not show a mistake."""
     assert error(wrong, random_mlp(5, 1), random_mlp(5, 2)) > 0.1
-
-
-def test_a_delta_becomes_part_of_its_matrix_in_its_dtype() -> None:
-    weight, down, up = torch.randn(4, 7), torch.randn(2, 7), torch.randn(4, 2)
-    x = torch.randn(7)
-    folded = with_delta(weight, down, up)
-    assert folded.dtype == torch.float32
-    assert torch.allclose(folded @ x, weight @ x + up @ (down @ x), atol=1e-5)
-    assert torch.allclose(with_delta(torch.zeros(4, 7), down, up), up @ down, atol=1e-6)
-    assert with_delta(weight.bfloat16(), down, up).dtype == torch.bfloat16

@@ -18,15 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from farm.config import Refused, UserError
-from farm.draft.checkpoint import (
-    EXPERT_FILE,
-    TRUNK_FILE,
-    build_trunk,
-    load_expert,
-    read_config,
-    read_tensors,
-)
-from farm.draft.model import Draft
+from farm.draft.checkpoint import TRUNK_FILE, load_draft
 from farm.export.engines import ServingEngine
 from farm.export.folder import (
     CARD_FILE,
@@ -125,9 +117,7 @@ def test_in_bfloat16_logits_stay_within_what_rounding_leaves(family: Family, tmp
     that nothing but the fold differs.
     """
     write_trunk(trunk_of_eagle(export(family.task(dtype="bfloat16"), tmp_path / "out")), tmp_path / "trunk")
-    config = read_config(tmp_path / "trunk")
-    trunk = build_trunk(config, read_tensors(tmp_path / "trunk" / TRUNK_FILE))
-    folded = Draft(trunk, load_expert(config, tmp_path / "trunk" / EXPERT_FILE))
+    folded = load_draft(tmp_path / "trunk")
     model = load_model(family.target, "bfloat16")
     head_VH = model.get_output_embeddings().weight.float()
     drafts = [copy.deepcopy(draft).to(torch.bfloat16) for draft in (family.draft, folded)]

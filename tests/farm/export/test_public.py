@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from farm.config import UserError
-from farm.draft.checkpoint import EXPERT_FILE, TRUNK_FILE, build_trunk, load_expert, read_config, read_tensors
-from farm.draft.model import Draft
+from farm.draft.checkpoint import load_draft
 from farm.export.folder import export
 from farm.export.public import trunk_of_eagle, write_trunk
 from tests.farm.export.drafts import HIDDEN, VOCAB, Family, make_family, predict_of, proposals
@@ -38,18 +37,12 @@ def add(folder: Path, **tensors: torch.Tensor) -> None:
     save_file({**load_file(folder / "model.safetensors"), **tensors}, folder / "model.safetensors")
 
 
-def draft_of(folder: Path) -> Draft:
-    config = read_config(folder)
-    trunk = build_trunk(config, read_tensors(folder / TRUNK_FILE))
-    return Draft(trunk, load_expert(config, folder / EXPERT_FILE))
-
-
 def test_an_imported_draft_proposes_what_the_checkpoint_does(
     family: Family, checkpoint: Path, tmp_path: Path
 ) -> None:
     add(checkpoint, **{"embed_tokens.weight": torch.zeros(VOCAB, HIDDEN)})  # public ones carry the base's
     write_trunk(trunk_of_eagle(checkpoint, private_width=12), tmp_path / "trunk")
-    draft = draft_of(tmp_path / "trunk")
+    draft = load_draft(tmp_path / "trunk")
     tensors = load_file(checkpoint / "model.safetensors")
     del tensors["embed_tokens.weight"]
     save_file(tensors, checkpoint / "model.safetensors")
@@ -65,7 +58,7 @@ def test_an_imported_draft_proposes_what_the_checkpoint_does(
 def test_the_private_expert_is_silent_and_learns(checkpoint: Path, tmp_path: Path) -> None:
     """Zeros in all three matrices would be silent too, and stay it for ever."""
     write_trunk(trunk_of_eagle(checkpoint, private_width=12), tmp_path / "trunk")
-    expert = draft_of(tmp_path / "trunk").expert
+    expert = load_draft(tmp_path / "trunk").expert
     x, wanted = torch.randn(2, 5, HIDDEN)
     assert not bool(expert(x).any())
     optimizer = torch.optim.SGD(expert.parameters(), lr=0.1)

@@ -9,11 +9,12 @@ from typer.testing import CliRunner
 from farm.artifacts import Artifacts
 from farm.cli.main import app
 from farm.config import UserError, dump
-from farm.evaluate.records import Report, TargetRow
+from farm.evaluate.records import TargetRow
 from farm.fleet.plan import make_plan
 from farm.fleet.triage import planned_lines, triage
 from farm.store import open_store
 from farm.target.load import target_digest
+from tests.farm.evaluate.reports import put_report
 from tests.farm.fleet.family import Family
 
 
@@ -80,18 +81,8 @@ def test_an_earlier_evaluation_of_the_target_stands_in_for_a_probe(family: Famil
         stage_seconds={"regenerate": 8.0, "adapt": 16.0}, tokens_per_s_autoregressive=100.0,
         tokens_per_s_base_draft=100.0, adapter_version="v1",
     )  # fmt: skip
-    report = Report(
-        k=2,
-        temperature=0,
-        threads=1,
-        dtype="float32",
-        prompts=4,
-        tau_base_on_base=4.0,
-        targets=(row,),
-        run_id="1",
-    )
     opened = open_store(str(store))
-    opened.put("runs/1/report.json", report.model_dump_json().encode())
+    put_report(opened, row, k=2)
     artifacts = Artifacts(opened)
     (line,) = planned_lines(make_plan(manifest, artifacts, target_digest), artifacts)
     # two guesses of 0.85 and one measured 0.8 of the 2.5 that were lost
