@@ -81,9 +81,7 @@ class AdaEDL:
         """Aims at the acceptance where one more token pays at the rate that is reached."""
         load = result.load
         self._costs.add(result)
-        key = load.num_rows, load.num_groups
-        reached = self._reached.setdefault(
-            key, Ratio(result.tokens / result.seconds, result.seconds, memory=64)
-        )
-        reached.add(result.tokens, result.seconds)
+        key, seconds = (load.num_rows, load.num_groups), self._costs.seconds(result)
+        reached = self._reached.setdefault(key, Ratio(result.tokens / seconds, seconds, memory=64))
+        reached.add(result.tokens, seconds)
         self.wanted = min(0.9, max(0.3, self._costs.break_even(load, reached.value) or 0.6))

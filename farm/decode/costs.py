@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import statistics
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -10,23 +11,27 @@ from farm.decode.control import Load, RoundResult
 
 Bucket = tuple[int, int]  # rows, rounded up to a power of two, and groups
 LOOKS = 3  # measurements of a length before it counts as explored; the first may pay for allocations
-WEIGHT = 0.1  # of a new measurement in the running mean
-OUTLIER = 2.0  # measurements are cut at this multiple of the running mean: another process had the core
+KEPT = (
+    15  # measurements of a length of which the median counts: another process may have the core at any time
+)
+PACE_ROUNDS = 8  # rounds by whose median the machine's present pace is told
 
 
 @dataclass
-class RunningMean:
-    """Of seconds; the first two measurements count by the smaller one."""
+class RunningMedian:
+    """Of the last measurements, 0 before the first."""
 
-    value: float = 0.0
+    keep: int
     looks: int = 0
+    value: float = 0.0
+    _last: deque[float] = field(default_factory=deque)
 
-    def add(self, seconds: float) -> None:
+    def add(self, measured: float) -> None:
         self.looks += 1
-        if self.looks <= 2:
-            self.value = seconds if self.looks == 1 else min(self.value, seconds)
-        else:
-            self.value += WEIGHT * (min(seconds, OUTLIER * self.value) - self.value)
+        self._last.append(measured)
+        if len(self._last) > self.keep:
+            self._last.popleft()
+        self.value = statistics.median(self._last)
 
 
 class Ratio:
@@ -68,28 +73,28 @@ class AcceptanceByPeak:
 class SecondsByLength:
     """Seconds of one part of a round by its length: 0 by itself, all others on one line (weighted least squares).
 
-    A line, because what decides is the price of one token more, and the difference of two neighbouring means is mostly
-    noise.
+    A line, because what decides is the price of one token more, and the difference of two neighbouring medians is
+    mostly noise.
     """
 
     MOST_LOOKS = 30  # that count: what is rarely tried has its say
 
     def __init__(self) -> None:
-        self._means: dict[int, RunningMean] = {}
+        self._medians: dict[int, RunningMedian] = {}
         self._line: tuple[float, float] | None = None
 
     def add(self, length: int, seconds: float) -> None:
-        self._means.setdefault(length, RunningMean()).add(seconds)
+        self._medians.setdefault(length, RunningMedian(KEPT)).add(seconds)
         self._line = None
 
     def looks(self, length: int) -> int:
         """How often a length was measured."""
-        return self._means[length].looks if length in self._means else 0
+        return self._medians[length].looks if length in self._medians else 0
 
     @property
     def num_lengths(self) -> int:
         """Of those above 0 that were measured."""
-        return sum(length > 0 for length in self._means)
+        return sum(length > 0 for length in self._medians)
 
     @property
     def step(self) -> float:
@@ -97,16 +102,15 @@ class SecondsByLength:
         return self._fit()[1]
 
     def at(self, length: int) -> float:
-        """Seconds at a length, tried or not."""
-        if length == 0 and 0 in self._means:
-            return self._means[0].value
+        """Seconds at a length, tried or not; never less than at 0."""
         intercept, step = self._fit()
-        return intercept + step * length
+        plain = self._medians[0].value if 0 in self._medians else intercept
+        return max(plain, intercept + step * length) if length else plain
 
     def _fit(self) -> tuple[float, float]:
         if self._line is None:
-            points = [(n, m.value, min(m.looks, self.MOST_LOOKS)) for n, m in self._means.items() if n]
-            points = points or [(0, self._means[0].value, 1)]
+            points = [(n, m.value, min(m.looks, self.MOST_LOOKS)) for n, m in self._medians.items() if n]
+            points = points or [(0, self._medians[0].value, 1)]
             total = sum(weight for *_, weight in points)
             mean_n = sum(weight * n for n, _, weight in points) / total
             mean_s = sum(weight * s for _, s, weight in points) / total
@@ -119,44 +123,51 @@ class SecondsByLength:
 
 @dataclass
 class RoundCosts:
-    """Times by bucket of rows (powers of two) and groups, and by length.
+    """Times by bucket of rows (powers of two) and groups, and by length, at one pace of the machine.
+
+    Others use the machine too: for minutes all rounds may take twice as long. That is told from the last rounds,
+    whatever their lengths, and taken out of what each measures: so lengths that were looked at in different minutes
+    stay comparable.
 
     Drafting is kept by the number of draft forwards; the rest (verification, sampling, bookkeeping) by the number of
     drafted tokens that were verified.
     """
 
     max_length: int
+    _pace: RunningMedian = field(default_factory=lambda: RunningMedian(PACE_ROUNDS, value=1.0))
     _draft: defaultdict[Bucket, SecondsByLength] = field(default_factory=lambda: defaultdict(SecondsByLength))
     _rest: defaultdict[Bucket, SecondsByLength] = field(default_factory=lambda: defaultdict(SecondsByLength))
 
     def add(self, result: RoundResult) -> None:
         """Takes note of a round's seconds."""
-        bucket = _bucket(result.load)
+        bucket, length = _bucket(result.load), max(result.drafted)
+        draft, rest = self._draft[bucket], self._rest[bucket]
+        if rest.looks(length) and (draft.looks(result.forwards) or not result.forwards):
+            self._pace.add(result.seconds / self._round(bucket, result.forwards, length))
         if result.forwards:
-            self._draft[bucket].add(result.forwards, result.draft_s)
-        self._rest[bucket].add(max(result.drafted), result.rest_s)
+            draft.add(result.forwards, result.draft_s / self._pace.value)
+        rest.add(length, result.rest_s / self._pace.value)
 
     def unexplored(self, load: Load) -> int | None:
         """A length to try next under this load, or None when enough is known."""
-        rest = self._rest[_bucket(load)]
-        for length in sorted({0, 1, min(2, self.max_length), self.max_length // 2, self.max_length}):
-            if rest.looks(length) < LOOKS:
-                return length
-        return None
+        rest, most = self._rest[_bucket(load)], min(self.max_length, max(load.limits))
+        lengths = sorted({0, min(1, most), min(2, most), most // 2, most})
+        least = min(lengths, key=rest.looks)  # in turn, so that a slow moment is not one length's
+        return least if rest.looks(least) < LOOKS else None
 
     def best(self, load: Load, survival: Sequence[float]) -> tuple[int, float]:
         """The fixed length of most tokens a second, and that rate, given mean survival by position."""
         tokens, best = float(load.num_rows), (0, self.plain(load))
         for length in range(1, self.max_length + 1):
             tokens += load.num_rows * survival[length - 1]
-            rate = tokens / self._round(load, length)
+            rate = tokens / self._round(_bucket(load), length, length)
             if rate > best[1]:
                 best = (length, rate)
         return best
 
     def plain(self, load: Load) -> float:
         """Tokens a second of plain decoding."""
-        return load.num_rows / self._round(load, 0)
+        return load.num_rows / self._round(_bucket(load), 0, 0)
 
     def draft_step(self, load: Load, index: int) -> float:
         """Seconds of one more draft forward, for position `index`."""
@@ -178,9 +189,12 @@ class RoundCosts:
             return None
         return rate * (self._draft[bucket].step + self._rest[bucket].step) / load.num_rows
 
-    def _round(self, load: Load, length: int) -> float:
-        bucket = _bucket(load)
-        return (self._draft[bucket].at(length) if length else 0.0) + self._rest[bucket].at(length)
+    def seconds(self, result: RoundResult) -> float:
+        """What a round such as this takes, by the tables: without the luck of this one."""
+        return self._round(_bucket(result.load), result.forwards, max(result.drafted))
+
+    def _round(self, bucket: Bucket, forwards: int, length: int) -> float:
+        return (self._draft[bucket].at(forwards) if forwards else 0.0) + self._rest[bucket].at(length)
 
 
 def _bucket(load: Load) -> Bucket:

@@ -1,5 +1,8 @@
-# B live rows, T tokens, H hidden, N slots
-"""Drafts at work beside their targets: their cache, and the committed tokens that they have not read yet."""
+# B live rows, T tokens, H hidden, N slots, P positions, M = B T
+"""Drafts at work beside their targets: their cache, and what they have to read.
+
+A draft reads when it is about to propose, never before: a sequence that is decoded plainly costs it nothing.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,11 @@ from farm.decode.tree import TreeShape
 from farm.decode.tree_reader import TreeReader
 from farm.layers.cache import Rows, SlotCache
 
-CATCH_UP = 32  # committed tokens that a resting draft lets pile up before it reads them in one forward
+READ_TOKENS = 256  # of a row that one forward reads at most when a draft has fallen behind
 
 
 class Drafting:
-    """The drafts of `routes` for `num_slots` sequences of at most `capacity` positions; caches are taken here, once.
+    """The drafts of `routes` for `num_slots` sequences of at most `capacity` positions; memory is taken here, once.
 
     `first` is the first route that has a draft; all others' are over its trunk.
     """
@@ -42,54 +45,53 @@ class Drafting:
         self._drafts = Drafts(first.draft, routes)
         like, config = first.forward, first.draft.config
         shape = (config.num_kv_heads, config.head_dim)
-        # Reading for all rows at once runs past the last token of those that have less to read.
-        self._cache = SlotCache(1, num_slots, capacity + CATCH_UP, shape, like.dtype, like.device)
-        # x_{t+1} beside the target's h_t: the first `_unread[slot]` of a slot's entries are to be read. Sequences that
-        # are older than the first draft have nothing to read; they have no draft either.
-        self._unread = [1] * num_slots
-        size = (num_slots, max(CATCH_UP, max_drafted + 1))
-        self._tokens_NT = torch.zeros(size, dtype=torch.int64, device=like.device)
-        self._hidden_NTH = torch.zeros(*size, like.hidden_size, dtype=like.dtype, device=like.device)
+        capacity += (
+            READ_TOKENS  # reading for all rows at once runs past the end of those that have less to read
+        )
+        self._cache = SlotCache(1, num_slots, capacity, shape, like.dtype, like.device)
+        # At position t of a slot: x_{t+1} and the target's h_t. The draft has read the first `_read[slot]` positions.
+        self._read, self._capacity = [0] * num_slots, capacity
+        self._tokens_NP = torch.zeros(num_slots, capacity, dtype=torch.int64, device=like.device)
+        self._hidden_NPH = torch.zeros(
+            num_slots, capacity, like.hidden_size, dtype=like.dtype, device=like.device
+        )
 
     @property
     def num_bytes(self) -> int:
-        """Of the cache and of what is unread; weights are the draft's."""
-        return self._cache.num_bytes + self._tokens_NT.nbytes + self._hidden_NTH.nbytes
+        """Of the cache and of what may have to be read; weights are the draft's."""
+        return self._cache.num_bytes + self._tokens_NP.nbytes + self._hidden_NPH.nbytes
 
     def forget(self) -> None:
         """Drops what was made for targets that are hosted no more."""
         self._drafts.forget()
 
-    def read_prompts(
-        self,
-        targets: tuple[str, ...],
-        tokens_BT: Tensor,
-        hidden_BTH: Tensor,
-        last_B: Tensor,
-        next_B: Tensor,
-        rows: Rows,
+    def prefilled(
+        self, tokens_BT: Tensor, hidden_BTH: Tensor, last_B: Tensor, next_B: Tensor, rows: Rows
     ) -> None:
-        """Reads prefilled positions, row b up to index `last_B[b]`, after which `next_B[b]` comes."""
+        """Takes note of prefilled positions, row b's up to index `last_B[b]`, after which `next_B[b]` comes."""
         shifted_BT = tokens_BT.roll(-1, dims=1).scatter(1, last_B[:, None], next_B[:, None])
-        run_draft(*self._drafts.bind(targets), shifted_BT, hidden_BTH, rows, self._cache)
-        slots = slice(rows.first, rows.first + len(next_B))
-        self._tokens_NT[slots, 0] = next_B
-        self._hidden_NTH[slots, 0] = hidden_BTH[torch.arange(len(next_B)), last_B]
-        self._unread[slots] = [1] * len(next_B)
+        self._keep(shifted_BT, hidden_BTH, rows)
+        if rows.starts[0] == 0:
+            self._read[rows.first : rows.first + len(next_B)] = [0] * len(next_B)
 
-    def catch_up(self, targets: tuple[str, ...], lengths: Sequence[int], *, drafts: bool) -> None:
-        """Reads all but the last unread token of each row, where a proposal or the buffer would not hold them."""
-        counts = self._unread[: len(lengths)]
-        if max(counts) <= (self.max_drafted + 1 if drafts else CATCH_UP - 1):
-            return
-        width = max(counts) - 1
-        unread = self._tokens_NT[: len(counts), :width], self._hidden_NTH[: len(counts), :width]
-        run_draft(*self._drafts.bind(targets), *unread, self._unread_rows(lengths), self._cache)
-        rows = torch.arange(len(counts), device=self._tokens_NT.device)
-        last_B = torch.tensor(counts, device=rows.device) - 1
-        self._tokens_NT[rows, 0] = self._tokens_NT[rows, last_B]
-        self._hidden_NTH[rows, 0] = self._hidden_NTH[rows, last_B]
-        self._unread[: len(counts)] = [1] * len(counts)
+    def committed(self, tokens_BT: Tensor, hidden_BTH: Tensor, lengths: Sequence[int]) -> None:
+        """Takes note of what a round committed behind the `lengths` tokens of each row, and of padding behind that."""
+        self._keep(tokens_BT, hidden_BTH, Rows([length - 1 for length in lengths]))
+
+    def catch_up(self, load: Load, lengths: Sequence[int]) -> None:
+        """Reads for the rows that may draft until a proposal can read the rest along."""
+        while True:
+            of_rows = zip(lengths, self._read[: len(lengths)], load.limits, strict=True)
+            unread = [length - 1 - read if limit else 0 for length, read, limit in of_rows]
+            behind = [row for row, count in enumerate(unread) if count > self.max_drafted + 1]
+            if not behind:
+                return
+            some = slice(behind[0], behind[-1] + 1)
+            counts = [min(max(count - 1, 0), READ_TOKENS) for count in unread[some]]
+            rows = Rows(self._read[some], some.start, counts=counts)
+            tokens_BT, hidden_BTH = self._kept(rows, max(counts))
+            run_draft(*self._drafts.bind(load.targets[some]), tokens_BT, hidden_BTH, rows, self._cache)
+            self._read[some] = [read + count for read, count in zip(self._read[some], counts, strict=True)]
 
     def propose(
         self, load: Load, lengths: Sequence[int], limit: int, control: Control, batch: SamplingBatch
@@ -107,40 +109,39 @@ class Drafting:
         return propose_tree(TreeReader(*self._drafts.bind(load.targets), pending, self._cache), shape, batch)
 
     def _pending(self, load: Load, lengths: Sequence[int]) -> Pending:
-        counts = self._unread[: len(lengths)]
-        return Pending(
-            tokens_BT=self._tokens_NT[: len(lengths), : max(counts)],
-            hidden_BTH=self._hidden_NTH[: len(lengths), : max(counts)],
-            rows=self._unread_rows(lengths),
-            count=tuple(counts),
-            limits=load.limits,
-        )
-
-    def remember(
-        self, committed_BT: Tensor, hidden_BTH: Tensor, accepted: Sequence[int], *, was_read: bool
-    ) -> None:
-        """What a round committed replaces the unread tokens if they were read, or piles up behind them."""
-        num_rows, width = committed_BT.shape
-        if was_read:
-            self._tokens_NT[:num_rows, :width] = committed_BT
-            self._hidden_NTH[:num_rows, :width] = hidden_BTH
-            self._unread[:num_rows] = [num + 1 for num in accepted]
-            return
-        rows = torch.arange(num_rows, device=committed_BT.device)
-        at = torch.tensor(self._unread[:num_rows], device=committed_BT.device)
-        self._tokens_NT[rows, at], self._hidden_NTH[rows, at] = committed_BT[:, 0], hidden_BTH[:, 0]
-        self._unread[:num_rows] = [count + 1 for count in self._unread[:num_rows]]
+        """What is unread, and counted as read from now on; of a row that drafts nothing the last token, for company."""
+        of_rows = zip(lengths, self._read[: len(lengths)], load.limits, strict=True)
+        starts = [read if limit else length - 2 for length, read, limit in of_rows]
+        counts = tuple(length - 1 - start for length, start in zip(lengths, starts, strict=True))
+        for row, (length, limit) in enumerate(zip(lengths, load.limits, strict=True)):
+            if limit:
+                self._read[row] = length - 1
+        tokens_BT, hidden_BTH = self._kept(Rows(starts), max(counts))
+        return Pending(tokens_BT, hidden_BTH, Rows(starts), counts, load.limits)
 
     def move(self, move: Move) -> None:
         """Copies sequences to other slots."""
-        sources, destinations = list(move.sources), list(move.destinations)
-        self._cache.move(sources, destinations, move.length)
-        self._tokens_NT[destinations] = self._tokens_NT[sources]
-        self._hidden_NTH[destinations] = self._hidden_NTH[sources]
-        unread = [self._unread[source] for source in sources]
-        for destination, count in zip(destinations, unread, strict=True):
-            self._unread[destination] = count
+        sources, destinations, length = list(move.sources), list(move.destinations), move.length
+        self._cache.move(sources, destinations, length)
+        self._tokens_NP[destinations, :length] = self._tokens_NP[sources, :length]
+        self._hidden_NPH[destinations, :length] = self._hidden_NPH[sources, :length]
+        read = [self._read[source] for source in sources]
+        for destination, count in zip(destinations, read, strict=True):
+            self._read[destination] = count
 
-    def _unread_rows(self, lengths: Sequence[int]) -> Rows:
-        pairs = zip(lengths, self._unread[: len(lengths)], strict=True)
-        return Rows([length - 1 - count for length, count in pairs])
+    def _keep(self, tokens_BT: Tensor, hidden_BTH: Tensor, rows: Rows) -> None:
+        at_M = self._positions(rows, tokens_BT.shape[1])
+        self._tokens_NP.view(-1).index_copy_(0, at_M, tokens_BT.reshape(-1))
+        self._hidden_NPH.flatten(0, 1).index_copy_(0, at_M, hidden_BTH.flatten(0, 1))
+
+    def _kept(self, rows: Rows, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """[B, T] tokens and [B, T, H] hidden states from the rows' starts on."""
+        at_M, size = self._positions(rows, num_tokens), (len(rows.starts), num_tokens)
+        tokens_M = self._tokens_NP.view(-1).index_select(0, at_M)
+        return tokens_M.view(size), self._hidden_NPH.flatten(0, 1).index_select(0, at_M).view(*size, -1)
+
+    def _positions(self, rows: Rows, num_tokens: int) -> Tensor:
+        """Where in a flat buffer the rows' next `num_tokens` positions lie, [M]."""
+        device = self._tokens_NP.device
+        slots_B1 = torch.arange(rows.first, rows.first + len(rows.starts), device=device)[:, None]
+        return (slots_B1 * self._capacity + rows.entries(num_tokens, device)).view(-1)

@@ -36,7 +36,8 @@ class Cost:
     """
 
     signal: Signal = "peak"
-    PROBE_EVERY, REST, MARGIN = 48, 192, 1.02
+    PROBE_EVERY, MARGIN = 48, 1.02
+    SHORTEST_REST, LONGEST_REST = 24, 768
 
     def __init__(self, max_length: int) -> None:
         self.max_length = max_length
@@ -44,7 +45,7 @@ class Cost:
         self._of_target: defaultdict[str, Acceptance] = defaultdict(lambda: Acceptance(max_length))
         # Tokens a second of rounds that followed the rule, by rows and groups.
         self._rates: dict[tuple[int, int], Ratio] = {}
-        self._round, self._rest_until = 0, 0
+        self._round, self._rest_until, self._rest, self._began = 0, 0, self.SHORTEST_REST, 0
         self._load, self._forced, self._rate = Load((), ()), False, 0.0
         self._survival_B: list[float] = []
         self._peaks: list[list[float]] = []
@@ -54,11 +55,17 @@ class Cost:
         self._load, self._survival_B, self._peaks = load, [1.0] * load.num_rows, []
         trial = self._costs.unexplored(load)
         if trial is None and self._round % self.PROBE_EVERY == 0:
-            trial = min(self.max_length, 1 + self._costs.best(load, self._mean_survival())[0])
+            trial = self._probe(load)
         self._forced = trial is not None
         if trial is not None:
             return trial
         return self.max_length if self._speculates() else 0
+
+    def _probe(self, load: Load) -> int:
+        """A length to look at again: in turn a little and much more than is best, and none where that is not in use."""
+        best, _ = self._costs.best(load, self._mean_survival())
+        lengths = (0, 1 + best, 2 + 2 * best) if self._key() in self._rates else (1 + best,)
+        return min(self.max_length, lengths[self._round // self.PROBE_EVERY % len(lengths)])
 
     def _speculates(self) -> bool:
         """Whether the rule beats plain decoding: by what it reached lately, or else by what a fixed length would."""
@@ -68,11 +75,14 @@ class Cost:
             if self._round < self._rest_until or fixed < self.MARGIN * plain:
                 return False
             self._rates[key] = Ratio(fixed, 8 * self._load.num_rows / fixed, memory=64)
+            self._began = self._round
         known = self._rates[key].value
         self._rate = max(plain, known)
         if known * self.MARGIN < plain:
             del self._rates[key]
-            self._rest_until = self._round + self.REST
+            confirmed = self._round - self._began < self._rest
+            self._rest = min(2 * self._rest, self.LONGEST_REST) if confirmed else self.SHORTEST_REST
+            self._rest_until = self._round + self._rest
             return False
         return True
 
@@ -98,7 +108,7 @@ class Cost:
         self._costs.add(result)
         key = self._key()
         if result.forwards and not self._forced and key in self._rates:
-            self._rates[key].add(result.tokens, result.seconds)
+            self._rates[key].add(result.tokens, self._costs.seconds(result))
         rows = zip(result.load.targets, result.drafted, result.accepted, strict=True)
         for row, (target, drafted, accepted) in enumerate(rows):
             known = self._of_target[target]

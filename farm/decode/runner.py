@@ -114,7 +114,7 @@ class Runner:
             (row,), (end,) = prefill.rows, prefill.ends
             next_B = torch.tensor([row.tokens[end]], device=self.device)
         if self.drafting is not None:
-            self.drafting.read_prompts(targets, tokens_BT, hidden_BTH, last_B, next_B, rows)
+            self.drafting.prefilled(tokens_BT, hidden_BTH, last_B, next_B, rows)
         self.seconds.prefill += time.perf_counter() - started
         return hidden_BTH, next_B.tolist() if prefill.completes else []
 
@@ -131,7 +131,8 @@ class Runner:
         limit = 0
         if self.drafting is not None:
             limit = min(max(load.limits), control.limit(load)) if any(load.limits) else 0
-            self.drafting.catch_up(targets, lengths, drafts=limit > 0)
+            if limit > 0:
+                self.drafting.catch_up(load, lengths)
         times.append(time.perf_counter())
         if self.drafting is not None and limit > 0:
             if self.tree is None:
@@ -158,7 +159,7 @@ class Runner:
         committed, accepted = committed_BT.tolist(), verdict.num_accepted_B.tolist()
         times.append(time.perf_counter())
         if self.drafting is not None:
-            self.drafting.remember(committed_BT, hidden_BTH, accepted, was_read=drafted.forwards > 0)
+            self.drafting.committed(committed_BT, hidden_BTH, lengths)
         catch_up_s, draft_s, verify_s, sample_s = (b - a for a, b in itertools.pairwise(times))
         self.seconds.draft += catch_up_s + draft_s
         self.seconds.verify += verify_s

@@ -12,11 +12,12 @@ from farm.decode.control import Fixed, Load
 from farm.decode.controls import make_control
 from farm.decode.engine import Completion, Engine, Request, Route
 from farm.decode.propose import DraftProposal
-from farm.decode.sampling import SamplingBatch, SamplingParams
+from farm.decode.sampling import SamplingParams
 from farm.decode.tree import TreeShape
 from farm.draft.model import Draft
 from farm.layers.cache import Rows
 from farm.target.forward import TargetForward
+from tests.farm.decode.caches import fresh_caches
 from tests.farm.models import tiny_model, tiny_pair
 
 NO_STOP: frozenset[int] = frozenset()
@@ -216,10 +217,10 @@ def test_a_request_cancelled_while_its_prompt_is_prefilled_leaves_the_others_unc
     assert finished[kept].tokens == decode(target, None, [requests[kept]])[0].tokens
 
 
-def test_a_draft_that_rested_for_long_proposes_as_if_it_had_read_all() -> None:
-    """fp64: after 70 plain rounds the pending tokens were read in two forwards; the proposals are the same."""
+def test_a_draft_that_rested_for_long_has_read_all_when_it_proposes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp64, three rows that are behind by different lengths, read in pieces: the cache is that of one forward."""
+    monkeypatch.setattr("farm.decode.drafting.READ_TOKENS", 32)
     target, draft = TargetForward.of(tiny_model().double()), tiny_pair()[1].double()
-    request = Request("a", (1, 2, 3), SamplingParams(max_new_tokens=90))
 
     class Rests(Fixed):
         rounds = 0
@@ -228,21 +229,26 @@ def test_a_draft_that_rested_for_long_proposes_as_if_it_had_read_all() -> None:
             self.rounds += 1
             return 0 if self.rounds <= 70 else super().limit(load)
 
-    def drafted_at_the_end(control: Fixed) -> list[int]:
-        engine = Engine([Route(target, NO_STOP, draft)], num_slots=1, max_length=100, k=3, control=control)
-        engine.add(request)
-        while len(engine.scheduler.live[0].tokens if engine.scheduler.live else ()) < 74:
-            engine.step()
-        batch = SamplingBatch.of([request.params], [0])
-        (sequence,) = engine.scheduler.live
-        drafting, lengths = engine.runner.drafting, [len(sequence.tokens)]
-        assert drafting is not None
-        load = Load(("",), (3,))
-        drafting.catch_up(load.targets, lengths, drafts=True)
-        proposal = drafting.propose(load, lengths, 3, Fixed(3), batch)
-        return [*lengths, *proposal.tokens_BK[0].tolist()]
+    engine = Engine([Route(target, NO_STOP, draft)], num_slots=3, max_length=130, k=3, control=Rests(3))
+    for i, ids in enumerate([(1, 2, 3), tuple(range(1, 31)), (4, 5)]):
+        engine.add(Request(str(i), ids, SamplingParams(max_new_tokens=90)))
+    drafting = engine.runner.drafting
+    assert drafting is not None
+    for _ in range(73):
+        engine.step()
+    for slot, sequence in enumerate(engine.scheduler.live):
+        assert drafting._read[slot] > 70
+        _, expected = fresh_caches(engine, target, sequence.tokens, drafting._read[slot])
+        found = drafting._cache.buffer[:, slot, :, : expected.shape[2]]
+        torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
 
-    assert drafted_at_the_end(Rests(3)) == drafted_at_the_end(Fixed(1))
+
+def test_a_draft_reads_nothing_while_its_target_is_decoded_plainly() -> None:
+    target, draft = tiny_pair()
+    engine = Engine([Route(target, NO_STOP, draft)], num_slots=2, max_length=64, k=3, control=Fixed(0))
+    engine.run([Request(str(i), (1, 2, 3), SamplingParams(max_new_tokens=20)) for i in range(3)])
+    assert engine.runner.drafting is not None
+    assert not engine.runner.drafting._cache.buffer.any()
 
 
 def test_seconds_add_up_to_the_time_of_the_steps() -> None:

@@ -17,13 +17,13 @@ import farm.decode.verify_tree as verify_tree_module
 from farm.decode.adaedl import AdaEDL
 from farm.decode.control import Fixed, Load
 from farm.decode.engine import Engine, Request, Route
-from farm.decode.propose import run_draft
 from farm.decode.propose_tree import TreeProposal
 from farm.decode.sampling import SamplingParams
 from farm.decode.tree import TreeShape
 from farm.draft.model import Draft
-from farm.layers.cache import Rows, SlotCache
+from farm.layers.cache import Rows
 from farm.target.forward import TargetForward
+from tests.farm.decode.caches import fresh_caches
 from tests.farm.decode.family import family
 from tests.farm.decode.test_engine import NO_STOP, decode, prompts
 from tests.farm.decode.test_lossless import DEPTH, PENALISED, SIZES, VOCAB, exact_joint, p_value
@@ -140,22 +140,6 @@ def test_neighbours_never_change_a_requests_tokens(tree: TreeShape) -> None:
     assert together[1].tokens == decode(target, None, [requests[1]])[0].tokens
 
 
-def fresh_caches(
-    engine: Engine, target: TargetForward, tokens: list[int], unread: int
-) -> tuple[Tensor, Tensor]:
-    """Entries of the target and of the draft for a sequence, from one prefill and true hidden states."""
-    drafting = engine.runner.drafting
-    assert drafting is not None
-    known, fresh = torch.tensor([tokens[:-1]]), target.new_cache(1, 64)
-    hidden = target.forward(known, Rows([0]), fresh)
-    shape, read = drafting._cache.buffer.shape, len(tokens) - 1 - unread
-    mine = SlotCache(1, 1, 64, (shape[2] // 2, shape[4]), target.dtype)
-    if read:
-        after = torch.tensor([tokens[1 : 1 + read]])
-        run_draft(*drafting._drafts.bind(("",)), after, hidden[:, :read], Rows([0]), mine)
-    return fresh.buffer[:, 0, :, : len(tokens) - 1], mine.buffer[:, 0, :, :read]
-
-
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @SHAPES
 def test_a_mixed_batch_gives_every_target_the_tokens_it_gives_alone(
@@ -191,7 +175,7 @@ def test_after_every_step_the_caches_equal_a_fresh_prefill(tree: TreeShape) -> N
     while engine.has_work:
         engine.step()
         for slot, sequence in enumerate(engine.scheduler.live):
-            of_target, of_draft = fresh_caches(engine, target, sequence.tokens, drafting._unread[slot])
+            of_target, of_draft = fresh_caches(engine, target, sequence.tokens, drafting._read[slot])
             for buffer, expected in (
                 (engine.runner.cache.buffer, of_target),
                 (drafting._cache.buffer, of_draft),
