@@ -110,7 +110,10 @@ def _host_share(rows: Sequence[Row]) -> str:
 
 
 def write(folder: Path, rows: Sequence[Row], floors: dict[str, Floor], source: dict[str, Any]) -> list[Path]:
-    """decode.json and decode.png; returns their paths. `source` is the `origin` taken when the run began."""
+    """decode.json and, with something to draw, decode.png; returns their paths.
+
+    `source` is the `origin` taken when the run began.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     record = {
         **source,
@@ -122,7 +125,7 @@ def write(folder: Path, rows: Sequence[Row], floors: dict[str, Floor], source: d
     }
     (folder / "decode.json").write_text(json.dumps(record, indent=1) + "\n")
     plot(folder / "decode.png", rows)
-    return [folder / "decode.json", folder / "decode.png"]
+    return [path for path in (folder / "decode.json", folder / "decode.png") if path.exists()]
 
 
 def origin(command: str) -> dict[str, Any]:
@@ -141,20 +144,28 @@ def _floor_share(rows: Sequence[Row], target: str, floor: Floor) -> float | None
 
 
 def plot(path: Path, rows: Sequence[Row]) -> None:
-    """A panel a target: speed of every arm over `generate`, by batch size, equal lengths."""
+    """A panel a target: speed of every arm over `generate`, by batch size, of the workload of the first row.
+
+    Where `generate` was not among the arms there is nothing to draw, and no file.
+    """
     from matplotlib.figure import Figure
 
-    arms = grouped(row for row in rows if row.workload == "equal")
+    workload = rows[0].workload
+    arms = grouped(row for row in rows if row.workload == workload)
+    arms = {key: found for key, found in arms.items() if against(arms, key, "transformers") is not None}
     targets = list(dict.fromkeys(key[0] for key in arms))
+    if not targets:
+        path.unlink(missing_ok=True)
+        return
     figure = Figure(figsize=(4.4 * len(targets), 4.2), layout="constrained")
     panels = figure.subplots(1, len(targets), squeeze=False, sharey=True)[0]
     for panel, target in zip(panels, targets, strict=True):
         lines = dict.fromkeys((key[3], key[4], key[5]) for key in arms if key[0] == target)
         for engine, control, draft in lines:
             points = [
-                (batch, against(arms, (target, batch, "equal", engine, control, draft), "transformers"))
+                (batch, against(arms, (target, batch, workload, engine, control, draft), "transformers"))
                 for batch in sorted({key[1] for key in arms})
-                if (target, batch, "equal", engine, control, draft) in arms
+                if (target, batch, workload, engine, control, draft) in arms
             ]
             measured = [(batch, found.median) for batch, found in points if found is not None]
             label = _label(engine, control, draft)

@@ -165,3 +165,12 @@ def test_table_plot_and_rows_are_written(
     assert len(record["rows"]) == len(rows)
     assert 0 < record["floors"]["t"]["share"]
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_of_the_ragged_workload_is_drawn_and_one_without_generate_is_kept_all_the_same(
+    tmp_path: Path,
+) -> None:
+    ragged = [replace(ROW, workload="ragged", batch=8, engine=engine) for engine in ("transformers", "farm")]
+    assert len(write(tmp_path / "both", ragged, {}, {})) == 2
+    (kept,) = write(tmp_path / "ours", ragged[1:], {}, {})
+    assert kept.name == "decode.json"
