@@ -120,7 +120,7 @@ class Family:
         artifact = self._artifacts.find(TRUNK, key)
         if artifact is None:
             raise UserError(f"trunk {key} is not in this store; run `farm onboard` again")
-        draft = load_draft(self._artifacts.path(artifact, EXPERT_FILE).parent)
+        draft = load_draft(self._artifacts.folder(artifact))
         return SharedTrunk(key, self._placed(draft.trunk), self._placed(draft.expert))
 
     def _placed(self, module: Module) -> Module:

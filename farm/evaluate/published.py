@@ -47,7 +47,7 @@ class Published:
         trunk = artifacts.find(TRUNK, key)
         if trunk is None:
             raise UserError(f"{store.uri}: the family's trunk {key} is gone; run `farm onboard` again")
-        return cls(registry, key, artifacts.path(trunk, EXPERT_FILE).parent)
+        return cls(registry, key, artifacts.folder(trunk))
 
     @property
     def base_expert(self) -> Path:

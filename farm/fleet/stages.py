@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from farm.artifacts import Artifact, key_of
@@ -10,7 +9,7 @@ from farm.config import Refused, dump
 from farm.fleet import measure
 from farm.fleet.answers import AnswersJob, feature_shards, finish_answers, missing_shards
 from farm.fleet.datasets import ShardResult, regenerate
-from farm.fleet.plan import ADAPT, EVALUATE, EXPERT_FILE, TRUNK_FILE, TRUNK_FILES, TargetPlan
+from farm.fleet.plan import ADAPT, EVALUATE, EXPERT_FILE, TRUNK_FILE, TargetPlan
 from farm.fleet.pool import run_bounded
 from farm.fleet.publish import opponent_of, publish
 from farm.fleet.run import Run
@@ -91,7 +90,8 @@ def adapt(run: Run, trunk: Artifact) -> None:
 class _Shared:
     """What all adapt jobs of a run have in common."""
 
-    folder: Path
+    expert: str  # location of the base's private expert
+    trunk_file: str  # location
     draft: "DraftConfig"
     vocabulary: tuple[int, ...] | None
     revision: str
@@ -100,10 +100,11 @@ class _Shared:
 def _shared(run: Run, trunk: Artifact) -> _Shared:
     from farm.draft.checkpoint import read_config, read_tensors, split_vocabulary
 
-    folder = run.artifacts.path(trunk, TRUNK_FILES[0]).parent
+    folder = run.artifacts.folder(trunk)
     vocabulary = split_vocabulary(read_tensors(folder / TRUNK_FILE))[1]
     kept = None if vocabulary is None else tuple(int(token) for token in vocabulary)
-    return _Shared(folder, read_config(folder), kept, trunk.key)
+    expert, weights = (run.artifacts.location(trunk, name) for name in (EXPERT_FILE, TRUNK_FILE))
+    return _Shared(expert, weights, read_config(folder), kept, trunk.key)
 
 
 def _adapt_job(run: Run, target: TargetPlan, shared: _Shared) -> TrainJob:
@@ -125,12 +126,12 @@ def _adapt_job(run: Run, target: TargetPlan, shared: _Shared) -> TrainJob:
             draft=shared.draft,
             target=target.spec,
             shards=shards,
-            expert=str(shared.folder / EXPERT_FILE),
+            expert=shared.expert,
             vocabulary=shared.vocabulary,
             rows=selected_rows(run, target.name),
         ),
         store=run.store.uri,
-        trunk=(shared.revision, str(shared.folder / TRUNK_FILE)),
+        trunk=(shared.revision, shared.trunk_file),
         resources=run.manifest.resources.adapt,
         attempts=run.attempts,
         shown_as=(run.run_id, (target.name,)),
@@ -201,9 +202,9 @@ def _evaluation(run: Run, target: TargetPlan, trunk: Artifact) -> tuple[Any, ...
     task = EvaluateTask(
         target=target.spec,
         settings=settings,
-        trunk_folder=str(run.artifacts.path(trunk, TRUNK_FILES[0]).parent),
-        adapted=str(run.artifacts.path(adapted, EXPERT_FILE)),
-        live=str(run.registry.path(opponent, EXPERT_FILE)) if opponent else None,
+        trunk_folder=run.artifacts.folder_location(trunk),
+        adapted=run.artifacts.location(adapted, EXPERT_FILE),
+        live=run.registry.location(opponent, EXPERT_FILE) if opponent else None,
         prompts=target.held_out,
         dtype=run.manifest.dtype,
     )
