@@ -5,13 +5,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from farm.artifacts import Artifact, key_of
+from farm.card import Fit
 from farm.config import Refused, dump
 from farm.fleet import measure
 from farm.fleet.answers import AnswersJob, feature_shards, finish_answers, missing_shards
 from farm.fleet.datasets import ShardResult, regenerate
 from farm.fleet.plan import ADAPT, EVALUATE, EXPERT_FILE, TRUNK_FILE, TargetPlan
 from farm.fleet.pool import run_bounded
-from farm.fleet.publish import opponent_of, publish
+from farm.fleet.publish import family_fit, opponent_of, publish
 from farm.fleet.run import Run
 from farm.fleet.selection import selected_rows
 from farm.fleet.session import cpus_of_largest_node, runs_at_once
@@ -175,8 +176,10 @@ def evaluate(run: Run, trunk: Artifact) -> None:
             run.fail(outcome.name, outcome.error)
         else:
             found[outcome.name] = outcome.value
-    for target in run.remaining:
-        _conclude(run, target, found[target.name])
+    if run.remaining:
+        fit = family_fit(run.artifacts, run.plan, trunk)
+        for target in run.remaining:
+            _conclude(run, target, found[target.name], fit)
 
 
 def _whole_node(run: Run) -> dict[str, float]:
@@ -212,7 +215,7 @@ def _evaluation(run: Run, target: TargetPlan, trunk: Artifact) -> tuple[Any, ...
     return run.store.uri, key, task, record
 
 
-def _conclude(run: Run, target: TargetPlan, evaluation: Artifact) -> None:
+def _conclude(run: Run, target: TargetPlan, evaluation: Artifact, fit: Fit) -> None:
     """Through the gate: publish, promote or keep, and close the target's row."""
     fields = run.fields[target.name]
     fields |= {name: value for name, value in evaluation.manifest["row"].items() if name != "stage_seconds"}
@@ -222,7 +225,7 @@ def _conclude(run: Run, target: TargetPlan, evaluation: Artifact) -> None:
     if tau is not None and run.tau_base_on_base:
         fields["retention"] = tau / run.tau_base_on_base
     try:
-        verdict = publish(run.registry, run.artifacts, run.plan, target, evaluation)
+        verdict = publish(run.registry, run.artifacts, run.plan, target, evaluation, fit)
     except (OSError, ValueError) as error:
         run.fail(target.name, error)
         return
