@@ -1,11 +1,5 @@
-"""An object store in an S3 bucket, of AWS or of any server that honours If-Match and If-None-Match.
+"""An object store in an S3 bucket, of AWS or of any server that honours If-Match and If-None-Match."""
 
-Endpoint, region and credentials come from the usual environment (AWS_ENDPOINT_URL, AWS_REGION, AWS_PROFILE, ...).
-Requests are tried again with growing pauses, for at most ATTEMPTS times: a server that refuses connections is given up
-after 51 s, one that does not answer after 5 minutes; AWS_MAX_ATTEMPTS changes the number.
-"""
-
-import functools
 import io
 import os
 import secrets
@@ -14,17 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlsplit
 
-import boto3
 from boto3.s3.transfer import TransferConfig
-from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
     IncompleteReadError,
-    NoCredentialsError,
-    PartialCredentialsError,
     ReadTimeoutError,
     ResponseStreamingError,
 )
@@ -32,24 +21,24 @@ from botocore.exceptions import (
 from farm.checksum import bytes_sha256, file_sha256
 from farm.errors import UserError
 from farm.object_cache import CachedObject, ObjectCache
+from farm.s3_client import (
+    Absent,
+    ConditionFailed,
+    Conflict,
+    client_of,
+    environment,
+    meaning,
+    split_uri,
+    unusable,
+)
 from farm.store import S3_SCHEME, CorruptObject, Entry, NotFound, ObjectStore, check_key
 
-ATTEMPTS: Final = 11
-OPEN_ATTEMPTS: Final = (
-    6  # of the look at the bucket when a store is opened: 2 s where connections are refused
-)
 BODY_ATTEMPTS: Final = 4  # of a download that breaks off
 CONFLICT_ATTEMPTS: Final = 8  # of a conditional write that the server asks to repeat
-CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5, 20
 PART_BYTES: Final = 16 * 2**20  # of an upload or a download in parallel parts
 PARALLEL_PARTS: Final = 8
 PAGE_KEYS = 1000  # of a listing
 SHA256, WRITER = "sha256", "writer"  # metadata of an object
-_SETTINGS: Final = (
-    "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE",
-    "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE",
-    "AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE",
-)  # fmt: skip
 _BROKEN_OFF = (IncompleteReadError, ReadTimeoutError, ResponseStreamingError)
 _PARTS = TransferConfig(
     multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, max_concurrency=PARALLEL_PARTS
@@ -69,7 +58,7 @@ class S3Store(ObjectStore):
 
     def put(self, key: str, data: bytes) -> str:
         if len(data) <= PART_BYTES:
-            return self._put(key, data, bytes_sha256(data))
+            return self._put(key, data)
         return self._upload(key, io.BytesIO(data), bytes_sha256(data))
 
     def put_file(self, key: str, path: Path) -> str:
@@ -172,8 +161,8 @@ class S3Store(ObjectStore):
         with self._explained(key):
             return self._client.head_object(**self._object(key))
 
-    def _put(self, key: str, data: bytes, sha256: str, **condition: str) -> str:
-        metadata = {SHA256: sha256, **({WRITER: condition.pop(WRITER)} if WRITER in condition else {})}
+    def _put(self, key: str, data: bytes, writer: str = "", **condition: str) -> str:
+        metadata = {SHA256: bytes_sha256(data), WRITER: writer} if writer else {SHA256: bytes_sha256(data)}
         with self._explained(key):
             answer = self._client.put_object(**self._object(key), Body=data, Metadata=metadata, **condition)
         return _plain_etag(answer)
@@ -189,7 +178,7 @@ class S3Store(ObjectStore):
         writer = secrets.token_hex(8)
         for attempt in range(CONFLICT_ATTEMPTS):
             try:
-                self._put(key, data, bytes_sha256(data), **condition, writer=writer)
+                self._put(key, data, writer, **condition)
             except NotFound:  # nothing is there to be swapped
                 return False
             except ConditionFailed:
@@ -217,92 +206,28 @@ class S3Store(ObjectStore):
         try:
             yield
         except ClientError as error:
-            raise _meaning(error, f"{self.uri}/{key}", self._client) from None
+            said = meaning(error, f"{self.uri}/{key}", self._client)
+            raise (NotFound(f"{self.uri}/{key}") if isinstance(said, Absent) else said) from None
         except BotoCoreError as error:
-            raise _unusable(error, self.uri, self._client) from None
-
-
-class ConditionFailed(Exception):
-    """412: the object is not as the writer said."""
-
-
-class Conflict(Exception):
-    """409: another conditional write of the same object is under way."""
+            raise unusable(error, self.uri, self._client) from None
 
 
 def open_s3(uri: str) -> S3Store:
     """The store behind `s3://bucket/prefix`. UserError when it cannot be reached, is not there or may not be used."""
     bucket, prefix = split_uri(uri)
-    return S3Store(_client(bucket, _environment()), bucket, prefix, _cache_of(bucket))
+    return S3Store(client_of(bucket, environment()), bucket, prefix, _cache_of(bucket))
 
 
 def fetch(uri: str) -> Path:
     """A local copy of the object, or else of the folder, that an `s3://` URI names. UserError if there is neither."""
     bucket, path = split_uri(uri)
-    store = S3Store(_client(bucket, _environment()), bucket, "", _cache_of(bucket))
+    store = S3Store(client_of(bucket, environment()), bucket, "", _cache_of(bucket))
     if path and store.exists(path):
         return store.local_path(path)
     folder = store.folder(path)
     if folder is None:
         raise UserError(f"{uri}: there is no such object and no prefix of objects; correct the URI")
     return folder
-
-
-def split_uri(uri: str) -> tuple[str, str]:
-    """Bucket and prefix without slashes around it; UserError for what is no `s3://bucket/prefix`."""
-    bucket, _, prefix = uri.removeprefix(S3_SCHEME).partition("/")
-    if "@" in bucket or ":" in bucket:
-        raise UserError(
-            "store: an s3:// URI holds no credentials and no port; write s3://bucket/prefix, and give the endpoint "
-            "and the credentials by AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or a profile"
-        )
-    prefix = prefix.strip("/")
-    if not bucket or (prefix and ".." in prefix.split("/")):
-        raise UserError(f"store: {uri} names no bucket and prefix; write s3://bucket/prefix")
-    return bucket, prefix
-
-
-def _environment() -> tuple[tuple[str, str], ...]:
-    return tuple((name, os.environ[name]) for name in _SETTINGS if name in os.environ)
-
-
-@functools.lru_cache(maxsize=16)
-def _client(bucket: str, environment: tuple[tuple[str, str], ...]) -> Any:
-    """A client of the present environment, once it has seen the bucket."""
-    settings = dict(environment)
-    attempts = int(settings.get("AWS_MAX_ATTEMPTS", ATTEMPTS))
-    has_endpoint = "AWS_ENDPOINT_URL" in settings or "AWS_ENDPOINT_URL_S3" in settings
-    try:
-        looking, working = (
-            boto3.session.Session().client(
-                "s3",
-                config=Config(
-                    retries={
-                        "total_max_attempts": most,
-                        "mode": settings.get("AWS_RETRY_MODE", "standard"),
-                    },
-                    connect_timeout=CONNECT_TIMEOUT_S,
-                    read_timeout=READ_TIMEOUT_S,
-                    max_pool_connections=2 * PARALLEL_PARTS,
-                    # servers other than AWS are seldom reached under bucket.host
-                    s3={"addressing_style": "path" if has_endpoint else "auto"},
-                ),
-            )
-            for most in (min(attempts, OPEN_ATTEMPTS), attempts)
-        )
-    except (BotoCoreError, ValueError) as error:
-        raise UserError(
-            f"{S3_SCHEME}{bucket}: no client can be made ({error}); check the AWS settings"
-        ) from None
-    try:
-        looking.head_bucket(Bucket=bucket)
-    except ClientError as error:
-        if _status(error) == 404:
-            raise _no_bucket(bucket, looking) from None
-        raise _meaning(error, f"{S3_SCHEME}{bucket}", looking) from None
-    except BotoCoreError as error:
-        raise _unusable(error, f"{S3_SCHEME}{bucket}", looking) from None
-    return working
 
 
 def _cache_of(bucket: str) -> ObjectCache:
@@ -318,53 +243,6 @@ def _again_if_broken_off(read: Callable[[], tuple[bytes, Any]]) -> tuple[bytes, 
         except _BROKEN_OFF:
             time.sleep(0.1 * 2**attempt)
     return read()
-
-
-def _meaning(error: ClientError, what: str, client: Any) -> Exception:
-    status, code = _status(error), str(error.response.get("Error", {}).get("Code", ""))
-    if code == "NoSuchBucket":
-        return _no_bucket(what.removeprefix(S3_SCHEME).partition("/")[0], client)
-    if status == 404:
-        return NotFound(what)
-    if status == 412:
-        return ConditionFailed(what)
-    if status == 409:
-        return Conflict(what)
-    if status in (401, 403):
-        return UserError(
-            f"{what}: {_endpoint(client)} refuses these credentials ({code}); set AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, of an identity that may read, write and list this bucket"
-        )
-    return UserError(
-        f"{what}: {_endpoint(client)} answered {status} {code}; check AWS_REGION and the server, then run again"
-    )
-
-
-def _no_bucket(bucket: str, client: Any) -> UserError:
-    return UserError(
-        f"{S3_SCHEME}{bucket}: {_endpoint(client)} has no such bucket; create it, or correct the name"
-    )
-
-
-def _unusable(error: BotoCoreError, what: str, client: Any) -> UserError:
-    if isinstance(error, NoCredentialsError | PartialCredentialsError):
-        return UserError(
-            f"{what}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-        )
-    return UserError(
-        f"{what}: {_endpoint(client)} cannot be reached ({type(error).__name__}); start the server, or correct "
-        "AWS_ENDPOINT_URL"
-    )
-
-
-def _endpoint(client: Any) -> str:
-    """Scheme, host and port: an endpoint's URL could hold a password."""
-    parts = urlsplit(client.meta.endpoint_url)
-    return f"{parts.scheme}://{parts.hostname}" + (f":{parts.port}" if parts.port else "")
-
-
-def _status(error: ClientError) -> int:
-    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
 def _plain_etag(answer: Any) -> str:
