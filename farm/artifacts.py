@@ -9,8 +9,9 @@ from typing import Any, Final
 
 from pydantic import BaseModel
 
+from farm.checksum import file_sha256
 from farm.errors import UserError
-from farm.store import ObjectStore
+from farm.store import S3_SCHEME, CorruptObject, ObjectStore
 
 _MANIFEST = "manifest.json"
 TRUNK: Final = "trunk"  # the one stage whose output other parts than the fleet look for
@@ -50,7 +51,35 @@ class Artifacts:
         self.store.put(_name(stage, key, name), data)
 
     def path(self, artifact: Artifact, name: str) -> Path:
-        """A local, read-only copy of one of the artifact's files; UserError if it was cut."""
+        """A local, read-only copy of one of the artifact's files; UserError if it is not what was written."""
+        path = self._uncut(artifact, name)
+        expected, found = artifact.manifest["files"][name]["sha256"], file_sha256(path)
+        if found != expected:
+            raise CorruptObject(str(path), found, expected)
+        return path
+
+    def folder(self, artifact: Artifact) -> Path:
+        """A local folder with all of the artifact's files, each checked as by `path`."""
+        paths = [self.path(artifact, name) for name in artifact.manifest["files"]]
+        return paths[0].parent
+
+    def location(self, artifact: Artifact, name: str) -> str:
+        """Where any node finds one of the artifact's files: for `farm.store.local_copy`.
+
+        UserError if a file in a folder was cut; an object of S3 is checked where it is read.
+        """
+        where = self.store.location(_name(artifact.stage, artifact.key, name))
+        if not where.startswith(S3_SCHEME):
+            self._uncut(artifact, name)
+        return where
+
+    def folder_location(self, artifact: Artifact) -> str:
+        """Where any node finds the folder of the artifact's files: for `farm.store.local_copy`."""
+        for name in artifact.manifest["files"]:
+            self.location(artifact, name)
+        return self.store.location(f"artifacts/{artifact.stage}/{artifact.key}")
+
+    def _uncut(self, artifact: Artifact, name: str) -> Path:
         path = self.store.local_path(_name(artifact.stage, artifact.key, name))
         expected, found = artifact.manifest["files"][name]["bytes"], path.stat().st_size
         if found != expected:
@@ -70,8 +99,8 @@ class Artifacts:
         """Make the artifact exist, with a list of its files; who finishes second gets the first one's."""
         files = {}
         for name in self.files(stage, key):
-            path = self.store.local_path(_name(stage, key, name))
-            files[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            num_bytes, sha256 = self.store.digest(_name(stage, key, name))
+            files[name] = {"bytes": num_bytes, "sha256": sha256}
         whole = {**manifest, "files": files}
         data = json.dumps(whole, indent=1, sort_keys=True).encode()
         self.store.put_if_absent(_name(stage, key, _MANIFEST), data)
@@ -82,8 +111,3 @@ class Artifacts:
 
 def _name(stage: str, key: str, name: str) -> str:
     return f"artifacts/{stage}/{key}/{name}"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from farm.checksum import bytes_sha256, file_sha256
 from farm.errors import UserError
-from farm.store import NotFound, ObjectStore
+from farm.store import CorruptObject, NotFound, ObjectStore
 
 _CARD = "card.json"
 _FAMILY = "registry/family.json"
@@ -34,7 +35,8 @@ class Registry:
         version = f"v{number}"
         for name, data in files.items():
             self.store.put(f"{_folder(target)}/{version}/{name}", data)
-        whole = {**card, "target": target, "version": version}
+        digests = {name: bytes_sha256(data) for name, data in files.items()}
+        whole = {**card, "target": target, "version": version, "files": digests}
         self.store.put(
             f"{_folder(target)}/{version}/{_CARD}", json.dumps(whole, indent=1, sort_keys=True).encode()
         )
@@ -77,8 +79,16 @@ class Registry:
         return previous
 
     def path(self, version: Version, name: str) -> Path:
-        """A local, read-only copy of one of the version's files."""
-        return self.store.local_path(f"{_folder(version.target)}/{version.version}/{name}")
+        """A local, read-only copy of one of the version's files; CorruptObject if it is not what was published."""
+        path = self.store.local_path(f"{_folder(version.target)}/{version.version}/{name}")
+        expected = version.card.get("files", {}).get(name)  # cards of older versions list none
+        if expected is not None and file_sha256(path) != expected:
+            raise CorruptObject(str(path), file_sha256(path), expected)
+        return path
+
+    def location(self, version: Version, name: str) -> str:
+        """Where any node finds one of the version's files: for `farm.store.local_copy`."""
+        return self.store.location(f"{_folder(version.target)}/{version.version}/{name}")
 
     def put_family(self, family: Mapping[str, Any]) -> None:
         """Record what serving needs: {base, trunk_key, draft, targets: {name: {model, lora, ...}}}."""

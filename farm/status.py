@@ -150,6 +150,17 @@ def latest_run(store: ObjectStore) -> str | None:
     return max(changed, key=lambda run: changed[run]) if changed else None
 
 
+def unfinished_runs(store: ObjectStore, since: float) -> list[str]:
+    """Runs with an undecided target whose record changed at or after `since`, in seconds since the epoch."""
+    recent = [
+        entry.key
+        for entry in store.entries("status/")
+        if entry.modified >= since and entry.key.count("/") == 2 and entry.key.endswith(".json")
+    ]
+    records = [TargetStatus.model_validate_json(store.get(key)) for key in recent]
+    return sorted({record.run_id for record in records if not record.finished})
+
+
 def status_table(
     statuses: Iterable[TargetStatus], live: Mapping[str, str] | None = None, now: float | None = None
 ) -> Table:

@@ -1,4 +1,4 @@
-"""One object store: atomic put, put-if-absent, compare-and-swap, get, list. `file://` is the default."""
+"""One object store: atomic put, put-if-absent, compare-and-swap, get, list. A folder here; `s3://` in `farm.s3`."""
 
 import fcntl
 import hashlib
@@ -6,12 +6,16 @@ import os
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import BinaryIO, Final
 from urllib.parse import unquote, urlparse
 
+from farm.checksum import bytes_sha256, file_sha256
 from farm.errors import UserError
+
+S3_SCHEME: Final = "s3://"
 
 _CHUNK_BYTES = 2**20
 _TEMPORARY = ".tmp-"
@@ -22,8 +26,30 @@ class NotFound(KeyError):
     """No object has this key."""
 
 
+class CorruptObject(UserError):
+    """The content of an object is not what was written."""
+
+    def __init__(self, what: str, found: str, expected: str) -> None:
+        super().__init__(
+            f"{what}: is corrupt: its content has sha256 {found}, it was written with {expected}; "
+            "delete it, then run again"
+        )
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a listing says of one object."""
+
+    key: str
+    num_bytes: int
+    modified: float  # seconds since the epoch
+
+
 class ObjectStore(ABC):
-    """Keys are relative posix paths without `..`; a reader sees a whole object or none."""
+    """Keys are relative posix paths without `..`; a reader sees a whole object or none.
+
+    A store that cannot be used (not reached, no right, no such bucket) raises UserError.
+    """
 
     uri: str
 
@@ -54,8 +80,8 @@ class ObjectStore(ABC):
     def exists(self, key: str) -> bool: ...
 
     @abstractmethod
-    def list(self, prefix: str) -> list[str]:
-        """The keys that start with `prefix`, sorted; empty for every key."""
+    def entries(self, prefix: str) -> list[Entry]:
+        """The objects whose keys start with `prefix`, sorted by key; an empty prefix means every object."""
 
     @abstractmethod
     def delete(self, key: str) -> None:
@@ -64,6 +90,18 @@ class ObjectStore(ABC):
     @abstractmethod
     def local_path(self, key: str) -> Path:
         """A local file with the object's content, to be read only; NotFound if absent."""
+
+    @abstractmethod
+    def location(self, key: str) -> str:
+        """Where any node of a cluster finds an object, or the folder of several: for `local_copy`."""
+
+    @abstractmethod
+    def digest(self, key: str) -> tuple[int, str]:
+        """Number of bytes and sha256 of an object, as it was written; NotFound if absent."""
+
+    def list(self, prefix: str) -> list[str]:
+        """The keys that start with `prefix`, sorted; empty for every key."""
+        return [entry.key for entry in self.entries(prefix)]
 
     def get(self, key: str) -> bytes:
         """The content; NotFound if absent."""
@@ -134,12 +172,17 @@ class FileStore(ObjectStore):
     def exists(self, key: str) -> bool:
         return self._path(key).is_file()
 
-    def list(self, prefix: str) -> list[str]:
+    def entries(self, prefix: str) -> list[Entry]:
         if prefix:
             self._path(prefix)
         folder = self.root.joinpath(*PurePosixPath(prefix).parts[: None if prefix.endswith("/") else -1])
-        keys = (self._key(path) for path in folder.rglob("*") if _is_object(path))
-        return sorted(key for key in keys if key.startswith(prefix))
+        paths = {self._key(path): path for path in folder.rglob("*") if _is_object(path)}
+        found = []
+        for key in sorted(key for key in paths if key.startswith(prefix)):
+            with suppress(FileNotFoundError):  # deleted meanwhile
+                stat = paths[key].stat()
+                found.append(Entry(key, stat.st_size, stat.st_mtime))
+        return found
 
     def delete(self, key: str) -> None:
         self._path(key).unlink(missing_ok=True)
@@ -150,13 +193,20 @@ class FileStore(ObjectStore):
             raise NotFound(f"{self.uri}/{key}")
         return path
 
+    def location(self, key: str) -> str:
+        return str(self._path(key))
+
+    def digest(self, key: str) -> tuple[int, str]:
+        path = self.local_path(key)
+        return path.stat().st_size, file_sha256(path)
+
     def _key(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()
 
     def _path(self, key: str) -> Path:
-        parts = PurePosixPath(key).parts
-        if not parts or key.startswith("/") or ".." in parts or "\0" in key or _reserved(parts[-1]):
-            raise ValueError(f"store key {key!r} must be a relative path without '..'")
+        parts = check_key(key)
+        if _reserved(parts[-1]):
+            raise ValueError(f"store key {key!r} has a name that a folder keeps for itself")
         return self.root.joinpath(*parts)
 
     @contextmanager
@@ -184,21 +234,47 @@ class FileStore(ObjectStore):
 
 
 def open_store(uri: str) -> ObjectStore:
-    """The store behind a `file://` URI or a path; UserError for a scheme that is not supported."""
+    """The store behind a path, a `file://` or an `s3://` URI.
+
+    UserError for another scheme, and for an S3 store that is not there or may not be used.
+    """
+    if uri.startswith(S3_SCHEME):
+        from farm.s3 import open_s3
+
+        return open_s3(uri)
     parsed = urlparse(uri)
     if parsed.scheme == "file":
         return FileStore(Path(unquote(parsed.path)))
     if "://" not in uri:
         return FileStore(Path(uri))
-    raise UserError(f"store: {parsed.scheme}:// is not supported; use a folder or a file:// URI")
+    raise UserError(f"store: {parsed.scheme}:// is not supported; use a folder, a file:// or an s3:// URI")
+
+
+def local_copy(source: str) -> Path:
+    """A local file or folder, to be read only: a path as it is, what an `s3://` URI names from a bounded cache.
+
+    UserError when the URI names neither an object nor a prefix of objects.
+    """
+    if not source.startswith(S3_SCHEME):
+        return Path(source)
+    from farm.s3 import fetch
+
+    return fetch(source)
+
+
+def check_key(key: str) -> tuple[str, ...]:
+    """The parts of a key; ValueError for one that could lead out of its store."""
+    parts = PurePosixPath(key).parts
+    if not parts or key.startswith("/") or ".." in parts or "\0" in key:
+        raise ValueError(f"store key {key!r} must be a relative path without '..'")
+    return parts
 
 
 def _write(file: BinaryIO, data: bytes) -> None:
     file.write(data)
 
 
-def _etag(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+_etag = bytes_sha256
 
 
 def _reserved(name: str) -> bool:

@@ -9,9 +9,10 @@ from typing import TypeVar
 import torch
 
 from farm.artifacts import TRUNK, Artifacts
+from farm.card import Fit, check_fit, parse_card, tokenizer_digest, vocabulary_digest
 from farm.config import UserError
 from farm.data.chat import read_template
-from farm.draft.checkpoint import EXPERT_FILE, load_draft, load_expert
+from farm.draft.checkpoint import EXPERT_FILE, TRUNK_FILE, load_draft, load_expert
 from farm.draft.expert import Expert
 from farm.draft.model import Draft
 from farm.draft.trunk import Trunk
@@ -32,6 +33,7 @@ class SharedTrunk:
     key: str
     trunk: Trunk
     base_expert: Expert
+    fit: Fit
 
 
 @dataclass(frozen=True)
@@ -101,11 +103,10 @@ class Family:
             )
         if live is None:
             return ServedDraft(BASE_DRAFT, Draft(self.trunk.trunk, self.trunk.base_expert))
-        if not self.fits(live):
-            raise UserError(
-                f"{target.name}@{live.version} was adapted on trunk {live.card.get('trunk_key')}, here is "
-                f"{self.trunk.key}; onboard the target again, or start a replica of the other trunk"
-            )
+        name = f"{target.name}@{live.version}"
+        tokenizer = tokenizer_digest(target.tokenizer.get_vocab())
+        here = self.trunk.fit.model_copy(update={"tokenizer_digest": tokenizer})
+        check_fit(name, parse_card(name, live.card), here)
         expert = load_expert(config, self._registry.path(live, EXPERT_FILE))
         return ServedDraft(live.version, Draft(self.trunk.trunk, self._placed(expert)))
 
@@ -120,8 +121,16 @@ class Family:
         artifact = self._artifacts.find(TRUNK, key)
         if artifact is None:
             raise UserError(f"trunk {key} is not in this store; run `farm onboard` again")
-        draft = load_draft(self._artifacts.path(artifact, EXPERT_FILE).parent)
-        return SharedTrunk(key, self._placed(draft.trunk), self._placed(draft.expert))
+        draft = load_draft(self._artifacts.folder(artifact))
+        kept = draft.trunk.vocabulary_C
+        fit = Fit(
+            trunk_key=key,
+            trunk_digest=artifact.manifest["files"][TRUNK_FILE]["sha256"],
+            hidden_size=draft.trunk.config.hidden_size,
+            vocab_size=draft.trunk.config.vocab_size,
+            vocabulary_digest=vocabulary_digest(None if kept is None else kept.tolist()),
+        )
+        return SharedTrunk(key, self._placed(draft.trunk), self._placed(draft.expert), fit)
 
     def _placed(self, module: Module) -> Module:
         return module.to(device=self._device, dtype=getattr(torch, self._dtype)).requires_grad_(False).eval()

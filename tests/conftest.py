@@ -5,10 +5,23 @@ import os
 # read when ray is imported: without it a local cluster asks every later CLI client for a token
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
+import atexit
+import secrets
+import shutil
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.s3_server import BUCKET, S3Server
+
+S3 = S3Server()
+# Ray's workers get the environment of the process that starts the cluster, which may be before the server runs.
+os.environ.update(S3.environment)
+os.environ["FARM_CACHE"] = tempfile.mkdtemp(prefix="farm-cache-")
+atexit.register(shutil.rmtree, os.environ["FARM_CACHE"], ignore_errors=True)
 
 WORKER_VARIABLES = {
     "OMP_NUM_THREADS": "1",
@@ -33,3 +46,26 @@ def ray_cluster() -> Iterator[dict[str, Any]]:
     )
     yield ray.cluster_resources()
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A running S3 server that the environment names."""
+    S3.start(tmp_path_factory.mktemp("weed"))
+    yield S3
+    S3.kill()
+
+
+@pytest.fixture
+def s3_uri(s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty prefix of the server's bucket, and a cache of its own."""
+    monkeypatch.setenv("FARM_CACHE", str(tmp_path / "cache"))
+    return f"s3://{BUCKET}/{secrets.token_hex(4)}"
+
+
+@pytest.fixture(params=["file", pytest.param("s3", marks=pytest.mark.s3)])
+def store_uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty store of each kind."""
+    if request.param == "s3":
+        return str(request.getfixturevalue("s3_uri"))
+    return (tmp_path / "store").as_uri()

@@ -12,7 +12,7 @@ from torch import Tensor
 from farm.artifacts import Artifacts
 from farm.bench.family import held_out
 from farm.config import Manifest, UserError
-from farm.data.features import Sample, read_shards, shard_names, write_shard
+from farm.data.features import Sample, local_shards, read_shards, shard_names, write_shard
 from farm.data.prompts import load_prompts, split_rows
 from farm.decode.regenerate import prefill_rows
 from farm.decode.sampling import SamplingParams
@@ -37,7 +37,7 @@ class Subject:
     manifest: Manifest
     target: LoadedTarget
     prompts: tuple[PromptIds, ...]  # held out
-    shards: Mapping[str, tuple[str, ...]]  # paths of feature files, by data
+    shards: Mapping[str, tuple[str, ...]]  # locations of feature files, by data
     trunk_folder: Path
     trunk: Mapping[str, Tensor]
     config: DraftConfig
@@ -47,7 +47,7 @@ class Subject:
         return str(self.trunk_folder / EXPERT_FILE)
 
     def samples(self, data: str) -> list[Sample]:
-        return read_shards([Path(path) for path in self.shards[data]])
+        return read_shards(local_shards(self.shards[data]))
 
     def draft(self, folder: Path | None) -> Draft:
         """The draft that a run left in a folder: its expert, and its trunk where it changed it; None: the base's."""
@@ -95,7 +95,7 @@ def _regenerated(manifest: Manifest, spec: TargetSpec, published: Published) -> 
     if found is None:
         raise UserError(f"{spec.name}: the store has no answers of it; run `farm onboard` with it first")
     names = sorted(name for name in found.manifest["files"] if name.startswith("features-"))
-    return tuple(str(artifacts.path(found, name)) for name in names)
+    return tuple(artifacts.location(found, name) for name in names)
 
 
 def _prefilled(manifest: Manifest, spec: TargetSpec, target: LoadedTarget, folder: Path) -> tuple[str, ...]:

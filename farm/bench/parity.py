@@ -29,6 +29,7 @@ from farm.evaluate.target import OpenTrunk
 from farm.export.engines import ServingEngine
 from farm.export.folder import MERGED_FOLDER, ExportTask, export
 from farm.layers.cache import Rows
+from farm.store import local_copy
 from farm.target.load import LoadedTarget
 
 DTYPE = "float32"
@@ -114,7 +115,7 @@ def verify(
     `task` is that of `as_verified`. Raises UserError when there are too few prompts, or vLLM cannot open the two.
     """
     prompts = fitting(subject, task.k)
-    model = str(folder / MERGED_FOLDER) if task.target.lora else task.target.model
+    model = str(folder / MERGED_FOLDER) if task.target.lora else str(local_copy(task.target.model))
     with TemporaryDirectory() as scratch:
         # Without the LoRA: the target is merged beside the adapted draft already, and its config is all that matters.
         plain = task.target.model_copy(update={"lora": None})

@@ -22,6 +22,7 @@ import torch
 from farm.config import UserError
 from farm.evaluate.bench import PromptIds
 from farm.sections import TargetSpec
+from farm.store import local_copy
 
 ENVIRONMENT = Path(".vllm-venv")  # in the working directory, where make puts it
 CHILD = Path(__file__).with_name("vllm_child.py")
@@ -150,7 +151,7 @@ def find_python(folder: Path = ENVIRONMENT) -> Path:
 
 def check_loadable(spec: TargetSpec) -> None:
     """vLLM opens a whole checkpoint in a folder; UserError for a GGUF file or a LoRA."""
-    if spec.lora is not None or not Path(spec.model).is_dir():
+    if spec.lora is not None or not local_copy(spec.model).is_dir():
         raise UserError(
             f"{spec.name}: vLLM is compared on a full checkpoint in a folder only; leave it out with --target, "
             "or leave out --engine vllm"
@@ -185,7 +186,9 @@ def vllm_engines(
 
         def start(dtype: str, speculative: Mapping[str, Any] | None = None) -> VllmEngine:
             engine = VllmEngine(
-                VllmSettings(spec.model, dtype, max_length, slots, speculative), space, python
+                VllmSettings(str(local_copy(spec.model)), dtype, max_length, slots, speculative),
+                space,
+                python,
             )
             stack.callback(engine.close)
             return engine

@@ -42,7 +42,7 @@ def export_draft(  # noqa: PLR0913 - the options of a command
     published = Published.of(family.store)
     expert, card = published.base_expert, {"target": target, "trunk_key": published.trunk_key}
     if target != BASE:
-        live = published.live_expert(target)
+        live = published.live_expert(target, spec.model)
         if live is None:
             raise UserError(f"{target}: has no live adapter in {family.store}; run `farm onboard` first")
         expert, card = live.file, live.card

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 # Importing them registers their commands, in the order of the help.
-from farm.cli import exporting, onboarding, results, serving, triage  # noqa: F401
+from farm.cli import exporting, onboarding, registry, results, serving, triage  # noqa: F401
 from farm.cli.options import app, mistakes_exit
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -13,6 +13,9 @@ from farm.cli.options import DryRun, ManifestPath, Overrides, app, console, show
 from farm.config import Manifest, UserError, load_manifest
 from farm.registry import Registry
 from farm.store import open_store
+
+if TYPE_CHECKING:
+    from farm.evaluate.records import Report
 
 
 @app.command()
@@ -24,8 +27,8 @@ def demo(
     start = time.perf_counter()
     manifest = _build_zoo(out / "zoo", lora)
     zoo_seconds = time.perf_counter() - start
-    report_folder = _onboard(load_manifest(manifest))
-    folder = out / "runs" / Path(report_folder).name
+    report, report_folder = _onboard(load_manifest(manifest))
+    folder = out / "runs" / report.run_id
     folder.mkdir(parents=True, exist_ok=True)
     for file in Path(report_folder.removeprefix("file://")).iterdir():
         shutil.copy(file, folder / file.name)
@@ -33,7 +36,7 @@ def demo(
     console.print(f"zoo {zoo_seconds:.0f} s, everything {total:.0f} s", highlight=False)
     console.print(f"look at it:  {folder / 'report.html'}", markup=False, soft_wrap=True)
     console.print(f"serve it:    farm serve --store {out / 'store'}", markup=False, soft_wrap=True)
-    _exit_by(folder / "report.json")
+    _exit_by(report)
 
 
 @app.command()
@@ -108,9 +111,9 @@ def onboard(manifest: ManifestPath, overrides: Overrides = None, dry_run: DryRun
         for text in lines:
             console.print(text, markup=False, highlight=False, soft_wrap=True)
         return
-    folder = _onboard(settled)
+    report, folder = _onboard(settled)
     console.print(f"report: {folder}/report.json", markup=False, soft_wrap=True)
-    _exit_by(Path(folder.removeprefix("file://")) / "report.json")
+    _exit_by(report)
 
 
 @app.command()
@@ -140,8 +143,8 @@ def status(
         console.print(status_table(records, live(), time.time()))
 
 
-def _onboard(manifest: Manifest) -> str:
-    """Runs the onboarding, prints its table and returns the URI of the report's folder."""
+def _onboard(manifest: Manifest) -> tuple[Report, str]:
+    """Runs the onboarding, prints its table and returns the report and the URI of its folder."""
     from farm.evaluate.report import terminal_table
     from farm.fleet.onboard import new_run_id
     from farm.fleet.onboard import onboard as run
@@ -152,14 +155,13 @@ def _onboard(manifest: Manifest) -> str:
     with connect(), progress_bars(open_store(manifest.store), run_id, console):
         report, folder = run(manifest, console.print, run_id=run_id)
     console.print(terminal_table(report))
-    return folder
+    return report, folder
 
 
-def _exit_by(report: Path) -> None:
-    from farm.evaluate.report import read_report
+def _exit_by(report: Report) -> None:
     from farm.fleet.onboard import exit_code
 
-    raise typer.Exit(exit_code(read_report(report)))
+    raise typer.Exit(exit_code(report))
 
 
 def _build_zoo(out: Path, num_lora: int) -> Path:

@@ -1,4 +1,4 @@
-"""Commands that serve, and that say which adapter is live."""
+"""The command that serves."""
 
 from __future__ import annotations
 
@@ -10,13 +10,8 @@ from typing import Annotated
 
 import typer
 
-from farm.cli.options import Overrides, StorePath, app, console, store_uri
+from farm.cli.options import Overrides, app, store_uri
 from farm.config import UserError, load_manifest
-from farm.registry import Registry
-from farm.store import open_store
-
-registry_app = typer.Typer(no_args_is_help=True, help="Published adapters of a store.")
-app.add_typer(registry_app, name="registry")
 
 
 @app.command()
@@ -40,33 +35,3 @@ def serve(
     command = [str(Path(sys.executable).with_name("serve")), "run", "serve.app:build", *arguments]
     environment = {"RAY_AUTH_MODE": "disabled", **os.environ}
     raise typer.Exit(subprocess.run(command, env=environment, check=False).returncode)
-
-
-@registry_app.command("list")
-def registry_list(store: StorePath = ".farm/store") -> None:
-    """Every target's versions, the live one marked."""
-    registry = Registry(open_store(store_uri(store)))
-    for name in sorted(registry.family()["targets"]):
-        live = registry.live(name)
-        versions = [
-            f"[bold]{v.version} (live)[/bold]" if live and v.version == live.version else v.version
-            for v in registry.versions(name)
-        ]
-        console.print(f"{name:<24} {', '.join(versions) or 'base draft'}", highlight=False)
-
-
-@registry_app.command("promote")
-def registry_promote(target: str, version: str, store: StorePath = ".farm/store") -> None:
-    """Make a published version live."""
-    registry = Registry(open_store(store_uri(store)))
-    live = registry.live(target)
-    if not registry.promote(target, version, live.version if live else None):
-        raise UserError(f"{target}: the live version moved meanwhile; look again, then repeat")
-    console.print(f"{target}: {version} is live", highlight=False)
-
-
-@registry_app.command("rollback")
-def registry_rollback(target: str, store: StorePath = ".farm/store") -> None:
-    """Make the version live that was live before."""
-    version = Registry(open_store(store_uri(store))).rollback(target)
-    console.print(f"{target}: {version.version} is live again", highlight=False)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from farm.artifacts import Artifacts
 from farm.config import UserError
+from farm.store import local_copy
 
 FEATURE_DTYPE = torch.bfloat16
 
@@ -85,6 +86,17 @@ def read_shards(paths: Sequence[Path], rows: Collection[int] | None = None) -> l
     files do not belong together.
     """
     return [sample for path in paths for sample in _read_shard(Path(path), rows)]
+
+
+def local_shards(locations: Sequence[str]) -> list[Path]:
+    """Local paths of shards' features files, their tokens files beside them; locations are those of a store."""
+    paths = []
+    for location in locations:
+        features = location.rpartition("/")[2]
+        tokens = features.replace("features-", "tokens-").replace(".safetensors", ".parquet")
+        local_copy(location.removesuffix(features) + tokens)
+        paths.append(local_copy(location))
+    return paths
 
 
 def answer_tokens(paths: Sequence[Path]) -> Iterator[list[int]]:

@@ -9,6 +9,7 @@ from typing import Any, TypeGuard
 
 from farm.config import UserError
 from farm.sections import Rows
+from farm.store import S3_SCHEME, local_copy
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,15 @@ def load_prompts(source: str, rows: Rows | None = None) -> PromptSet:
     A row that cannot be read becomes a RowError. UserError if the source cannot be opened or no row of the
     range is usable. Blank lines of a .jsonl file are no rows.
     """
-    path = Path(source)
+    path = local_copy(source)
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path] if path.suffix == ".jsonl" else []
     if files and files[0].is_file():
         lines = [(file.name, record) for file in files for record in _read_lines(file)]
         records, names = [record for _, record in lines], [name for name, _ in lines]
     else:
-        records = [(row, "") for row in _read_dataset(source, path)]
+        records = [
+            (row, "") for row in _read_dataset(str(path) if source.startswith(S3_SCHEME) else source, path)
+        ]
         names = [path.name] * len(records)
     kept = range(len(records))[slice(*rows)] if rows else range(len(records))
     prompts, errors, digest = [], [], hashlib.sha256()

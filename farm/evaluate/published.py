@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from farm.artifacts import TRUNK, Artifacts
+from farm.card import Fit, check_fit, parse_card, tokenizer_digest
 from farm.config import Manifest, UserError
 from farm.data.prompts import load_prompts
-from farm.draft.checkpoint import EXPERT_FILE
+from farm.draft.checkpoint import EXPERT_FILE, TRUNK_FILE
 from farm.evaluate.provenance import hardware
 from farm.evaluate.target import EvaluateTask, evaluate_target
 from farm.registry import Registry
 from farm.sections import TargetSpec
 from farm.store import open_store
-from farm.target.load import placement
+from farm.target.load import load_tokenizer, placement
 
 BASE = "base"
 
@@ -37,6 +38,7 @@ class Published:
     registry: Registry
     trunk_key: str
     trunk_folder: Path
+    fit: Fit
 
     @classmethod
     def of(cls, uri: str) -> Published:
@@ -47,18 +49,26 @@ class Published:
         trunk = artifacts.find(TRUNK, key)
         if trunk is None:
             raise UserError(f"{store.uri}: the family's trunk {key} is gone; run `farm onboard` again")
-        return cls(registry, key, artifacts.path(trunk, EXPERT_FILE).parent)
+        digest = trunk.manifest["files"].get(TRUNK_FILE, {}).get("sha256")
+        return cls(registry, key, artifacts.folder(trunk), Fit(trunk_key=key, trunk_digest=digest))
 
     @property
     def base_expert(self) -> Path:
         """The private expert that the trunk was trained with: beside it, the base's draft."""
         return self.trunk_folder / EXPERT_FILE
 
-    def live_expert(self, target: str) -> LiveExpert | None:
-        """None while the base draft serves, or when the live adapter was made for another trunk."""
+    def live_expert(self, target: str, model: str | None = None) -> LiveExpert | None:
+        """None while the base draft serves, or when the live adapter was made for another trunk.
+
+        UserError when it was made for other bytes of this trunk, or for another tokenizer than that of `model`.
+        """
         live = self.registry.live(target)
         if live is None or live.card["trunk_key"] != self.trunk_key:
             return None
+        tokenizer = None if model is None else tokenizer_digest(load_tokenizer(model).get_vocab())
+        name = f"{target}@{live.version}"
+        here = self.fit.model_copy(update={"tokenizer_digest": tokenizer})
+        check_fit(name, parse_card(name, live.card), here)
         return LiveExpert(live.version, self.registry.path(live, EXPERT_FILE), live.card)
 
 
@@ -70,7 +80,7 @@ def evaluate_published(manifest: Manifest, target: str, prompts: str) -> dict[st
     """
     published = Published.of(manifest.store)
     spec = spec_of(manifest, target)
-    live = published.live_expert(target) if target != BASE else None
+    live = published.live_expert(target, spec.model) if target != BASE else None
     adapted = None if live is None else str(live.file)
     chosen = load_prompts(prompts).prompts
     trunk_folder = str(published.trunk_folder)

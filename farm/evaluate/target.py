@@ -18,12 +18,13 @@ from farm.draft.trunk import Trunk
 from farm.evaluate.bench import PromptIds, TauResult, measure_speed, measure_tau
 from farm.evaluate.gate import gain_interval, tau_of
 from farm.sections import Dtype, EvaluateSettings, TargetSpec
+from farm.store import local_copy
 from farm.target.load import LoadedTarget, load_model, open_target, placement
 
 
 @dataclass(frozen=True)
 class EvaluateTask:
-    """What to compare on which prompts; paths are local."""
+    """What to compare on which prompts; trunk and experts are locations of a store."""
 
     target: TargetSpec
     settings: EvaluateSettings
@@ -49,7 +50,7 @@ class OpenTrunk:
 
     def draft(self, expert: str | None) -> Draft:
         """The draft with an expert's file, or with the base's."""
-        path = self.base_expert_path if expert is None else Path(expert)
+        path = self.base_expert_path if expert is None else local_copy(expert)
         placed = self.trunk.fc.weight
         expert = load_expert(self.trunk.config, path).to(placed.device, placed.dtype)
         return Draft(self.trunk, expert).requires_grad_(False)
@@ -62,7 +63,7 @@ def evaluate_target(task: EvaluateTask) -> dict[str, Any]:
     """
     torch.set_num_threads(task.settings.threads or torch.get_num_threads())
     target = open_target(task.target, task.dtype)
-    opened = OpenTrunk.of(Path(task.trunk_folder), target)
+    opened = OpenTrunk.of(local_copy(task.trunk_folder), target)
     prompts = encode_prompts(target, task.prompts, task.settings)
     row: dict[str, Any] = {"name": task.target.name, "kind": "full" if task.target.lora is None else "lora"}
     drafts = {"base_draft": opened.draft(None)}

@@ -22,6 +22,7 @@ from farm.draft.checkpoint import load_draft
 from farm.export.eagle import eagle_config, eagle_tensors, folded_mlp
 from farm.export.engines import ARCHITECTURES, ServingEngine, StoredDtype
 from farm.sections import TargetSpec
+from farm.store import local_copy
 from farm.target.load import check_folder, load_model, load_tokenizer
 
 WEIGHTS_FILE, TOKEN_MAP_FILE, TEMPLATE_FILE = "model.safetensors", "token_map.pt", "chat_template.jinja"
@@ -79,7 +80,7 @@ def check_servable(target: TargetSpec, engine: ServingEngine) -> Any:
     """The target's `transformers` config. Raises Refused when the engine could not serve the target with a draft."""
     from transformers import AutoConfig
 
-    path = Path(target.model)
+    path = local_copy(target.model)
     if path.suffix == ".gguf":
         raise Refused(
             f"{target.name}: {path.name} is a GGUF file, beside which {engine} takes no EAGLE draft; save the model "
@@ -142,7 +143,7 @@ def _write(task: ExportTask, config: Any, folder: Path, final: Path) -> None:
         (folder / TOKEN_MAP_FILE).write_bytes(token_map(trunk.vocabulary_C))
     if (template := read_template(task.target.chat_template)) is not None:
         (folder / TEMPLATE_FILE).write_text(template)
-    model = str(Path(task.target.model).resolve())
+    model = str(local_copy(task.target.model).resolve())
     if task.target.lora is not None:
         merge(task.target, folder / MERGED_FOLDER)
         model = str(final / MERGED_FOLDER)
@@ -161,7 +162,7 @@ def merge(target: TargetSpec, folder: Path) -> None:
     """Writes a LoRA target as a checkpoint of its own, with its tokenizer, in the dtype of the model beneath it."""
     from transformers import AutoConfig
 
-    dtype = stored_dtype(AutoConfig.from_pretrained(target.model, trust_remote_code=False))
+    dtype = stored_dtype(AutoConfig.from_pretrained(local_copy(target.model), trust_remote_code=False))
     load_model(target, dtype).save_pretrained(folder)
     load_tokenizer(target.model).save_pretrained(folder)
 

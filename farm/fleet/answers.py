@@ -127,9 +127,9 @@ def _cards(artifacts: Artifacts, job: AnswersJob) -> Iterator[dict[str, Any]]:
 
 
 def feature_shards(artifact: Artifact, artifacts: Artifacts) -> tuple[str, ...]:
-    """Local paths of the feature files of a finished answers artifact, in shard order."""
+    """Locations of the feature files of a finished answers artifact, in shard order."""
     names = sorted(name for name in artifact.manifest["files"] if name.startswith("features-"))
-    return tuple(str(artifacts.path(artifact, name)) for name in names)
+    return tuple(artifacts.location(artifact, name) for name in names)
 
 
 def encode_prompts(prompts: Sequence[Prompt]) -> str:

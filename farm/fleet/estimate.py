@@ -7,7 +7,6 @@ they are for planning a day, not for comparing runs.
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.table import Table
 from rich.text import Text
@@ -16,7 +15,7 @@ from farm.artifacts import Artifacts
 from farm.fleet.answers import ANSWERS, AnswersJob
 from farm.fleet.plan import ADAPT, EVALUATE, SELECT, TRUNK, Plan, TargetPlan
 from farm.registry import Registry
-from farm.store import NotFound
+from farm.store import NotFound, local_copy
 
 # Without history: decoding moves all weights once a step, a row of the batch gets one token of it.
 ASSUMED_BYTES_PER_S = 4e9
@@ -82,7 +81,7 @@ def _rate(artifacts: Artifacts, stage: str, tokens: Callable[[dict[str, float]],
 
 
 def _checkpoint_bytes(model: str) -> int:
-    path = Path(model)
+    path = local_copy(model)
     if path.is_file():
         return path.stat().st_size
     return sum(file.stat().st_size for file in path.glob("*.safetensors")) if path.is_dir() else 0
@@ -90,7 +89,7 @@ def _checkpoint_bytes(model: str) -> int:
 
 def _hidden_size(model: str) -> int | None:
     try:
-        return int(json.loads((Path(model) / "config.json").read_text())["hidden_size"])
+        return int(json.loads((local_copy(model) / "config.json").read_text())["hidden_size"])
     except (OSError, ValueError, KeyError):
         return None
 

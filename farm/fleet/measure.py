@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -20,7 +19,7 @@ from farm.fleet.plan import CHECK, EVALUATE, PROBE
 from farm.fleet.pool import cause_of
 from farm.fleet.session import cpus_of_largest_node
 from farm.sections import Dtype, EvaluateSettings, ProbeSettings, TargetSpec
-from farm.store import open_store
+from farm.store import local_copy, open_store
 
 if TYPE_CHECKING:
     from farm.evaluate.target import EvaluateTask
@@ -48,7 +47,7 @@ def probe_tau(
     """tau of the base draft on a few prompts, in the artifact's manifest."""
     from farm.evaluate.probe import probe
 
-    result = probe(target, Path(trunk_folder), prompts, *settings, dtype)
+    result = probe(target, local_copy(trunk_folder), prompts, *settings, dtype)
     return Artifacts(open_store(store)).finish(PROBE, key, {"target": target.name, **asdict(result)})
 
 

@@ -18,7 +18,7 @@ from farm.evaluate import provenance
 from farm.evaluate.records import Report
 from farm.evaluate.report import write_report
 from farm.fleet.estimate import plan_table
-from farm.fleet.plan import TRUNK_FILE, Plan, make_plan
+from farm.fleet.plan import Plan, make_plan
 from farm.fleet.prepare import check_targets, measure_base, prepare_trunk, skip_good_enough
 from farm.fleet.publish import family_record
 from farm.fleet.run import Run
@@ -80,7 +80,7 @@ def train_trunk(manifest: Manifest, say: Say) -> tuple[Path, float | None]:
     run = Run("trunk", _plan(manifest, Artifacts(store)), store, say, Attempts())
     trunk = prepare_trunk(run)
     measure_base(run, trunk)
-    return run.artifacts.path(trunk, TRUNK_FILE).parent, run.tau_base_on_base
+    return run.artifacts.folder(trunk), run.tau_base_on_base
 
 
 def exit_code(report: Report) -> int:
@@ -120,7 +120,7 @@ def _put_family(run: Run, trunk: Artifact) -> None:
     """Serving knows the family before its first adapter goes live."""
     from farm.draft.checkpoint import read_config
 
-    draft = read_config(run.artifacts.path(trunk, "draft.json").parent).to_dict()
+    draft = read_config(run.artifacts.folder(trunk)).to_dict()
     refused = {name: row.reason for name, row in run.ended.items() if row.decision == "refused"}
     run.registry.put_family(family_record(run.plan, draft, refused))
 

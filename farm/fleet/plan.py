@@ -15,6 +15,7 @@ from farm.config import Manifest, Refused, UserError, dump
 from farm.data.prompts import Prompt, load_prompts, split_rows
 from farm.fleet.answers import ANSWERS, AnswersJob, answers_key, settings_key
 from farm.sections import ProbeSettings, RegenerateSettings, TargetSpec
+from farm.store import local_copy
 
 ADAPT: Literal["adapt"] = "adapt"
 SELECT = "select"
@@ -176,7 +177,7 @@ def _plan_trunk(
     prompts, held_out, digests = _base_prompts(manifest, targets)
     folder, answers = None, None
     if manifest.trunk is not None:
-        folder = Path(manifest.trunk)
+        folder = local_copy(manifest.trunk)
         key = key_of(TRUNK, {}, [base_digest, _folder_digest(folder)])
     else:
         settings = manifest.train_trunk

@@ -3,7 +3,6 @@ base.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from farm.artifacts import Artifact
@@ -26,6 +25,7 @@ from farm.fleet.run import Run
 from farm.fleet.trainers import TrainJob, train
 from farm.fleet.vocabulary import choose_vocabulary, token_files
 from farm.sections import ProbeSettings, TargetSpec
+from farm.store import local_copy
 
 CHECKS_AT_ONCE = 2
 
@@ -115,7 +115,7 @@ def _trunk_task(run: Run, shards: tuple[str, ...], vocabulary: tuple[int, ...] |
 def _base_config(base: TargetSpec) -> Any:
     from transformers import AutoConfig
 
-    path = Path(base.model)
+    path = local_copy(base.model)
     if path.suffix == ".gguf":
         return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     return AutoConfig.from_pretrained(path)
@@ -155,7 +155,7 @@ def _probe(
     run: Run, trunk: Artifact, plans: Mapping[str, tuple[TargetPlan | TrunkPlan, ProbeSettings]]
 ) -> dict[str, float]:
     """tau of the base draft by target; a target that cannot be measured is decided and left out."""
-    folder = str(run.artifacts.path(trunk, TRUNK_FILES[0]).parent)
+    folder = run.artifacts.folder_location(trunk)
     specs, taus = {}, {}
     num_gpus = run.manifest.resources.regenerate.num_gpus
     for name, (plan, settings) in plans.items():

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from farm.artifacts import Artifact, Artifacts
+from farm.card import Fit, config_digest, tokenizer_digest, vocabulary_digest
 from farm.config import dump
 from farm.evaluate.gate import promotes
 from farm.evaluate.provenance import git_sha, versions
 from farm.evaluate.records import Decision
-from farm.fleet.plan import ADAPT, EXPERT_FILE, Plan, TargetPlan
+from farm.fleet.plan import ADAPT, EXPERT_FILE, TRUNK_FILE, Plan, TargetPlan
 from farm.registry import Registry, Version
 
 
@@ -38,11 +39,28 @@ def opponent_of(registry: Registry, target: str, adapt_key: str, trunk_key: str)
     return next((version for version in registry.versions(target) if version.version == beaten), None)
 
 
+def family_fit(artifacts: Artifacts, plan: Plan, trunk: Artifact) -> Fit:
+    """What every adapter over this trunk has to find again where it is loaded."""
+    from farm.draft.checkpoint import read_config, read_tensors, split_vocabulary
+    from farm.target.load import load_tokenizer
+
+    folder = artifacts.folder(trunk)
+    config, kept = read_config(folder), split_vocabulary(read_tensors(folder / TRUNK_FILE))[1]
+    return Fit(
+        trunk_key=trunk.key,
+        trunk_digest=trunk.manifest["files"][TRUNK_FILE]["sha256"],
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        vocabulary_digest=vocabulary_digest(None if kept is None else kept.tolist()),
+        tokenizer_digest=tokenizer_digest(load_tokenizer(plan.manifest.base).get_vocab()),
+    )
+
+
 def publish(
-    registry: Registry, artifacts: Artifacts, plan: Plan, target: TargetPlan, evaluation: Artifact
+    registry: Registry, artifacts: Artifacts, plan: Plan, target: TargetPlan, evaluation: Artifact, fit: Fit
 ) -> Verdict:
     """Publish the adapter unless it is there, and promote it when the gate lets it pass."""
-    version = _published(registry, target) or _publish(registry, artifacts, plan, target, evaluation)
+    version = _published(registry, target) or _publish(registry, artifacts, plan, target, evaluation, fit)
     live = registry.live(target.name)
     interval, least = evaluation.manifest["row"]["gain_interval"], plan.manifest.evaluate.min_gain
     if live is not None and live.version == version.version:
@@ -66,26 +84,28 @@ def _published(registry: Registry, target: TargetPlan) -> Version | None:
 
 
 def _publish(
-    registry: Registry, artifacts: Artifacts, plan: Plan, target: TargetPlan, evaluation: Artifact
+    registry: Registry, artifacts: Artifacts, plan: Plan, target: TargetPlan, evaluation: Artifact, fit: Fit
 ) -> Version:
     adapted = artifacts.find(ADAPT, target.adapt_key)
     assert adapted is not None  # an evaluation exists only of a finished adapter
+    config = {
+        name: dump(getattr(plan.manifest, name)) for name in ("regenerate", "select", "adapt", "evaluate")
+    }
     return registry.publish(
         target.name,
         {EXPERT_FILE: artifacts.path(adapted, EXPERT_FILE).read_bytes()},
         {
-            "trunk_key": plan.trunk.key,
+            **fit.model_dump(),
             "adapt_key": target.adapt_key,
             "answers_key": target.answers.key,
+            "select_key": target.select_key,
             "evaluate_key": evaluation.key,
             "base_digest": plan.trunk.base_digest,
             "target_digest": target.digest,
             "opponent": evaluation.manifest["opponent"],
             "evaluation": evaluation.manifest["row"],
-            "config": {
-                name: dump(getattr(plan.manifest, name))
-                for name in ("regenerate", "select", "adapt", "evaluate")
-            },
+            "config": config,
+            "config_digest": config_digest(config),
             "git_sha": git_sha(),
             "library_versions": versions(),
         },

@@ -14,7 +14,7 @@ import ray
 from farm.artifacts import Artifact, Artifacts
 from farm.config import dump
 from farm.fleet.answers import feature_shards
-from farm.fleet.plan import SELECT, TRUNK_FILE, TargetPlan
+from farm.fleet.plan import SELECT, TargetPlan
 from farm.fleet.pool import run_bounded
 from farm.fleet.run import Run
 from farm.status import StatusBoard
@@ -116,7 +116,7 @@ def _task(run: Run, target: TargetPlan, trunk: Artifact) -> "SelectTask":
         base=run.trunk.base,
         target=target.spec,
         dtype=run.manifest.dtype,
-        trunk_folder=str(run.artifacts.path(trunk, TRUNK_FILE).parent),
+        trunk_folder=run.artifacts.folder_location(trunk),
         shards=feature_shards(run.answers[target.name], run.artifacts),
         origins=target.origins,
     )

@@ -2,17 +2,17 @@
 
 import json
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from farm.artifacts import Artifact, key_of
+from farm.card import Fit
 from farm.config import Refused, dump
 from farm.fleet import measure
 from farm.fleet.answers import AnswersJob, feature_shards, finish_answers, missing_shards
 from farm.fleet.datasets import ShardResult, regenerate
-from farm.fleet.plan import ADAPT, EVALUATE, EXPERT_FILE, TRUNK_FILE, TRUNK_FILES, TargetPlan
+from farm.fleet.plan import ADAPT, EVALUATE, EXPERT_FILE, TRUNK_FILE, TargetPlan
 from farm.fleet.pool import run_bounded
-from farm.fleet.publish import opponent_of, publish
+from farm.fleet.publish import family_fit, opponent_of, publish
 from farm.fleet.run import Run
 from farm.fleet.selection import selected_rows
 from farm.fleet.session import cpus_of_largest_node, runs_at_once
@@ -91,7 +91,8 @@ def adapt(run: Run, trunk: Artifact) -> None:
 class _Shared:
     """What all adapt jobs of a run have in common."""
 
-    folder: Path
+    expert: str  # location of the base's private expert
+    trunk_file: str  # location
     draft: "DraftConfig"
     vocabulary: tuple[int, ...] | None
     revision: str
@@ -100,10 +101,11 @@ class _Shared:
 def _shared(run: Run, trunk: Artifact) -> _Shared:
     from farm.draft.checkpoint import read_config, read_tensors, split_vocabulary
 
-    folder = run.artifacts.path(trunk, TRUNK_FILES[0]).parent
+    folder = run.artifacts.folder(trunk)
     vocabulary = split_vocabulary(read_tensors(folder / TRUNK_FILE))[1]
     kept = None if vocabulary is None else tuple(int(token) for token in vocabulary)
-    return _Shared(folder, read_config(folder), kept, trunk.key)
+    expert, weights = (run.artifacts.location(trunk, name) for name in (EXPERT_FILE, TRUNK_FILE))
+    return _Shared(expert, weights, read_config(folder), kept, trunk.key)
 
 
 def _adapt_job(run: Run, target: TargetPlan, shared: _Shared) -> TrainJob:
@@ -125,12 +127,12 @@ def _adapt_job(run: Run, target: TargetPlan, shared: _Shared) -> TrainJob:
             draft=shared.draft,
             target=target.spec,
             shards=shards,
-            expert=str(shared.folder / EXPERT_FILE),
+            expert=shared.expert,
             vocabulary=shared.vocabulary,
             rows=selected_rows(run, target.name),
         ),
         store=run.store.uri,
-        trunk=(shared.revision, str(shared.folder / TRUNK_FILE)),
+        trunk=(shared.revision, shared.trunk_file),
         resources=run.manifest.resources.adapt,
         attempts=run.attempts,
         shown_as=(run.run_id, (target.name,)),
@@ -174,8 +176,10 @@ def evaluate(run: Run, trunk: Artifact) -> None:
             run.fail(outcome.name, outcome.error)
         else:
             found[outcome.name] = outcome.value
-    for target in run.remaining:
-        _conclude(run, target, found[target.name])
+    if run.remaining:
+        fit = family_fit(run.artifacts, run.plan, trunk)
+        for target in run.remaining:
+            _conclude(run, target, found[target.name], fit)
 
 
 def _whole_node(run: Run) -> dict[str, float]:
@@ -201,9 +205,9 @@ def _evaluation(run: Run, target: TargetPlan, trunk: Artifact) -> tuple[Any, ...
     task = EvaluateTask(
         target=target.spec,
         settings=settings,
-        trunk_folder=str(run.artifacts.path(trunk, TRUNK_FILES[0]).parent),
-        adapted=str(run.artifacts.path(adapted, EXPERT_FILE)),
-        live=str(run.registry.path(opponent, EXPERT_FILE)) if opponent else None,
+        trunk_folder=run.artifacts.folder_location(trunk),
+        adapted=run.artifacts.location(adapted, EXPERT_FILE),
+        live=run.registry.location(opponent, EXPERT_FILE) if opponent else None,
         prompts=target.held_out,
         dtype=run.manifest.dtype,
     )
@@ -211,7 +215,7 @@ def _evaluation(run: Run, target: TargetPlan, trunk: Artifact) -> tuple[Any, ...
     return run.store.uri, key, task, record
 
 
-def _conclude(run: Run, target: TargetPlan, evaluation: Artifact) -> None:
+def _conclude(run: Run, target: TargetPlan, evaluation: Artifact, fit: Fit) -> None:
     """Through the gate: publish, promote or keep, and close the target's row."""
     fields = run.fields[target.name]
     fields |= {name: value for name, value in evaluation.manifest["row"].items() if name != "stage_seconds"}
@@ -221,7 +225,7 @@ def _conclude(run: Run, target: TargetPlan, evaluation: Artifact) -> None:
     if tau is not None and run.tau_base_on_base:
         fields["retention"] = tau / run.tau_base_on_base
     try:
-        verdict = publish(run.registry, run.artifacts, run.plan, target, evaluation)
+        verdict = publish(run.registry, run.artifacts, run.plan, target, evaluation, fit)
     except (OSError, ValueError) as error:
         run.fail(target.name, error)
         return

@@ -29,7 +29,6 @@ from farm.fleet.plan import (
     CHECK,
     PROBE,
     TRUNK,
-    TRUNK_FILE,
     Plan,
     TargetPlan,
     TrunkPlan,
@@ -159,7 +158,7 @@ def _find_probe(
 def _trunk_folder(plan: Plan, artifacts: Artifacts) -> Path:
     found = artifacts.find(TRUNK, plan.trunk.key)
     if found is not None:
-        return artifacts.path(found, TRUNK_FILE).parent
+        return artifacts.folder(found)
     if plan.trunk.folder is not None:
         return plan.trunk.folder
     raise UserError(

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from farm.draft.checkpoint import trunk_digest
 from farm.fleet.session import NAMESPACE
+from farm.store import local_copy
 
 OPEN_ATTEMPTS = 10
 
@@ -58,7 +59,7 @@ class TrunkStore:
     """Owner of one trunk's object. It reads the file again when Ray restarts it."""
 
     def __init__(self, path: str) -> None:
-        state = load_file(path)
+        state = load_file(local_copy(path))
         self._digest = trunk_digest(state)
         self._ref = ray.put({name: pack(tensor) for name, tensor in state.items()})
 

@@ -6,13 +6,17 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from farm.store import local_copy
+
 
 def token_files(feature_shards: Sequence[str]) -> list[Path]:
-    """The tokens file beside each features file."""
-    paths = (Path(path) for path in feature_shards)
-    return [
-        path.with_name(path.name.replace("features-", "tokens-")).with_suffix(".parquet") for path in paths
-    ]
+    """The tokens file beside each features file; only tokens are fetched where the store is remote."""
+    found = []
+    for location in feature_shards:
+        folder, slash, name = location.rpartition("/")
+        tokens = name.replace("features-", "tokens-").replace(".safetensors", ".parquet")
+        found.append(local_copy(f"{folder}{slash}{tokens}"))
+    return found
 
 
 def choose_vocabulary(paths: Sequence[Path], size: int | None) -> tuple[int, ...] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from dataclasses import dataclass
@@ -13,10 +12,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from farm.checksum import file_sha256
 from farm.config import Refused
 from farm.data.chat import read_template
 from farm.layers.lora import Lora
 from farm.sections import Dtype, TargetSpec
+from farm.store import local_copy
 from farm.target.forward import TargetForward, unsupported_reason
 from farm.target.weights import read_weights
 
@@ -94,13 +95,13 @@ def _config_and_forward(
     """
     from transformers import AutoConfig
 
-    folder = Path(spec.model)
+    folder = local_copy(spec.model)
     if folder.suffix != ".gguf":
         check_folder(spec.name, folder)
         if spec.lora is not None:
-            check_folder(spec.name, Path(spec.lora), "adapter_config.json")
+            check_folder(spec.name, local_copy(spec.lora), "adapter_config.json")
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        lora = None if spec.lora is None else Path(spec.lora)
+        lora = None if spec.lora is None else local_copy(spec.lora)
         weights = read_weights(folder, lora, dtype) if unsupported_reason(config) is None else None
         if weights is not None:
             return config, TargetForward(config, weights, device)
@@ -116,7 +117,7 @@ def load_model(spec: TargetSpec, dtype: str = "float32") -> Any:
     """The `transformers` causal LM of a spec: the reference implementation, LoRA merged, in eval mode."""
     from transformers import AutoModelForCausalLM
 
-    path = Path(spec.model)
+    path = local_copy(spec.model)
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": False}
     if path.suffix == ".gguf":
         model = _plain(AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options))
@@ -128,8 +129,9 @@ def load_model(spec: TargetSpec, dtype: str = "float32") -> Any:
     if spec.lora is not None:
         from peft import PeftModel
 
-        check_folder(spec.name, Path(spec.lora), "adapter_config.json")
-        model = PeftModel.from_pretrained(model, spec.lora).merge_and_unload()
+        lora = local_copy(spec.lora)
+        check_folder(spec.name, lora, "adapter_config.json")
+        model = PeftModel.from_pretrained(model, lora).merge_and_unload()
     return model.eval().requires_grad_(False)
 
 
@@ -148,7 +150,7 @@ def load_embedding_and_head(spec: TargetSpec) -> tuple[Tensor, Tensor]:
 
     Read straight from the checkpoint where nothing but these two tensors decides them; else the model is loaded.
     """
-    folder = Path(spec.model)
+    folder = local_copy(spec.model)
     if not folder.is_dir() or not _lora_leaves_ends(spec.lora):
         return _ends(load_model(spec))
     check_folder(spec.name, folder)
@@ -172,7 +174,7 @@ def _ends(model: Any) -> tuple[Tensor, Tensor]:
 def _lora_leaves_ends(lora: str | None) -> bool:
     if lora is None:
         return True
-    config = json.loads((Path(lora) / "adapter_config.json").read_text())
+    config = json.loads((local_copy(lora) / "adapter_config.json").read_text())
     changed = [*(config.get("target_modules") or ["all-linear"]), *(config.get("modules_to_save") or ())]
     return not any("embed" in name or "lm_head" in name or name == "all-linear" for name in changed)
 
@@ -180,7 +182,7 @@ def _lora_leaves_ends(lora: str | None) -> bool:
 def load_tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer
 
-    path = Path(model)
+    path = local_copy(model)
     if path.suffix == ".gguf":
         return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -188,7 +190,7 @@ def load_tokenizer(model: str) -> Any:
 
 def stop_ids(spec: TargetSpec, config: Any, tokenizer: Any) -> frozenset[int]:
     """End tokens by generation config, model config and tokenizer together."""
-    generation = Path(spec.model) / "generation_config.json"
+    generation = local_copy(spec.model) / "generation_config.json"
     says = json.loads(generation.read_text()) if generation.is_file() else {}
     found: set[int] = set()
     for value in (says.get("eos_token_id"), config.eos_token_id, tokenizer.eos_token_id):
@@ -213,15 +215,14 @@ def target_digest(spec: TargetSpec) -> str:
     for source in (spec.model, spec.lora):
         if source is None:
             continue
-        path = Path(source)
+        path = local_copy(source)
         files = (
             [path] if path.is_file() else sorted(p for p in path.glob("*") if p.suffix in DIGESTED_SUFFIXES)
         )
         if not files:
             raise Refused(f"{spec.name}: {path} does not exist or holds no checkpoint; correct the path")
         for file in files:
-            stat = file.stat()
-            digest.update(f"{file.name} {_file_digest(str(file), stat.st_size, stat.st_mtime_ns)}\n".encode())
+            digest.update(f"{file.name} {file_sha256(file)}\n".encode())
     digest.update((read_template(spec.chat_template) or "").encode())
     return digest.hexdigest()
 
@@ -240,9 +241,3 @@ def check_family(base: LoadedTarget, target: LoadedTarget) -> None:
         raise Refused(
             f"{target.name}: its tokenizer differs from the base's; a draft cannot be shared between them"
         )
-
-
-@functools.lru_cache(maxsize=4096)
-def _file_digest(path: str, _size: int, _mtime_ns: int) -> str:
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

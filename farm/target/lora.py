@@ -17,6 +17,7 @@ from farm.config import Refused
 from farm.data.chat import read_template
 from farm.layers.lora import Lora, Part
 from farm.sections import TargetSpec
+from farm.store import local_copy
 from farm.target.forward import TargetForward
 from farm.target.load import LoadedTarget, check_folder, stop_ids
 from farm.target.weights import LoraFactors, read_factors
@@ -39,9 +40,10 @@ def open_beside(spec: TargetSpec, base: LoadedTarget) -> LoadedTarget | None:
     Raises Refused, naming the reason, when the adapter cannot be read.
     """
     assert spec.lora is not None
-    check_folder(spec.name, Path(spec.lora), "adapter_config.json")
+    folder = local_copy(spec.lora)
+    check_folder(spec.name, folder, "adapter_config.json")
     try:
-        lora = open_lora(Path(spec.lora), base.forward)
+        lora = open_lora(folder, base.forward)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise Refused(
             f"{spec.name}: {spec.lora} cannot be loaded ({type(error).__name__}: {error})"

@@ -16,11 +16,12 @@ from safetensors.torch import save as safetensors
 from torch import Tensor, distributed
 
 from farm.config import UserError
-from farm.data.features import Sample, read_shards, trainable
+from farm.data.features import Sample, local_shards, read_shards, trainable
 from farm.draft.checkpoint import EXPERT_FILE, build_trunk, load_expert, trunk_digest, trunk_files
 from farm.draft.config import DraftConfig
 from farm.draft.model import DraftHead, new_draft
 from farm.sections import AdaptSettings, TargetSpec, TrainSettings
+from farm.store import local_copy
 from farm.target.load import load_embedding_and_head
 from farm.train.cached import Positions, bytes_of, cache_positions
 from farm.train.course import Course, split_held_out
@@ -40,8 +41,8 @@ class FitTask:
     settings: TrainSettings
     draft: DraftConfig
     target: TargetSpec  # whose embedding and head are used; the base for kind "trunk"
-    shards: tuple[str, ...]  # paths of features-*.safetensors, their tokens beside them
-    expert: str | None  # path of the expert.safetensors to start from
+    shards: tuple[str, ...]  # locations of features-*.safetensors, their tokens beside them
+    expert: str | None  # location of the expert.safetensors to start from
     vocabulary: tuple[int, ...] | None
     rows: frozenset[int] | None = None  # of the shards, that are trained on; None: all
 
@@ -86,7 +87,7 @@ def fit(
     trunk changed.
     """
     world, settings = distributed.get_world_size(), task.settings
-    samples = read_shards([Path(path) for path in task.shards], task.rows)
+    samples = read_shards(local_shards(task.shards), task.rows)
     numbers, held_out = split_held_out(_trainable(task, samples), settings)
     if world > min(settings.batch_rows, len(numbers)):
         raise UserError(
@@ -143,7 +144,7 @@ def _trained(task: FitTask, trunk: Mapping[str, Tensor] | None, device: torch.de
         fresh = new_draft(task.draft, settings.seed).to(device)
         return TrainedDraft(fresh.trunk, fresh.expert, owned=fresh.trunk)
     frozen = build_trunk(task.draft, trunk).to(device)
-    base = None if task.expert is None else load_expert(task.draft, Path(task.expert)).to(device)
+    base = None if task.expert is None else load_expert(task.draft, local_copy(task.expert)).to(device)
     shape = TierShape("expert", 1, None, "base" if base is not None else "random")
     if isinstance(settings, AdaptSettings):
         shape = TierShape(settings.tier, settings.rank, settings.width, settings.init)

@@ -12,19 +12,19 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from farm.config import UserError
 from farm.data import select
-from farm.data.features import FEATURE_DTYPE, Sample, read_shards, trainable_rows
+from farm.data.features import FEATURE_DTYPE, Sample, local_shards, read_shards, trainable_rows
 from farm.data.select import Moments, Scored, Threshold, Whitening
 from farm.draft.checkpoint import load_draft
 from farm.draft.model import Draft, DraftHead
 from farm.layers.cache import Rows
 from farm.sections import Dtype, SelectSettings, TargetSpec
+from farm.store import local_copy
 from farm.target.load import LoadedTarget, load_embedding_and_head, open_target
 from farm.train.batches import collate
 from farm.train.unroll import shift, unroll
@@ -35,14 +35,14 @@ CHUNK = 256  # positions whose logits over the whole vocabulary are held at once
 
 @dataclass(frozen=True)
 class SelectTask:
-    """Which answers of one target to choose; paths are local."""
+    """Which answers of one target to choose; trunk and shards are locations of a store."""
 
     settings: SelectSettings
     base: TargetSpec
     target: TargetSpec
     dtype: Dtype  # that the base reads the answers in
     trunk_folder: str  # of the base draft
-    shards: tuple[str, ...]  # paths of features-*.safetensors, their tokens beside them
+    shards: tuple[str, ...]  # of features-*.safetensors, their tokens beside them
     origins: Mapping[int, str]  # by row, see farm.data.prompts
 
 
@@ -73,7 +73,7 @@ def select_rows(task: SelectTask, progress: Callable[[int, int], None] | None = 
     Raises UserError when no answer is long enough, or when none is left to choose.
     """
     started = time.monotonic()
-    settings, paths = task.settings, [Path(path) for path in task.shards]
+    settings, paths = task.settings, local_shards(task.shards)
     ids = trainable_rows(paths)
     if not ids:
         raise UserError(f"{task.target.name}: no answer is long enough to train on; see its finish reasons")
@@ -218,5 +218,5 @@ def _scorer(task: SelectTask) -> _Whitened | _Predicted | _Random:
     embedding_VH, head_VH = (tensor.to(device) for tensor in load_embedding_and_head(task.target))
     if strategy == "flatness":
         return _Predicted(DraftHead.of(embedding_VH, head_VH, None), head_VH, None)
-    draft = load_draft(Path(task.trunk_folder)).to(device).requires_grad_(False)
+    draft = load_draft(local_copy(task.trunk_folder)).to(device).requires_grad_(False)
     return _Predicted(DraftHead.of(embedding_VH, head_VH, draft.trunk.vocabulary_C), head_VH, draft)

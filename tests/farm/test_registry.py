@@ -1,4 +1,6 @@
+import hashlib
 import multiprocessing
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -7,26 +9,27 @@ import pytest
 
 from farm.config import UserError
 from farm.registry import Registry
-from farm.store import FileStore
+from farm.store import CorruptObject, open_store
 
+ROOT = Path(__file__).parents[2]
 SPAWN = multiprocessing.get_context("spawn")
 
 
 @pytest.fixture
-def registry(tmp_path: Path) -> Registry:
-    return Registry(FileStore(tmp_path))
+def registry(store_uri: str) -> Registry:
+    return Registry(open_store(store_uri))
 
 
-def publish_at(root: Path, own: int, start: float) -> None:
-    registry = Registry(FileStore(root))
+def publish_at(uri: str, own: int, start: float) -> None:
+    registry = Registry(open_store(uri))
     time.sleep(max(0.0, start - time.time()))
     version = registry.publish("legal", {"expert.safetensors": bytes([own])}, {"own": own})
     sys.exit(0 if registry.promote("legal", version.version, None) else 3)
 
 
-def test_publishers_that_race_get_their_own_versions_and_one_goes_live(registry, tmp_path):
-    start = time.time() + 2
-    racers = [SPAWN.Process(target=publish_at, args=(tmp_path, n, start)) for n in range(3)]
+def test_publishers_that_race_get_their_own_versions_and_one_goes_live(registry):
+    start = time.time() + 3
+    racers = [SPAWN.Process(target=publish_at, args=(registry.store.uri, n, start)) for n in range(3)]
     for racer in racers:
         racer.start()
     for racer in racers:
@@ -99,3 +102,48 @@ def test_the_family_is_asked_for_before_anything_was_onboarded(registry):
         registry.family()
     registry.put_family({"base": "/b", "targets": {}})
     assert registry.family() == {"base": "/b", "targets": {}}
+
+
+# Stops itself at the worst moments: once the files are there, and once the card is.
+STOPS = """
+import signal, sys
+from farm.registry import Registry
+from farm.store import open_store
+registry = Registry(open_store(sys.argv[1]))
+def stop(*_):
+    print("here", flush=True)
+    signal.pause()
+put = registry.store.put
+if sys.argv[2] == "card":
+    registry.store.put = lambda key, data: stop() if key.endswith("card.json") else put(key, data)
+registry._move = stop
+version = registry.publish("legal", {"expert": b"new"}, {})
+registry.promote("legal", version.version, "v1")
+"""
+
+
+@pytest.mark.parametrize(("before", "left"), [("card", ["v1"]), ("pointer", ["v1", "v2"])])
+def test_a_publisher_killed_before_the_pointer_moved_leaves_the_old_version_live(registry, before, left):
+    registry.publish("legal", {"expert": b"old"}, {})
+    assert registry.promote("legal", "v1", None)
+    command = [sys.executable, "-c", STOPS, registry.store.uri, before]
+    publisher = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert publisher.stdout is not None
+    assert publisher.stdout.readline() == "here\n"
+    publisher.kill()
+    publisher.wait()
+    publisher.stdout.close()
+    live = registry.live("legal")
+    assert live is not None
+    assert registry.path(live, "expert").read_bytes() == b"old"
+    assert [version.version for version in registry.versions("legal")] == left
+    assert registry.publish("legal", {"expert": b"again"}, {}).version == "v3"
+
+
+def test_an_adapter_that_is_not_what_was_published_is_refused_with_both_digests(registry):
+    version = registry.publish("legal", {"expert": b"published"}, {})
+    registry.store.put("registry/legal/v1/expert", b"something")
+    with pytest.raises(CorruptObject) as caught:
+        registry.path(version, "expert")
+    for data in (b"published", b"something"):
+        assert hashlib.sha256(data).hexdigest() in str(caught.value)

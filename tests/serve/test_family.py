@@ -6,11 +6,15 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from farm.registry import Registry
+from farm.artifacts import Artifacts
+from farm.card import tokenizer_digest
+from farm.config import UserError
+from farm.draft.checkpoint import EXPERT_FILE, TRUNK_FILE
+from farm.registry import Registry, Version
 from farm.store import open_store
 from serve.family import Family
 from tests.farm.decode.family import write_lora
-from tests.serve.family import build_family
+from tests.serve.family import TRUNK_KEY, build_family, tiny_expert, tiny_tokenizer
 
 
 @pytest.fixture
@@ -44,3 +48,30 @@ def test_an_adapter_that_cannot_be_read_leaves_the_others_served(store: str, tmp
     names = {target.name for target in Family(store).targets()}
     assert "one" not in names
     assert {"alpha", "beta", "two"} <= names
+
+
+def test_an_adapter_of_another_trunk_or_tokenizer_is_refused_with_both_digests(store: str) -> None:
+    """The trunk's key may be the same while its bytes are not: it was trained again."""
+    registry, artifacts = Registry(open_store(store)), Artifacts(open_store(store))
+    trunk = artifacts.find("trunk", TRUNK_KEY)
+    assert trunk is not None
+    digests = {
+        "trunk_digest": trunk.manifest["files"][TRUNK_FILE]["sha256"],
+        "tokenizer_digest": tokenizer_digest(tiny_tokenizer().get_vocab()),
+    }
+    family = Family(store)
+    alpha = next(target for target in family.targets() if target.name == "alpha")
+
+    def publish(**changed: str) -> Version:
+        card = {"trunk_key": TRUNK_KEY, "hidden_size": 64, "vocabulary_digest": "full", **digests, **changed}
+        return registry.publish("alpha", {EXPERT_FILE: tiny_expert(1)}, card)
+
+    assert family.draft(alpha, publish()).version == "v1"
+    for field, here in digests.items():
+        with pytest.raises(UserError) as caught:
+            family.draft(alpha, publish(**{field: "e" * 64}))
+        assert "e" * 64 in str(caught.value)
+        assert here in str(caught.value)
+    for field, other in (("hidden_size", "65"), ("vocabulary_digest", "f" * 64)):
+        with pytest.raises(UserError, match=other):
+            family.draft(alpha, publish(**{field: other}))

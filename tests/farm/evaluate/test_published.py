@@ -6,7 +6,7 @@ import pytest
 
 from farm.artifacts import TRUNK, Artifacts
 from farm.config import UserError
-from farm.draft.checkpoint import EXPERT_FILE
+from farm.draft.checkpoint import EXPERT_FILE, TRUNK_FILE
 from farm.evaluate.published import Published
 from farm.registry import Registry
 from farm.store import open_store
@@ -41,6 +41,17 @@ def test_the_live_expert_is_the_newest_one_of_this_trunk_alone(registry: Registr
     assert (live.version, live.file.read_bytes()) == ("v1", b"here")
     publish(registry, "another")
     assert published.live_expert("math") is None
+
+
+def test_a_live_expert_of_other_bytes_of_the_same_trunk_is_refused(registry: Registry) -> None:
+    Artifacts(registry.store).put_file(TRUNK, "again", TRUNK_FILE, b"trained again")
+    trunk = Artifacts(registry.store).finish(TRUNK, "again", {})
+    registry.put_family({"trunk_key": "again"})
+    card = {"trunk_key": "again", "trunk_digest": "e" * 64}
+    assert registry.promote("math", registry.publish("math", {EXPERT_FILE: b""}, card).version, None)
+    with pytest.raises(UserError, match="e" * 64) as caught:
+        Published.of(registry.store.uri).live_expert("math")
+    assert trunk.manifest["files"][TRUNK_FILE]["sha256"] in str(caught.value)
 
 
 def test_a_family_without_its_trunk_says_what_to_do(registry: Registry) -> None:

@@ -120,7 +120,7 @@ def test_a_rerun_starts_no_work_and_ends_with_the_same_registry(
     farmed: Farmed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = farmed.files("artifacts"), farmed.files("registry/alpha")
-    started = _count_remote_work(monkeypatch)
+    started = count_remote_work(monkeypatch)
     manifest = farmed.family.manifest("alpha", store=farmed.store)
     report, _ = onboard(manifest, _silent)
     assert started == []
@@ -132,7 +132,7 @@ def test_a_rerun_starts_no_work_and_ends_with_the_same_registry(
 
 def test_an_added_target_runs_alone(farmed: Farmed, monkeypatch: pytest.MonkeyPatch) -> None:
     before = farmed.files("artifacts")
-    started = _count_remote_work(monkeypatch)
+    started = count_remote_work(monkeypatch)
     report, _ = onboard(farmed.family.manifest("alpha", "beta", store=farmed.store), _silent)
     assert [row.decision for row in report.targets] == ["promoted", "promoted"]
     assert started == ["beta", "pipeline of beta", "beta", "beta"]  # check, answers, adapt, evaluate
@@ -140,7 +140,7 @@ def test_an_added_target_runs_alone(farmed: Farmed, monkeypatch: pytest.MonkeyPa
     assert {name: after[name] for name in before} == before
 
 
-def _count_remote_work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def count_remote_work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every task and pipeline that the stages really start, in order; they run as always."""
     from farm.fleet import datasets, pool, prepare, stages
 

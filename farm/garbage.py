@@ -1,0 +1,155 @@
+"""What of a store nobody refers to any more: old versions, stage outputs and training checkpoints."""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+from farm.status import unfinished_runs
+from farm.store import Entry, NotFound, ObjectStore
+
+GRACE_S: Final = 7 * 86400.0
+CARD, MANIFEST, CLAIM = "card.json", "manifest.json", "claim"
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """Objects that belong together and go together."""
+
+    what: str  # "version math@v3", "answers 0123456789abcdef", "checkpoints of adapt-math-..."
+    keys: tuple[str, ...]  # in the order of deletion: first the one that makes the others exist
+    num_bytes: int
+    age_s: float  # of the youngest object
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The objects below one folder of the store."""
+
+    folder: str
+    entries: tuple[Entry, ...]
+
+    @property
+    def names(self) -> set[str]:
+        return {entry.key.removeprefix(f"{self.folder}/") for entry in self.entries}
+
+    def age_s(self, now: float) -> float:
+        return now - max(entry.modified for entry in self.entries)
+
+    def garbage(self, what: str, first: str, now: float) -> Garbage:
+        ordered = sorted(self.entries, key=lambda entry: entry.key != f"{self.folder}/{first}")
+        keys = tuple(entry.key for entry in ordered)
+        return Garbage(what, keys, sum(entry.num_bytes for entry in self.entries), self.age_s(now))
+
+
+def find_garbage(store: ObjectStore, grace_s: float, now: float) -> list[Garbage]:
+    """What can go: not live, not the version to roll back to, not a canary, not named by what stays, and old enough.
+
+    A version's claim stays for ever, so that its number is never given again. Figures without files (checks, probes,
+    evaluations) stay: they are small, and a rerun would have to measure them again. While a run is under way, which is
+    one with an undecided target that was heard of within the grace time, all outputs and checkpoints stay: what it
+    reads may be old, and nothing names it yet.
+    """
+    versions = {(group.folder.split("/")[1], group.folder.split("/")[2]): group for group in _versions(store)}
+    targets = {target for target, _ in versions}
+    kept = {(target, version) for target in targets for version in _wanted(store, target)}
+    kept |= {key for key, group in versions.items() if group.age_s(now) < grace_s}
+    found = [
+        group.garbage(f"version {target}@{version}", CARD, now)
+        for (target, version), group in sorted(versions.items())
+        if (target, version) not in kept
+    ]
+    found = [_without_claim(garbage) for garbage in found]
+    found = [garbage for garbage in found if garbage.keys]
+    if unfinished_runs(store, now - grace_s):
+        return found
+    named = _named_by(store, (f"registry/{target}/{version}/{CARD}" for target, version in kept))
+    named |= _named_by(store, ["registry/family.json"])
+    return [*found, *_outputs(store, named, grace_s, now), *_checkpoints(store, grace_s, now)]
+
+
+def delete_garbage(store: ObjectStore, garbage: Garbage) -> bool:
+    """Delete it, unless it is a version that went live meanwhile; whether it is gone."""
+    folder, target, version = (garbage.keys[0].split("/") + ["", ""])[:3]
+    if folder == "registry" and version in _wanted(store, target):
+        return False
+    for key in garbage.keys:
+        store.delete(key)
+    return True
+
+
+def _versions(store: ObjectStore) -> list[_Group]:
+    entries = [entry for entry in store.entries("registry/") if entry.key.count("/") == 3]
+    return _grouped(entries, 3)
+
+
+def _wanted(store: ObjectStore, target: str) -> set[str]:
+    """Versions of a target that its pointer needs: live, the one before, the canary, and what the live one beat."""
+    pointer = _read(store, f"registry/{target}/live.json")
+    history = list(pointer.get("history") or [])
+    canary = pointer.get("canary") or {}
+    wanted = {*history[-2:], pointer.get("version"), canary.get("version")}
+    if history:
+        wanted.add(_read(store, f"registry/{target}/{history[-1]}/{CARD}").get("opponent"))
+    return {version for version in wanted if version is not None}
+
+
+def _outputs(store: ObjectStore, named: set[str], grace_s: float, now: float) -> list[Garbage]:
+    groups = _grouped(store.entries("artifacts/"), 3)
+    young = {group.folder.split("/")[2] for group in groups if group.age_s(now) < grace_s}
+    kept, waiting = set[str](), named | young
+    while waiting:
+        key = waiting.pop()
+        kept.add(key)
+        manifests = [f"{group.folder}/{MANIFEST}" for group in groups if group.folder.endswith(f"/{key}")]
+        waiting |= _named_by(store, manifests) - kept
+    return [
+        group.garbage(" ".join(group.folder.split("/")[1:]), MANIFEST, now)
+        for group in groups
+        if group.folder.split("/")[2] not in kept and group.names != {MANIFEST}
+    ]
+
+
+def _checkpoints(store: ObjectStore, grace_s: float, now: float) -> list[Garbage]:
+    groups = _grouped(store.entries("train/"), 2)
+    return [
+        group.garbage(f"checkpoints of {group.folder.removeprefix('train/')}", "", now)
+        for group in groups
+        if group.age_s(now) >= grace_s
+    ]
+
+
+def _without_claim(garbage: Garbage) -> Garbage:
+    keys = tuple(key for key in garbage.keys if not key.endswith(f"/{CLAIM}"))
+    return Garbage(garbage.what, keys, garbage.num_bytes, garbage.age_s)
+
+
+def _grouped(entries: Iterable[Entry], depth: int) -> list[_Group]:
+    groups: dict[str, list[Entry]] = {}
+    for entry in entries:
+        parts = entry.key.split("/")
+        if len(parts) > depth:
+            groups.setdefault("/".join(parts[:depth]), []).append(entry)
+    return [_Group(folder, tuple(found)) for folder, found in sorted(groups.items())]
+
+
+def _named_by(store: ObjectStore, keys: Iterable[str]) -> set[str]:
+    """Values of all fields of JSON objects whose names end with `_key`: that is how one output names another."""
+    return {value for key in keys for value in _key_fields(_read(store, key))}
+
+
+def _key_fields(tree: Any) -> Iterator[str]:
+    if isinstance(tree, dict):
+        for name, value in tree.items():
+            if name.endswith("_key") and isinstance(value, str):
+                yield value
+            yield from _key_fields(value)
+
+
+def _read(store: ObjectStore, key: str) -> dict[str, Any]:
+    """A JSON object; empty if it is absent."""
+    try:
+        found = json.loads(store.get(key))
+    except NotFound:
+        return {}
+    return found if isinstance(found, dict) else {}
