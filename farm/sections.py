@@ -13,11 +13,12 @@ Positive = Annotated[int, Field(ge=1)]
 Dtype = Literal["auto", "float32", "bfloat16"]
 Strategy = Literal["all", "shift", "mahalanobis", "failure", "flatness", "random"]
 Loss = Literal["eda", "kl", "tv", "lk", "lk-log"]
-Tier = Literal["low-rank", "expert", "expert-fc", "eda", "full"]
+Tier = Literal["low-rank", "expert", "expert-fc", "expert-lora", "eda", "full"]
 Init = Literal["base", "zero", "random"]
 Form = Literal["unrolled", "cached", "cached-unrolled"]
-SERVED_TIERS = ("low-rank", "expert")  # they leave the trunk as it is, so that targets can share it
-CACHED_TIERS = SERVED_TIERS  # what the trunk puts out stays the same while they are trained
+# They leave the trunk as it is, so that targets can share it.
+SERVED_TIERS = ("low-rank", "expert", "expert-fc", "expert-lora")
+CACHED_TIERS = ("low-rank", "expert")  # what the trunk puts out stays the same while they are trained
 
 
 class Strict(BaseModel):

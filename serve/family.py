@@ -11,7 +11,8 @@ import torch
 from farm.artifacts import TRUNK, Artifacts
 from farm.config import UserError
 from farm.data.chat import read_template
-from farm.draft.checkpoint import EXPERT_FILE, load_draft, load_expert
+from farm.draft.checkpoint import EXPERT_FILE, load_adapter, load_draft
+from farm.draft.delta import TrunkDelta
 from farm.draft.expert import Expert
 from farm.draft.model import Draft
 from farm.draft.trunk import Trunk
@@ -21,7 +22,7 @@ from farm.store import open_store
 from farm.target.load import LoadedTarget, load_target, resolve_dtype, stop_ids
 from farm.target.lora import open_beside
 
-Module = TypeVar("Module", Trunk, Expert)
+Module = TypeVar("Module", Trunk, Expert, TrunkDelta)
 log = logging.getLogger("ray.serve")
 LOAD_ERRORS = (ValueError, KeyError, OSError, RuntimeError)  # with UserError and NotFound
 BASE_DRAFT, PLAIN = "base", "plain"
@@ -106,8 +107,9 @@ class Family:
                 f"{target.name}@{live.version} was adapted on trunk {live.card.get('trunk_key')}, here is "
                 f"{self.trunk.key}; onboard the target again, or start a replica of the other trunk"
             )
-        expert = load_expert(config, self._registry.path(live, EXPERT_FILE))
-        return ServedDraft(live.version, Draft(self.trunk.trunk, self._placed(expert)))
+        expert, delta = load_adapter(config, self._registry.path(live, EXPERT_FILE))
+        placed = None if delta is None else self._placed(delta)
+        return ServedDraft(live.version, Draft(self.trunk.trunk, self._placed(expert), placed))
 
     def _load_trunk(self) -> SharedTrunk | None:
         try:

@@ -76,6 +76,7 @@ def _publish(
         {
             "trunk_key": plan.trunk.key,
             "adapt_key": target.adapt_key,
+            "tier": plan.manifest.adapt.tier,
             "answers_key": target.answers.key,
             "evaluate_key": evaluation.key,
             "base_digest": plan.trunk.base_digest,

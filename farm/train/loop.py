@@ -17,7 +17,14 @@ from torch import Tensor, distributed
 
 from farm.config import UserError
 from farm.data.features import Sample, read_shards, trainable
-from farm.draft.checkpoint import EXPERT_FILE, build_trunk, load_expert, trunk_digest, trunk_files
+from farm.draft.checkpoint import (
+    EXPERT_FILE,
+    adapter_state,
+    build_trunk,
+    load_expert,
+    trunk_digest,
+    trunk_files,
+)
 from farm.draft.config import DraftConfig
 from farm.draft.model import DraftHead, new_draft
 from farm.sections import AdaptSettings, TargetSpec, TrainSettings
@@ -207,16 +214,16 @@ def _device() -> torch.device:
 
 
 def _save_result(task: FitTask, trained: TrainedDraft, folder: Path) -> None:
-    """The folded draft: the expert alone where the trunk is as it was, else both."""
+    """The folded draft: what is private alone where the trunk is as it was, else both."""
     draft = trained.folded()
-    expert, trunk = (
-        {name: value.float().cpu().contiguous() for name, value in part.state_dict().items()}
-        for part in (draft.expert, draft.trunk)
+    private, trunk = (
+        {name: value.float().cpu().contiguous() for name, value in part.items()}
+        for part in (adapter_state(draft.expert, draft.delta), draft.trunk.state_dict())
     )
     if trained.owned is None:
-        files = {EXPERT_FILE: safetensors(expert)}
+        files = {EXPERT_FILE: safetensors(private)}
     else:
         vocabulary = None if task.vocabulary is None else torch.tensor(task.vocabulary)
-        files = trunk_files(task.draft, trunk, expert, vocabulary)
+        files = trunk_files(task.draft, trunk, private, vocabulary)
     for name, data in files.items():
         (folder / name).write_bytes(data)
