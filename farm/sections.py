@@ -194,6 +194,9 @@ class AdaptResources(Strict):
     workers: Positive = 1
     gpus_per_worker: float = Field(default=0, ge=0)
     parallel: Positive = 2  # runs at the same time
+    pack: Positive | None = (
+        None  # targets that a run takes one after the other; None: many where they are small
+    )
 
 
 class ServeResources(Strict):
