@@ -127,6 +127,7 @@ class AdaptSettings(TrainSettings):
     lr: float = Field(default=2e-3, gt=0)
     loss: Loss = "lk"
     hidden_weight: float = Field(default=5.0, ge=0)  # later drafted tokens read what is predicted
+    tokens: Positive | None = None  # of answers to train on in all, repeats included; None: `epochs` says it
     tier: Tier = "expert"
     rank: Positive = 16  # of low-rank maps
     width: Positive | None = None  # of the private expert; None: the base's

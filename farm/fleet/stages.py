@@ -158,7 +158,7 @@ def _adapt_job(run: Run, target: TargetPlan, shared: _Shared) -> TrainJob:
             "answers_key": target.answers.key,
             "trunk_key": shared.revision,
             "coverage": covered,
-            "trained_tokens": chosen.manifest["answer_tokens"] * settings.epochs,
+            "trained_tokens": settings.tokens or chosen.manifest["answer_tokens"] * settings.epochs,
         },
     )
 

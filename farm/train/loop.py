@@ -7,7 +7,7 @@ Knows nothing of Ray: `torch.distributed` is initialised by the caller, checkpoi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -95,6 +95,8 @@ def fit(
     world, settings = distributed.get_world_size(), task.settings
     samples = read_shards([Path(path) for path in task.shards], task.rows)
     numbers, held_out = split_held_out(_trainable(task, samples), settings)
+    task = _within_tokens(task, [samples[number] for number in numbers])
+    settings = task.settings
     if world > min(settings.batch_rows, len(numbers)):
         raise UserError(
             f"resources.adapt.workers: {world} workers for {min(settings.batch_rows, len(numbers))} rows "
@@ -134,6 +136,16 @@ def fit(
         Seconds(caching, spent_on_reference, training.seconds),
         training.positions, training.flops, trained.num_bytes,
     )  # fmt: skip
+
+
+def _within_tokens(task: FitTask, samples: list[Sample]) -> FitTask:
+    """With the whole epochs, at least one, that come nearest to the tokens that are to be trained on."""
+    settings = task.settings
+    if not isinstance(settings, AdaptSettings) or settings.tokens is None:
+        return task
+    each = sum(len(sample.tokens_T) - sample.num_prompt_tokens for sample in samples)
+    epochs = max(1, round(settings.tokens / each))
+    return replace(task, settings=settings.model_copy(update={"epochs": epochs}))
 
 
 def _trainable(task: FitTask, samples: list[Sample]) -> list[int]:

@@ -169,6 +169,16 @@ def test_every_tier_learns_beside_an_untouched_trunk(
     assert result.flops > 0
 
 
+@pytest.mark.parametrize(("tokens", "epochs"), [(1, 1), (470, 3), (660, 4)])
+def test_tokens_are_met_by_the_nearest_number_of_whole_epochs(
+    task: FitTask, tokens: int, epochs: int, tmp_path: Path
+) -> None:
+    """The answers have 10 to 21 tokens, 186 together."""
+    one = fit_in_process(changed(task, epochs=1, save_every=1000), trunk_of(task), tmp_path / "one")
+    found = fit_in_process(changed(task, tokens=tokens, save_every=1000), trunk_of(task), tmp_path / "found")
+    assert found.positions == epochs * one.positions
+
+
 @pytest.mark.parametrize("form", ["cached", "cached-unrolled"])
 def test_cached_forms_learn_what_unrolling_learns_first(task: FitTask, form: str, tmp_path: Path) -> None:
     task = changed(task, form=form, epochs=10, cached_epochs=10, cached_tokens=64, save_every=1000)
