@@ -106,7 +106,7 @@ def manifest_of(out: Path, prompts: dict[str, Path]) -> dict[str, Any]:
             "rank": 32,
             "form": "unrolled",
             "unroll": 1,
-            "tokens": 80_000,
+            "tokens": 90_000,
             "batch_rows": 8,
             "lr": 6e-3,
         },  # fmt: skip
