@@ -54,7 +54,7 @@ class Manifest(Strict):
         if self.adapt.tier not in SERVED_TIERS:
             raise ValueError(
                 f"adapt.tier: {self.adapt.tier} changes the trunk, which targets share when they are served; "
-                f"use {' or '.join(SERVED_TIERS)} (`farm bench adapt` measures the others)"
+                f"use {', '.join(SERVED_TIERS)} (`farm bench adapt` measures the others)"
             )
         names = [target.name for target in self.targets]
         twice = sorted({name for name in names if names.count(name) > 1})

@@ -13,11 +13,12 @@ Positive = Annotated[int, Field(ge=1)]
 Dtype = Literal["auto", "float32", "bfloat16"]
 Strategy = Literal["all", "shift", "mahalanobis", "failure", "flatness", "random"]
 Loss = Literal["eda", "kl", "tv", "lk", "lk-log"]
-Tier = Literal["low-rank", "expert", "expert-fc", "eda", "full"]
+Tier = Literal["low-rank", "expert", "expert-fc", "expert-lora", "eda", "full"]
 Init = Literal["base", "zero", "random"]
 Form = Literal["unrolled", "cached", "cached-unrolled"]
-SERVED_TIERS = ("low-rank", "expert")  # they leave the trunk as it is, so that targets can share it
-CACHED_TIERS = SERVED_TIERS  # what the trunk puts out stays the same while they are trained
+# They leave the trunk as it is, so that targets can share it.
+SERVED_TIERS = ("low-rank", "expert", "expert-fc", "expert-lora")
+CACHED_TIERS = ("low-rank", "expert")  # what the trunk puts out stays the same while they are trained
 
 
 class Strict(BaseModel):
@@ -126,6 +127,7 @@ class AdaptSettings(TrainSettings):
     lr: float = Field(default=2e-3, gt=0)
     loss: Loss = "lk"
     hidden_weight: float = Field(default=5.0, ge=0)  # later drafted tokens read what is predicted
+    tokens: Positive | None = None  # of answers to train on in all, repeats included; None: `epochs` says it
     tier: Tier = "expert"
     rank: Positive = 16  # of low-rank maps
     width: Positive | None = None  # of the private expert; None: the base's
@@ -193,6 +195,9 @@ class AdaptResources(Strict):
     workers: Positive = 1
     gpus_per_worker: float = Field(default=0, ge=0)
     parallel: Positive = 2  # runs at the same time
+    pack: Positive | None = (
+        None  # targets that a run takes one after the other; None: many where they are small
+    )
 
 
 class ServeResources(Strict):

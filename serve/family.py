@@ -12,7 +12,8 @@ from farm.artifacts import TRUNK, Artifacts
 from farm.card import Fit, check_fit, parse_card, tokenizer_digest, vocabulary_digest
 from farm.config import UserError
 from farm.data.chat import read_template
-from farm.draft.checkpoint import EXPERT_FILE, TRUNK_FILE, load_draft, load_expert
+from farm.draft.checkpoint import EXPERT_FILE, TRUNK_FILE, load_adapter, load_draft
+from farm.draft.delta import TrunkDelta
 from farm.draft.expert import Expert
 from farm.draft.model import Draft
 from farm.draft.trunk import Trunk
@@ -22,7 +23,7 @@ from farm.store import open_store
 from farm.target.load import LoadedTarget, load_target, resolve_dtype, stop_ids
 from farm.target.lora import open_beside
 
-Module = TypeVar("Module", Trunk, Expert)
+Module = TypeVar("Module", Trunk, Expert, TrunkDelta)
 log = logging.getLogger("ray.serve")
 LOAD_ERRORS = (ValueError, KeyError, OSError, RuntimeError)  # with UserError and NotFound
 BASE_DRAFT, PLAIN = "base", "plain"
@@ -107,8 +108,9 @@ class Family:
         tokenizer = tokenizer_digest(target.tokenizer.get_vocab())
         here = self.trunk.fit.model_copy(update={"tokenizer_digest": tokenizer})
         check_fit(name, parse_card(name, live.card), here)
-        expert = load_expert(config, self._registry.path(live, EXPERT_FILE))
-        return ServedDraft(live.version, Draft(self.trunk.trunk, self._placed(expert)))
+        expert, delta = load_adapter(config, self._registry.path(live, EXPERT_FILE))
+        placed = None if delta is None else self._placed(delta)
+        return ServedDraft(live.version, Draft(self.trunk.trunk, self._placed(expert), placed))
 
     def _load_trunk(self) -> SharedTrunk | None:
         try:

@@ -49,7 +49,7 @@ class Row:
     survival: tuple[float, ...] = ()
     progress: float = 1.0  # share of its run's seconds; below 1 on the way
     lr: float = 0.0
-    epochs: int = 0
+    epochs: int = 0  # 0: as many as the tokens of the settings took
     unroll: int = 0
     adaspec: bool = False
     init: str = ""
@@ -169,7 +169,8 @@ def _row(
             "loss": settings.loss, "form": settings.form, "tier": settings.tier,
             "train_seconds": progress * total, "train_tokens": round(progress * run.result.positions),
             "train_flops": progress * run.result.flops, "adapter_bytes": run.result.trained_bytes,
-            "progress": round(progress, 3), "lr": settings.lr, "epochs": settings.epochs,
+            "progress": round(progress, 3), "lr": settings.lr,
+            "epochs": settings.epochs if settings.tokens is None else 0,
             "unroll": settings.unroll, "adaspec": settings.adaspec is not None, "init": settings.init,
         }  # fmt: skip
     return Row(

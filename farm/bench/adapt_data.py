@@ -16,7 +16,14 @@ from farm.data.features import Sample, local_shards, read_shards, shard_names, w
 from farm.data.prompts import load_prompts, split_rows
 from farm.decode.regenerate import prefill_rows
 from farm.decode.sampling import SamplingParams
-from farm.draft.checkpoint import EXPERT_FILE, TRUNK_FILE, build_trunk, load_expert, read_config, read_tensors
+from farm.draft.checkpoint import (
+    EXPERT_FILE,
+    TRUNK_FILE,
+    build_trunk,
+    load_adapter,
+    read_config,
+    read_tensors,
+)
 from farm.draft.config import DraftConfig
 from farm.draft.model import Draft
 from farm.evaluate.bench import PromptIds, TauResult, measure_tau
@@ -55,7 +62,7 @@ class Subject:
         if folder is not None:
             expert = folder / EXPERT_FILE
             state = read_tensors(folder / TRUNK_FILE) if (folder / TRUNK_FILE).exists() else state
-        draft = Draft(build_trunk(self.config, state), load_expert(self.config, expert))
+        draft = Draft(build_trunk(self.config, state), *load_adapter(self.config, expert))
         forward = self.target.forward
         return draft.to(forward.device, forward.dtype).requires_grad_(False)
 

@@ -6,13 +6,14 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
-from farm.sections import AdaptSettings, Strategy
+from farm.sections import CACHED_TIERS, AdaptSettings, Strategy
 
 Data = Literal["none", "regenerated", "dataset"]
 QUICK: Final = ("base-draft", "default", "eda", "full-retrain")
 MAIN: Final = QUICK  # measured on every target; the others on the first
 ROW_EPOCHS: Final = 0.25  # of what is trained on whole rows, in epochs of a default on cached positions
 FULL_EPOCHS: Final = 0.75  # of full retraining, unless it stops early before
+EPOCHS: Final = 20  # that these are shares of where the default counts tokens instead
 SELECTIONS: Final[tuple[Strategy, ...]] = ("random", "shift", "failure", "mahalanobis")
 FULL_RATES: Final = (0.5, 1.0, 2.0)  # learning rates of full retraining, in those of the default
 
@@ -45,12 +46,17 @@ def variants(default: AdaptSettings) -> list[Variant]:
     # EDA trains fc and a random private expert on true hidden states, with smooth L1 and a tenth of cross-entropy.
     eda = {
         "loss": "eda", "hidden_weight": 1.0, "unroll": 1, "form": "unrolled", "tier": "eda", "init": "random",
-        "width": None, "adaspec": None, "early_stop": None,
+        "width": None, "adaspec": None, "early_stop": None, "tokens": None, "epochs": _epochs(default, 1.0),
     }  # fmt: skip
     # A step over whole rows costs several cached ones; the share of epochs keeps the seconds near each other.
-    rows = {"form": "unrolled", "epochs": _epochs(default, 1.0 if default.form == "unrolled" else ROW_EPOCHS)}
+    rows: dict[str, Any] = {"form": "unrolled"}
+    if default.tokens is None:
+        rows["epochs"] = _epochs(default, 1.0 if default.form == "unrolled" else ROW_EPOCHS)
+    cached: dict[str, Any] = {"form": "cached", "tokens": None, "epochs": _epochs(default, 1.0)}
+    if default.tier not in CACHED_TIERS:
+        cached["tier"] = "expert"
     full = {
-        **rows, "epochs": _epochs(default, FULL_EPOCHS), "tier": "full", "width": None, "init": "base",
+        **rows, "tokens": None, "epochs": _epochs(default, FULL_EPOCHS), "tier": "full", "width": None, "init": "base",
         "unroll": 1 if default.form == "cached" else default.unroll,
         "early_stop": {"held_out": 0.05, "every": 20, "patience": 5},
     }  # fmt: skip
@@ -73,22 +79,29 @@ def variants(default: AdaptSettings) -> list[Variant]:
     out += [Variant("adaspec", f"{loss} + adaspec", {"loss": loss, **adaspec}) for loss in ("kl", "lk")]
     out += [Variant("unroll", f"{steps} steps", {**rows, "unroll": steps}) for steps in (1, 2, 3, 4)]
     both = {
+        **cached,
         "form": "cached-unrolled",
         "cached_epochs": _epochs(default, 0.5),
         "epochs": _epochs(default, 0.1),
     }
     out += [
-        Variant("forms", "cached", {"form": "cached"}),
-        Variant("forms", "unrolled", rows),
-        Variant("forms", "cached, then unrolled", both),
-        Variant("tiers", "half width", width=0.5),
-        Variant("tiers", "double width", width=2.0),
+        Variant("forms", "expert, cached", cached),
+        Variant("forms", "expert, unrolled", {**rows, "tier": "expert"}),
+        Variant("forms", "expert, cached, then unrolled", both),
+        Variant("tiers", "half width, cached", cached, width=0.5),
+        Variant("tiers", "double width, cached", cached, width=2.0),
         Variant("tiers", "expert + low-rank fc", {**rows, "tier": "expert-fc"}),
+        *(
+            Variant(
+                "tiers", f"expert + low-rank trunk, {rank}", {**rows, "tier": "expert-lora", "rank": rank}
+            )
+            for rank in (8, 16, 64)
+        ),
         Variant("tiers", "expert + fc", {**rows, "tier": "eda"}),
         Variant("tiers", "zero init", {"init": "zero"}),
         Variant("tiers", "random init", {"init": "random"}),
     ]
-    low_rank = {"tier": "low-rank", "init": "base", "width": None}
+    low_rank = {**cached, "tier": "low-rank", "init": "base", "width": None}
     out += [Variant("lora", f"low-rank expert, {rank}", {**low_rank, "rank": rank}) for rank in (8, 32)]
     for selection in SELECTIONS:
         out += [
@@ -119,7 +132,7 @@ def methods_of(every: Sequence[Variant]) -> list[str]:
 
 
 def _epochs(default: AdaptSettings, factor: float) -> int:
-    return max(1, round(default.epochs * factor))
+    return max(1, round((default.epochs if default.tokens is None else EPOCHS) * factor))
 
 
 def _weight(loss: str) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 # B rows, C draft vocabulary, H hidden
-"""Weights of the drafts as a batch needs them: one trunk, the private expert of every row, the head of every row."""
+"""Weights of the drafts as a batch needs them: one trunk, and of every row the private expert, changes and head."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 
 from farm.decode.routes import Group, Routes, arrange
+from farm.draft.delta import TrunkDelta, with_delta
 from farm.draft.expert import Expert
 from farm.draft.lean import ExpertSum, LeanDraft, LeanExpert, LeanHead, LeanTrunk
 from farm.draft.model import Draft, DraftHead
-from farm.draft.routed import ExpertStack, FlatExpert, RoutedExperts
+from farm.draft.routed import ExpertStack, FlatExpert, RoutedDeltas, RoutedExperts
+from farm.layers.lora import Lora, stack_loras
 from farm.target.forward import TargetForward
 
 KEPT_STACKS = 4  # mixtures of experts whose weights stay stacked in memory
+KEPT_TRUNKS = 2  # trunks with one target's changes in them, for batches of that target alone
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,14 @@ class Drafts:
 
     def __init__(self, first: Draft, routes: Routes) -> None:
         self._routes, self._trunk, self._spare = routes, LeanTrunk.of(first.trunk), first.expert
+        self._device = first.trunk.fc.weight.device
         self._experts: dict[int, LeanExpert] = {}
         self._flats: dict[tuple[int, int], FlatExpert] = {}
         self._heads: dict[int, LeanHead] = {}
+        self._loras: dict[int, Lora] = {}
         self._stack = functools.lru_cache(KEPT_STACKS)(self._stack_anew)
+        self._stack_deltas = functools.lru_cache(KEPT_STACKS)(self._stack_deltas_anew)
+        self._changed = functools.lru_cache(KEPT_TRUNKS)(self._changed_anew)
         self.bind = functools.lru_cache(1)(self._bind_anew)  # a batch stays the same for many rounds
 
     def _bind_anew(self, targets: tuple[str, ...]) -> Bound:
@@ -71,7 +78,8 @@ class Drafts:
         groups = self._routes.groups(targets)
         heads = tuple(self._head(group.forward) for group in groups)
         head = heads[0] if len(heads) == 1 else MixedHeads(heads, groups)
-        return LeanDraft(self._trunk, self._experts_of(targets)), head
+        trunk, deltas = self._trunk_of(targets)
+        return LeanDraft(trunk, self._experts_of(targets), deltas), head
 
     def forget(self) -> None:
         """Drops what was made for targets that are hosted no more."""
@@ -80,6 +88,10 @@ class Drafts:
         experts.add(id(self._spare))
         self.bind.cache_clear()
         self._stack.cache_clear()
+        self._stack_deltas.cache_clear()
+        self._changed.cache_clear()
+        deltas = {id(route.draft.delta) for route in self._routes if route.draft is not None}
+        self._loras = {key: lora for key, lora in self._loras.items() if key in deltas}
         self._heads = {key: head for key, head in self._heads.items() if key in forwards}
         self._experts = {key: expert for key, expert in self._experts.items() if key in experts}
         self._flats = {key: flat for key, flat in self._flats.items() if key[0] in experts}
@@ -93,6 +105,27 @@ class Drafts:
         if id(present[0]) not in self._experts:
             self._experts[id(present[0])] = LeanExpert.of(present[0])
         return self._experts[id(present[0])]
+
+    def _trunk_of(self, targets: tuple[str, ...]) -> tuple[LeanTrunk, RoutedDeltas | None]:
+        """The trunk, and what each row changes in it; a batch of one target has its changes in a trunk of its own."""
+        drafts = (self._routes[name].draft for name in targets)
+        of_rows = [None if draft is None else draft.delta for draft in drafts]
+        owners = set(of_rows)
+        if owners == {None}:
+            return self._trunk, None
+        if len(owners) == 1:
+            return self._changed(of_rows[0]), None
+        present, which = arrange(of_rows)
+        return self._trunk, RoutedDeltas(self._stack_deltas(present), which, self._device)
+
+    def _changed_anew(self, delta: TrunkDelta) -> LeanTrunk:
+        return LeanTrunk.of(with_delta(self._trunk.trunk, delta))
+
+    def _stack_deltas_anew(self, present: tuple[TrunkDelta, ...]) -> Lora:
+        for delta in present:
+            if id(delta) not in self._loras:
+                self._loras[id(delta)] = delta.lora()
+        return stack_loras([self._loras[id(delta)] for delta in present])
 
     def _stack_anew(self, present: tuple[Expert, ...]) -> ExpertStack:
         width = max(expert.gate_proj.weight.shape[0] for expert in present)

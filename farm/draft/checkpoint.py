@@ -1,4 +1,4 @@
-"""Trunk and private expert as safetensors files, stored apart and loaded strictly by name."""
+"""Trunk and adapters (a private expert, perhaps changes to the trunk) as safetensors files, loaded strictly by name."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from farm.config import UserError
 from farm.draft.config import DraftConfig
+from farm.draft.delta import DELTA_PARTS, TrunkDelta
 from farm.draft.expert import Expert
 from farm.draft.model import Draft
 from farm.draft.trunk import Trunk
 
 CONFIG_FILE, TRUNK_FILE, EXPERT_FILE = "draft.json", "trunk.safetensors", "expert.safetensors"
 VOCABULARY = "draft_vocabulary"
+DELTA = "trunk_delta."  # begins the names of what a target changes in the trunk
 
 
 def trunk_files(
@@ -88,15 +90,40 @@ def load_expert(config: DraftConfig, path: Path) -> Expert:
     return build_expert(config, read_tensors(path))
 
 
+def adapter_state(expert: nn.Module, delta: nn.Module | None) -> dict[str, Tensor]:
+    """Everything that is private to a target, by name, as its file holds it."""
+    state = dict(expert.state_dict())
+    if delta is not None:
+        state |= {f"{DELTA}{name}": value for name, value in delta.state_dict().items()}
+    return state
+
+
+def load_adapter(config: DraftConfig, path: Path) -> tuple[Expert, TrunkDelta | None]:
+    """The private expert of a file, and what the target changes in the trunk: None where the file has no such tensors.
+
+    Raises UserError when a name or a shape does not fit the config.
+    """
+    state = read_tensors(path)
+    changes = {name.removeprefix(DELTA): value for name, value in state.items() if name.startswith(DELTA)}
+    expert = build_expert(config, {n: value for n, value in state.items() if not n.startswith(DELTA)})
+    if not changes:
+        return expert, None
+    ranks = {part: changes[f"{part}.a_RX"].shape[0] for part in DELTA_PARTS if f"{part}.a_RX" in changes}
+    with torch.device("meta"):
+        delta = TrunkDelta.empty(config, ranks)
+    _load(delta, changes, "trunk delta")
+    return expert, delta
+
+
 def load_trunk(folder: Path) -> Trunk:
     """The frozen trunk of a folder that `trunk_files` describes, in float32 on the CPU."""
     return build_trunk(read_config(folder), read_tensors(folder / TRUNK_FILE))
 
 
 def load_draft(folder: Path, expert: Path | None = None) -> Draft:
-    """A folder's trunk with the private expert of a file, or with the base's that lies beside it."""
+    """A folder's trunk with the adapter of a file, or with the base's private expert that lies beside it."""
     trunk = load_trunk(folder)
-    return Draft(trunk, load_expert(trunk.config, expert or folder / EXPERT_FILE))
+    return Draft(trunk, *load_adapter(trunk.config, expert or folder / EXPERT_FILE))
 
 
 def trunk_digest(state: Mapping[str, Tensor]) -> str:

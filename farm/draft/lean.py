@@ -16,6 +16,7 @@ from torch import Tensor
 
 from farm.draft.expert import Expert
 from farm.draft.model import Draft, DraftHead
+from farm.draft.routed import RoutedDeltas
 from farm.draft.trunk import Trunk
 from farm.layers.attention import attend, rotate, spare_values
 from farm.layers.dense import Dense, RmsNorm, swiglu
@@ -73,13 +74,15 @@ class ExpertSum(Protocol):
 class LeanDraft:
     """Predicted hidden states of a trunk with private experts; called like `Draft`, without gradients."""
 
-    def __init__(self, trunk: LeanTrunk, experts: ExpertSum) -> None:
+    def __init__(self, trunk: LeanTrunk, experts: ExpertSum, deltas: RoutedDeltas | None = None) -> None:
+        """`deltas` is what rows change in the trunk; None: nothing."""
         self.config = trunk.trunk.config
-        self._lean, self._experts = trunk, experts
+        self._lean, self._experts, self._deltas = trunk, experts, deltas
 
     @classmethod
     def of(cls, draft: Draft) -> LeanDraft:
-        return cls(LeanTrunk.of(draft.trunk), LeanExpert.of(draft.expert))
+        """One draft for all rows; its changes to the trunk are folded into a trunk of its own."""
+        return cls(LeanTrunk.of(draft.folded().trunk), LeanExpert.of(draft.expert))
 
     def __call__(
         self,
@@ -108,12 +111,20 @@ class LeanDraft:
         """As calling it, with the positions' tables made before."""
         b, t, h = embedded_BTH.shape
         n, g, d = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
-        u_MH = self._lean.fc(torch.cat((embedded_BTH, hidden_BTH), dim=-1).view(b * t, 2 * h))
-        qkv_BTND = self._lean.qkv(u_MH).view(b, t, n + 2 * g, d)
-        qkv_BTND = rotate(qkv_BTND, *tables)
+        deltas = None if self._deltas is None else self._deltas.rows(t)
+        x_MX = torch.cat((embedded_BTH, hidden_BTH), dim=-1).view(b * t, 2 * h)
+        u_MH = self._lean.fc(x_MX)
+        if deltas is not None:
+            u_MH = deltas.add(0, "fc", x_MX, u_MH)
+        qkv_MX = self._lean.qkv(u_MH)
+        if deltas is not None:
+            qkv_MX = deltas.add(0, "qkv", u_MH, qkv_MX)
+        qkv_BTND = rotate(qkv_MX.view(b, t, n + 2 * g, d), *tables)
         k_BGSD, v_BGSD, mask = remember(qkv_BTND[:, :, n:])
         mixed_MX = attend(qkv_BTND[:, :, :n], k_BGSD, v_BGSD, mask).view(b * t, n * d)
         a_MH = self._lean.out.add_to(u_MH, mixed_MX)
+        if deltas is not None:
+            a_MH = deltas.add(0, "out", mixed_MX, a_MH)
         n_MH = self._lean.norm(a_MH)
         a_MH = self._experts.add_to(self._lean.shared_expert.add_to(a_MH, n_MH), n_MH)
         return a_MH.view(b, t, h)

@@ -1,5 +1,5 @@
 # B rows, T tokens, H hidden, V vocabulary, C draft vocabulary
-"""A draft: one trunk and one private expert, with the target's own embedding and head."""
+"""A draft: one trunk and what is private, an expert and perhaps changes to the trunk; with the target's head."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from farm.draft.config import DraftConfig
+from farm.draft.delta import TrunkDelta, with_delta
 from farm.draft.expert import Expert
 from farm.draft.trunk import Trunk
 
@@ -18,10 +19,12 @@ from farm.draft.trunk import Trunk
 class Draft(nn.Module):
     """h_{t+1} predicted from x_{t+1} and h_t, in the target's post-norm space (EAGLE-1 alignment)."""
 
-    def __init__(self, trunk: Trunk, expert: Expert) -> None:
+    def __init__(self, trunk: Trunk, expert: Expert, delta: TrunkDelta | None = None) -> None:
+        """`delta` is what this target adds to the trunk that it shares with others."""
         super().__init__()
         self.trunk = trunk
         self.expert = expert
+        self.delta = delta
 
     @property
     def config(self) -> DraftConfig:
@@ -35,9 +38,13 @@ class Draft(nn.Module):
         remember: Callable[[Tensor], tuple[Tensor, Tensor, Tensor | None]],
     ) -> Tensor:
         """Predicted hidden state [B, T, H]; see Trunk.forward for the arguments."""
-        residual_BTH, normed_BTH = self.trunk(embedded_BTH, hidden_BTH, positions_BT, remember)
+        residual_BTH, normed_BTH = self.trunk(embedded_BTH, hidden_BTH, positions_BT, remember, self.delta)
         predicted: Tensor = residual_BTH + self.expert(normed_BTH)
         return predicted
+
+    def folded(self) -> Draft:
+        """The same draft with a trunk of its own, in which the changes are; itself where there are none."""
+        return self if self.delta is None else Draft(with_delta(self.trunk, self.delta), self.expert)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 # B rows, T tokens, M = B T, E experts present, R rows of an expert (the most), H hidden, F expert width
 # P numbers of an expert
-"""Private experts routed by row: one grouped product over the experts present, whatever their number.
+"""Private experts and changes to the trunk, routed by row: grouped products over those present, whatever their number.
 
 A batch of mixed targets shares one pass through the trunk; only the private expert differs by row. Rows are gathered
 by expert, padded to the largest group, and multiplied with the stacked weights at once.
@@ -8,6 +8,7 @@ by expert, padded to the largest group, and multiplied with the stacked weights 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from farm.draft.expert import Expert
 from farm.layers.dense import swiglu
+from farm.layers.lora import Lora, LoraRows
+
+KEPT_LENGTHS = 8  # of calls whose rows stay divided by target
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,16 @@ class RoutedExperts:
             return torch.baddbmm(residual_ERH, gated_ERF, self.stack.down_EFH).view_as(residual_MH)
         out_NX = torch.bmm(gated_ERF, self.stack.down_EFH).view(-1, rows_BX.shape[1])
         return residual_MH + out_NX[self.scatter_B].view_as(residual_MH)
+
+
+class RoutedDeltas:
+    """What each row of a batch changes in the trunk; rows have `num_tokens` tokens each, as many as a call says."""
+
+    def __init__(self, stack: Lora, which: Sequence[int], device: torch.device) -> None:
+        """`which[b]` is the index of row b's changes in the stack, -1 for none."""
+        self.rows = functools.lru_cache(KEPT_LENGTHS)(
+            lambda num_tokens: LoraRows(stack, which, num_tokens, device)
+        )
 
 
 def _widen(weight_FH: Tensor, missing: int) -> Tensor:

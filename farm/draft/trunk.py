@@ -12,7 +12,7 @@ EDA, arXiv 2603.09527, with one shared and one private expert, so that there is 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,14 @@ from farm.layers.attention import attend, plain_frequencies, rotary_tables, rota
 MAX_POSITIONS = 32_768
 
 KeysValues = tuple[Tensor, Tensor]
+
+
+class Changes(Protocol):
+    """What a target adds to the trunk's products (farm/draft/delta.py)."""
+
+    def change(self, part: Any) -> nn.Module | None:
+        """Of `fc`, `qkv` or `out`: a map from the product's input to what is added to its output; None: nothing."""
+        ...
 
 
 class Trunk(nn.Module):
@@ -52,22 +60,26 @@ class Trunk(nn.Module):
         hidden_BTH: Tensor,
         positions_BT: Tensor,
         remember: Callable[[Tensor], tuple[Tensor, Tensor, Tensor | None]],
+        delta: Changes | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Residual with the shared expert added, and its normed input, both [B, T, H].
 
         `remember(kv_BTPD)` stores this step's keys and then values and returns what may be read: keys and values
         [B, G, S, D] and a boolean mask [B, 1, R * T, S] or None. Serving passes the slot cache, training the unrolled
-        form of it, so that one forward serves both.
+        form of it, so that one forward serves both. `delta` is what the target changes.
         """
         b, t, _ = embedded_BTH.shape
         n, g, d = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
-        u_BTH = self.fc(torch.cat((embedded_BTH, hidden_BTH), dim=-1))
+        x_BTX = torch.cat((embedded_BTH, hidden_BTH), dim=-1)
+        u_BTH = _changed(self.fc(x_BTX), x_BTX, delta, "fc")
         cos_BT1D, sin_BT1D = self.rotary(positions_BT, u_BTH.dtype)
-        q_BTND = rotate(self.q_proj(u_BTH).view(b, t, n, d), cos_BT1D, sin_BT1D)
-        k_BTGD = rotate(self.k_proj(u_BTH).view(b, t, g, d), cos_BT1D, sin_BT1D)
-        kv_BTPD = torch.cat((k_BTGD, self.v_proj(u_BTH).view(b, t, g, d)), dim=2)
+        qkv_BTY = torch.cat((self.q_proj(u_BTH), self.k_proj(u_BTH), self.v_proj(u_BTH)), dim=-1)
+        qkv_BTND = _changed(qkv_BTY, u_BTH, delta, "qkv").view(b, t, n + 2 * g, d)
+        q_BTND, k_BTGD, v_BTGD = qkv_BTND.tensor_split([n, n + g], dim=2)
+        kv_BTPD = torch.cat((rotate(k_BTGD, cos_BT1D, sin_BT1D), v_BTGD), dim=2)
         k_BGSD, v_BGSD, mask = remember(kv_BTPD)
-        a_BTH = u_BTH + self.o_proj(attend(q_BTND, k_BGSD, v_BGSD, mask))
+        mixed_BTX = attend(rotate(q_BTND, cos_BT1D, sin_BT1D), k_BGSD, v_BGSD, mask)
+        a_BTH = u_BTH + _changed(self.o_proj(mixed_BTX), mixed_BTX, delta, "out")
         n_BTH = self.post_attention_layernorm(a_BTH)
         return a_BTH + self.shared_expert(n_BTH), n_BTH
 
@@ -81,3 +93,8 @@ class Trunk(nn.Module):
             self._tables = cos, signed(sin)
         cos, sin = self._tables
         return cos[positions_BT].unsqueeze(2).to(dtype), sin[positions_BT].unsqueeze(2).to(dtype)
+
+
+def _changed(product: Tensor, x: Tensor, delta: Changes | None, part: str) -> Tensor:
+    change = None if delta is None else delta.change(part)
+    return product if change is None else product + change(x)

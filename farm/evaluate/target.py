@@ -12,7 +12,7 @@ import torch
 from farm.data.chat import encode_chat
 from farm.data.prompts import Prompt
 from farm.decode.sampling import SamplingParams
-from farm.draft.checkpoint import EXPERT_FILE, load_expert, load_trunk
+from farm.draft.checkpoint import EXPERT_FILE, load_adapter, load_trunk
 from farm.draft.model import Draft
 from farm.draft.trunk import Trunk
 from farm.evaluate.bench import PromptIds, TauResult, measure_speed, measure_tau
@@ -48,12 +48,12 @@ class OpenTrunk:
         trunk = load_trunk(folder)
         return cls(trunk.to(target.forward.device, target.forward.dtype), folder / EXPERT_FILE)
 
-    def draft(self, expert: str | None) -> Draft:
-        """The draft with an expert's file, or with the base's."""
-        path = self.base_expert_path if expert is None else local_copy(expert)
+    def draft(self, adapter: str | None) -> Draft:
+        """The draft with an adapter's file, or with the base's private expert."""
+        path = self.base_expert_path if adapter is None else local_copy(adapter)
         placed = self.trunk.fc.weight
-        expert = load_expert(self.trunk.config, path).to(placed.device, placed.dtype)
-        return Draft(self.trunk, expert).requires_grad_(False)
+        draft = Draft(self.trunk, *load_adapter(self.trunk.config, path))
+        return draft.to(placed.device, placed.dtype).requires_grad_(False)
 
 
 def evaluate_target(task: EvaluateTask) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def serve_command(task: ExportTask, folder: Path, model: str, dtype: StoredDtype
 
 def _write(task: ExportTask, config: Any, folder: Path, final: Path) -> None:
     """All files of the export; `final` is where the folder will be."""
-    draft = load_draft(task.trunk_folder, task.expert)
+    draft = load_draft(task.trunk_folder, task.expert).folded()
     sizes = config.hidden_size, config.vocab_size
     if sizes != (draft.config.hidden_size, draft.config.vocab_size):
         raise Refused(

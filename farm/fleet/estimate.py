@@ -120,7 +120,10 @@ def estimate_target(plan: Plan, target: TargetPlan, rates: Rates) -> Estimate:
     rows = len(target.answers.prompts)
     if target.select_key is not None:
         rows = round(rows * plan.manifest.select.fraction)
-    return total + estimate_training(rows, target.answers.settings.max_new_tokens, settings.epochs, rates)
+    longest, epochs = target.answers.settings.max_new_tokens, settings.epochs
+    if settings.tokens is not None:
+        epochs = max(1, round(settings.tokens / (rows * longest)))
+    return total + estimate_training(rows, longest, epochs, rates)
 
 
 def estimate_trunk(plan: Plan, rates: Rates) -> Estimate:

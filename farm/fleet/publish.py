@@ -97,6 +97,7 @@ def _publish(
         {
             **fit.model_dump(),
             "adapt_key": target.adapt_key,
+            "tier": plan.manifest.adapt.tier,
             "answers_key": target.answers.key,
             "select_key": target.select_key,
             "evaluate_key": evaluation.key,

@@ -10,13 +10,14 @@ from farm.config import Refused, dump
 from farm.fleet import measure
 from farm.fleet.answers import AnswersJob, feature_shards, finish_answers, missing_shards
 from farm.fleet.datasets import ShardResult, regenerate
+from farm.fleet.packs import divide
 from farm.fleet.plan import ADAPT, EVALUATE, EXPERT_FILE, TRUNK_FILE, TargetPlan
 from farm.fleet.pool import run_bounded
 from farm.fleet.publish import family_fit, opponent_of, publish
 from farm.fleet.run import Run
 from farm.fleet.selection import selected_rows
 from farm.fleet.session import cpus_of_largest_node, runs_at_once
-from farm.fleet.trainers import CURVE_FILE, TrainJob, train
+from farm.fleet.trainers import CURVE_FILE, PackJob, TrainJob, train
 from farm.fleet.trunk import close_trunk
 from farm.fleet.vocabulary import coverage, token_files
 
@@ -73,18 +74,35 @@ def adapt(run: Run, trunk: Artifact) -> None:
         else:
             _adapted(run, target.name, found)
 
+    resources = run.manifest.resources.adapt
+    width = max(1, min(runs_at_once(resources), len(jobs)))
+    of_width = [replace(job, at_once=width) for job in jobs.values()]
+    expert_bytes = 12 * shared.draft.hidden_size * (run.manifest.adapt.width or shared.draft.private_width)
+    runs = {one.name: one for one in divide(of_width, width, resources.pack, expert_bytes)} if jobs else {}
+
     def started(name: str) -> None:
-        run.board.update(name, stage="adapt")
+        for target in _targets_of(runs[name]):
+            run.board.update(target, stage="adapt")
         run.say(f"{name}: adapting")
 
-    width = max(1, min(runs_at_once(run.manifest.resources.adapt), len(jobs)))
-    specs = {name: (replace(job, at_once=width),) for name, job in jobs.items()}
+    specs = {name: (one,) for name, one in runs.items()}
     for outcome in run_bounded(specs, train, width, started, max_retries=run.attempts.driver):
-        if outcome.error is not None:
-            run.fail(outcome.name, outcome.error)
-        else:
-            _adapted(run, outcome.name, outcome.value)
+        reasons = outcome.value if isinstance(outcome.value, dict) else {}
+        for name in _targets_of(runs[outcome.name]):
+            artifact = run.artifacts.find(ADAPT, jobs[name].key)
+            if artifact is not None:
+                _adapted(run, name, artifact)
+            else:
+                run.fail(name, outcome.error or TargetFailed(reasons.get(name, "its run failed")))
     close_trunk(trunk.key)
+
+
+class TargetFailed(Exception):
+    """One target of several in a run could not be fitted."""
+
+
+def _targets_of(job: PackJob | TrainJob) -> tuple[str, ...]:
+    return tuple(one.name for one in job.jobs) if isinstance(job, PackJob) else (job.name,)
 
 
 @dataclass(frozen=True)
@@ -142,7 +160,7 @@ def _adapt_job(run: Run, target: TargetPlan, shared: _Shared) -> TrainJob:
             "answers_key": target.answers.key,
             "trunk_key": shared.revision,
             "coverage": covered,
-            "trained_tokens": chosen.manifest["answer_tokens"] * settings.epochs,
+            "trained_tokens": settings.tokens or chosen.manifest["answer_tokens"] * settings.epochs,
         },
     )
 

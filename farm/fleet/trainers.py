@@ -4,6 +4,7 @@
 because dead runs leave actors behind in a process that lives on.
 """
 
+import hashlib
 import json
 import os
 import tempfile
@@ -67,6 +68,23 @@ class TrainJob:
         return f"{self.stage}-{self.name}-{self.key}"
 
 
+@dataclass(frozen=True)
+class PackJob:
+    """Several targets in one run, one after the other; of one store, one trunk, the same resources and attempts."""
+
+    jobs: tuple[TrainJob, ...]
+
+    @property
+    def name(self) -> str:
+        """Of its targets, for a list of tasks."""
+        return ", ".join(job.name for job in self.jobs)
+
+    @property
+    def run_name(self) -> str:
+        """Holds everything that decides the results."""
+        return f"pack-{hashlib.sha256(' '.join(job.key for job in self.jobs).encode()).hexdigest()[:16]}"
+
+
 def train_worker(config: dict[Any, Any]) -> Any:
     """The body of one training worker; rank 0's return value becomes the run's."""
     import torch
@@ -75,9 +93,10 @@ def train_worker(config: dict[Any, Any]) -> Any:
     from farm.fleet.trunk import borrow_trunk
     from farm.train.loop import fit
 
-    task, trunk_file, checkpoint = config["task"], config["trunk"], get_checkpoint()
-    torch.set_num_threads(config["num_threads"])
-    options = {"report": _report, "steps_done": _steps_done(config["store"], config["shown_as"])}
+    job: TrainJob = config["job"]
+    task, trunk_file, checkpoint = job.task, job.trunk, get_checkpoint()
+    torch.set_num_threads(job.num_threads)
+    options = {"report": report_checkpoint, "steps_done": steps_shown(job)}
     with tempfile.TemporaryDirectory() as folder:
         resume = Path(checkpoint.to_directory(folder)) if checkpoint else None
         if trunk_file is None:
@@ -88,16 +107,14 @@ def train_worker(config: dict[Any, Any]) -> Any:
     return asdict(result)
 
 
-def _steps_done(
-    store: str, shown_as: tuple[str, tuple[str, ...]] | None
-) -> Callable[[int, int], None] | None:
+def steps_shown(job: TrainJob) -> Callable[[int, int], None] | None:
     """Writes the steps that rank 0 has taken to the status records, at most one write in STATUS_EVERY_S."""
     from ray.train import get_context
 
-    if shown_as is None or get_context().get_world_rank() != 0:
+    if job.shown_as is None or get_context().get_world_rank() != 0:
         return None
-    run_id, targets = shown_as
-    board, written = StatusBoard(open_store(store), run_id), -STATUS_EVERY_S
+    run_id, targets = job.shown_as
+    board, written = StatusBoard(open_store(job.store), run_id), -STATUS_EVERY_S
 
     def show(done: int, of: int) -> None:
         nonlocal written
@@ -110,7 +127,7 @@ def _steps_done(
     return show
 
 
-def _report(metrics: dict[str, float], save: Callable[[Path], None] | None) -> None:
+def report_checkpoint(metrics: dict[str, float], save: Callable[[Path], None] | None) -> None:
     """Every rank reports; rank 0's folder is the checkpoint, though all ranks take part in writing it."""
     from ray.train import Checkpoint, get_context, report
 
@@ -124,55 +141,60 @@ def _report(metrics: dict[str, float], save: Callable[[Path], None] | None) -> N
 
 
 @ray.remote(num_cpus=0, max_calls=1, runtime_env={"env_vars": WORKER_VARIABLES})
-def train(job: TrainJob) -> Artifact:
+def train(job: TrainJob | PackJob) -> Artifact | dict[str, str]:
     """Drive one run to its end and publish its last checkpoint as the artifact of `job.stage`.
 
-    Run again after it was killed, it goes on from the last checkpoint, or finds the finished artifact.
+    Of several targets: publish those that end well, and return the reasons of those that did not, by name. Run again
+    after it was killed, it goes on from the last checkpoint, or finds the finished artifacts.
     """
+    if isinstance(job, PackJob):
+        from farm.fleet.packs import drive
+
+        return drive(job)
     artifacts = Artifacts(open_store(job.store))
     found = artifacts.find(job.stage, job.key)
     if found:
         return found
     started = time.monotonic()
-    result = _trainer(job).fit()
+    result = trainer(job, train_worker, {"job": job}, job.run_name).fit()
     assert result.checkpoint is not None  # the last report of `fit` always saves
     with result.checkpoint.as_directory() as folder:
-        for name in (EXPERT_FILE,) if job.stage == ADAPT else TRUNK_FILES:
-            artifacts.put_file(job.stage, job.key, name, (Path(folder) / name).read_bytes())
-    fitted = dict(result.return_value)
-    curve = fitted.pop("curve")
-    artifacts.put_file(job.stage, job.key, CURVE_FILE, json.dumps(curve).encode())
-    manifest = {**job.record, **fitted, "metrics": result.metrics, "seconds": time.monotonic() - started}
-    finished = artifacts.finish(job.stage, job.key, manifest)
+        fitted = {**result.return_value, "metrics": result.metrics, "seconds": time.monotonic() - started}
+        finished = publish_fitted(job, Path(folder), fitted)
     result.filesystem.delete_dir(result.path)  # optimizer states of a finished run serve nobody
     return finished
 
 
-def _trainer(job: TrainJob) -> Any:
+def publish_fitted(job: TrainJob, folder: Path, fitted: Mapping[str, Any]) -> Artifact:
+    """The artifact of a run whose last checkpoint is in `folder`; `fitted` has the fields of a FitResult, and more."""
+    artifacts = Artifacts(open_store(job.store))
+    for name in (EXPERT_FILE,) if job.stage == ADAPT else TRUNK_FILES:
+        artifacts.put_file(job.stage, job.key, name, (folder / name).read_bytes())
+    artifacts.put_file(job.stage, job.key, CURVE_FILE, json.dumps(fitted["curve"]).encode())
+    rest = {name: value for name, value in fitted.items() if name != "curve"}
+    return artifacts.finish(job.stage, job.key, {**job.record, **rest})
+
+
+def trainer(like: TrainJob, worker: Callable[[Any], Any], config: dict[str, Any], run_name: str) -> Any:
+    """A run of `worker` with the resources and attempts of `like`."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    resources, on_gpu = job.resources, job.resources.gpus_per_worker > 0
-    variables = {RUN_VARIABLE: job.run_name}
+    resources, on_gpu = like.resources, like.resources.gpus_per_worker > 0
+    variables = {RUN_VARIABLE: run_name}
     if not on_gpu:
         variables["DS_ACCELERATOR"] = "cpu"
     each = {"CPU": 1.0, **({"GPU": resources.gpus_per_worker} if on_gpu else {})}
     return TorchTrainer(
-        train_worker,
-        train_loop_config={
-            "task": job.task,
-            "trunk": job.trunk,
-            "num_threads": job.num_threads,
-            "store": job.store,
-            "shown_as": job.shown_as,
-        },
+        worker,
+        train_loop_config=config,
         scaling_config=ScalingConfig(
             num_workers=resources.workers, use_gpu=on_gpu, resources_per_worker=each
         ),
         run_config=RunConfig(
-            name=job.run_name,
-            storage_path=f"{job.store}/train",
-            failure_config=FailureConfig(max_failures=job.attempts.worker),
+            name=run_name,
+            storage_path=f"{like.store}/train",
+            failure_config=FailureConfig(max_failures=like.attempts.worker),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
             worker_runtime_env={"env_vars": variables},
         ),

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# The products of a decoder layer; q/k/v are fused in one, gate and up in another.
-Part = Literal["qkv", "out", "gate_up", "down"]
+# The products of a decoder layer, and the one in front of a draft's; q/k/v are fused in one, gate and up in another.
+Part = Literal["fc", "qkv", "out", "gate_up", "down"]
 
 
 class Delta(NamedTuple):

@@ -101,7 +101,15 @@ def manifest_of(out: Path, prompts: dict[str, Path]) -> dict[str, Any]:
         "train_trunk": {"prompts": str(prompts["base"]), "epochs": 5, "batch_rows": 8, "lr": 3e-3},
         # Models this small are bound by operators, not by bytes: wide batches cost little more than narrow ones.
         "regenerate": {"batch_rows": 64, "shard_rows": 128},
-        "adapt": {"epochs": 20, "batch_rows": 8, "lr": 6e-3},
+        "adapt": {
+            "tier": "expert-lora",
+            "rank": 32,
+            "form": "unrolled",
+            "unroll": 1,
+            "tokens": 90_000,
+            "batch_rows": 8,
+            "lr": 6e-3,
+        },  # fmt: skip
         "evaluate": {"speed_prompts": 2, "max_new_tokens": 48},
         "resources": {"regenerate": {"max_actors": 2}},
     }

@@ -7,7 +7,7 @@ Knows nothing of Ray: `torch.distributed` is initialised by the caller, checkpoi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +17,14 @@ from torch import Tensor, distributed
 
 from farm.config import UserError
 from farm.data.features import Sample, local_shards, read_shards, trainable
-from farm.draft.checkpoint import EXPERT_FILE, build_trunk, load_expert, trunk_digest, trunk_files
+from farm.draft.checkpoint import (
+    EXPERT_FILE,
+    adapter_state,
+    build_trunk,
+    load_expert,
+    trunk_digest,
+    trunk_files,
+)
 from farm.draft.config import DraftConfig
 from farm.draft.model import DraftHead, new_draft
 from farm.sections import AdaptSettings, TargetSpec, TrainSettings
@@ -89,6 +96,8 @@ def fit(
     world, settings = distributed.get_world_size(), task.settings
     samples = read_shards(local_shards(task.shards), task.rows)
     numbers, held_out = split_held_out(_trainable(task, samples), settings)
+    task = _within_tokens(task, [samples[number] for number in numbers])
+    settings = task.settings
     if world > min(settings.batch_rows, len(numbers)):
         raise UserError(
             f"resources.adapt.workers: {world} workers for {min(settings.batch_rows, len(numbers))} rows "
@@ -128,6 +137,16 @@ def fit(
         Seconds(caching, spent_on_reference, training.seconds),
         training.positions, training.flops, trained.num_bytes,
     )  # fmt: skip
+
+
+def _within_tokens(task: FitTask, samples: list[Sample]) -> FitTask:
+    """With the whole epochs, at least one, that come nearest to the tokens that are to be trained on."""
+    settings = task.settings
+    if not isinstance(settings, AdaptSettings) or settings.tokens is None:
+        return task
+    each = sum(len(sample.tokens_T) - sample.num_prompt_tokens for sample in samples)
+    epochs = max(1, round(settings.tokens / each))
+    return replace(task, settings=settings.model_copy(update={"epochs": epochs}))
 
 
 def _trainable(task: FitTask, samples: list[Sample]) -> list[int]:
@@ -208,16 +227,16 @@ def _device() -> torch.device:
 
 
 def _save_result(task: FitTask, trained: TrainedDraft, folder: Path) -> None:
-    """The folded draft: the expert alone where the trunk is as it was, else both."""
+    """The folded draft: what is private alone where the trunk is as it was, else both."""
     draft = trained.folded()
-    expert, trunk = (
-        {name: value.float().cpu().contiguous() for name, value in part.state_dict().items()}
-        for part in (draft.expert, draft.trunk)
+    private, trunk = (
+        {name: value.float().cpu().contiguous() for name, value in part.items()}
+        for part in (adapter_state(draft.expert, draft.delta), draft.trunk.state_dict())
     )
     if trained.owned is None:
-        files = {EXPERT_FILE: safetensors(expert)}
+        files = {EXPERT_FILE: safetensors(private)}
     else:
         vocabulary = None if task.vocabulary is None else torch.tensor(task.vocabulary)
-        files = trunk_files(task.draft, trunk, expert, vocabulary)
+        files = trunk_files(task.draft, trunk, private, vocabulary)
     for name, data in files.items():
         (folder / name).write_bytes(data)

@@ -9,16 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from farm.config import UserError
 from farm.train.loop import FitResult, FitTask, Save, fit
+from farm.train.training import StepsDone
 
 NAME_FILE = "target.txt"  # in a checkpoint: whose it is
 
 PackedReport = Callable[[str, dict[str, float], Save], None]  # target, metrics, how to write its checkpoint
 Finished = Callable[[str, FitResult, Save], None]
+# What is wrong with one target: its settings, its answers, its numbers. All ranks meet it at the same place.
+OWN_ERRORS: Final = (UserError, FloatingPointError, OSError, ValueError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -36,13 +41,15 @@ def fit_packed(
     done: Callable[[str], bool],
     report: PackedReport,
     finished: Finished,
+    started: Callable[[str], StepsDone | None] = lambda _name: None,
     resume: Path | None = None,
 ) -> Packed:
     """Fits every task that is not `done` yet, in order; every rank has to do the same.
 
-    `finished(target, result, save)` is called once for each, before the next one begins; what it keeps is what `done`
-    says when the run is started again. `resume` is a checkpoint that `report`'s save wrote: the target in it goes on
-    from there. A mistake of the user and a loss that is not finite fail their target alone.
+    `started(target)` is called before a target begins, and gives what its steps are counted by. `finished(target,
+    result, save)` is called once for each, before the next one begins; what it keeps is what `done` says when the run
+    is started again. `resume` is a checkpoint that `report`'s save wrote: the target in it goes on from there. An error
+    of OWN_ERRORS fails its target alone.
     """
     results: dict[str, FitResult] = {}
     failures: dict[str, str] = {}
@@ -60,9 +67,11 @@ def fit_packed(
             report(name, metrics, saves[0])
 
         try:
-            results[name] = fit(task, trunk=trunk, resume=_of(resume, name), report=keep)
-        except (UserError, FloatingPointError) as error:
-            failures[name] = str(error)
+            results[name] = fit(
+                task, trunk=trunk, resume=_of(resume, name), report=keep, steps_done=started(name)
+            )
+        except OWN_ERRORS as error:
+            failures[name] = f"{type(error).__name__}: {error}"
             continue
         finished(name, results[name], saves[0])
     return Packed(results, failures)

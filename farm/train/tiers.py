@@ -4,11 +4,13 @@
     low-rank    the base's private expert, with W + B A in place of each of its three maps
     expert      a private expert of any width
     expert-fc   an expert, and fc + B A
+    expert-lora an expert, and W + B A in fc and in the attention's maps
     eda         an expert, and all of fc (what EDA's release trains)
     full        every tensor of the draft
 
-Only `low-rank` and `expert` leave the trunk as it is, and so can be served beside other targets: the first is folded
-into an expert of the base's width.
+`eda` and `full` change the trunk; the others leave it as it is, and so can be served beside other targets. `low-rank`
+is folded into an expert of the base's width; the changes of `expert-fc` and `expert-lora` stay low-rank and are routed
+by row (farm/draft/delta.py).
 """
 
 from __future__ import annotations
@@ -22,13 +24,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from farm.config import UserError
+from farm.draft.delta import DELTA_PARTS, LowRank, TrunkDelta, another_trunk, part_sizes
 from farm.draft.expert import Expert
 from farm.draft.model import Draft
 from farm.draft.trunk import Trunk
+from farm.layers.lora import Part
 from farm.sections import Init, Tier
 
 STD: Final = 0.02
 MAPS: Final = ("gate_proj", "up_proj", "down_proj")
+PACE: Final = 3.0  # of the factors of a trunk's changes: their steps, in those of the other tensors
+CHANGED_PARTS: Final[dict[Tier, tuple[Part, ...]]] = {"expert-fc": ("fc",), "expert-lora": DELTA_PARTS}
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class TierShape:
     init: Init
 
 
-class LowRank(nn.Module):
+class LowRankMap(nn.Module):
     """y = W x + B A x with a frozen W; B begins at zero, so that the map begins as W."""
 
     def __init__(self, weight_OI: Tensor, rank: int, generator: torch.Generator) -> None:
@@ -63,14 +69,45 @@ class LowRank(nn.Module):
         return self._frozen[0] + self.b_OR @ self.a_RI
 
 
+class PacedLowRank(nn.Module):
+    """x -> B A x with A = PACE a and B = PACE b.
+
+    Adam moves every number by about the learning rate, whatever the scale of its gradient. Trained in a and b, the
+    factors take PACE times larger steps, as LoRA needs beside tensors that are trained whole.
+    """
+
+    def __init__(self, num_inputs: int, num_outputs: int, rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.small_a_RX = nn.Parameter(_normal((rank, num_inputs), num_inputs**-0.5 / PACE, generator))
+        self.small_b_YR = nn.Parameter(torch.zeros(num_outputs, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return PACE**2 * functional.linear(functional.linear(x, self.small_a_RX), self.small_b_YR)
+
+    def plain(self) -> LowRank:
+        """The same map in its factors."""
+        (rank, num_inputs), device = self.small_a_RX.shape, self.small_a_RX.device
+        out = LowRank(num_inputs, self.small_b_YR.shape[0], rank).to(device, self.small_a_RX.dtype)
+        with torch.no_grad():
+            out.a_RX.copy_(PACE * self.small_a_RX)
+            out.b_YR.copy_(PACE * self.small_b_YR)
+        return out
+
+
 class TrainedDraft(nn.Module):
     """A draft whose parameters, as a module, are exactly what its tier trains; the rest is held outside the tree."""
 
-    def __init__(self, trunk: Trunk, expert: nn.Module, *, owned: nn.Module | None) -> None:
-        """`owned` is the part of the trunk that is trained: its fc, the trunk itself, or None."""
+    def __init__(
+        self, trunk: Trunk, expert: nn.Module, *, owned: nn.Module | None, delta: TrunkDelta | None = None
+    ) -> None:
+        """`owned` is the part of the trunk that is trained: its fc, the trunk itself, or None.
+
+        `delta` is what is trained beside a trunk that stays as it is.
+        """
         super().__init__()
         self.expert = expert
         self.owned = owned
+        self.delta = delta
         self._trunk = (trunk,)
 
     @property
@@ -79,18 +116,23 @@ class TrainedDraft(nn.Module):
 
     def as_draft(self) -> Draft:
         """The draft to run; it shares every tensor with this one."""
-        return Draft(self._trunk[0], self.expert)  # type: ignore[arg-type]
+        return Draft(self._trunk[0], self.expert, self.delta)  # type: ignore[arg-type]
 
     def folded(self) -> Draft:
-        """A plain draft of the same function, in tensors of its own: what the engine decodes with."""
-        trunk, source = copy.deepcopy(_plain(self.trunk)), self.expert
+        """A plain draft of the same function, in tensors of its own: what the engine decodes with.
+
+        Changes to a trunk that stays as it is are still apart from it.
+        """
+        trunk, source = copy.deepcopy(another_trunk(self.trunk)), self.expert
         gate_FH = getattr(source, MAPS[0]).weight
         expert = Expert(trunk.config.hidden_size, gate_FH.shape[0]).to(gate_FH.device, gate_FH.dtype)
         with torch.no_grad():
             for name in MAPS:
                 getattr(expert, name).weight.copy_(getattr(source, name).weight)
-            trunk.fc.weight = nn.Parameter(self.trunk.fc.weight.detach().clone())
-        return Draft(trunk, expert).requires_grad_(False)
+        delta = None
+        if self.delta is not None:
+            delta = TrunkDelta({part: change.plain() for part, change in self.delta.named_children()})  # type: ignore[misc, operator]
+        return Draft(trunk, expert, delta).requires_grad_(False)
 
     @property
     def num_bytes(self) -> int:
@@ -105,7 +147,7 @@ def trained_draft(trunk: Trunk, base_expert: Expert | None, shape: TierShape, se
     """
     generator = torch.Generator().manual_seed(seed)
     if shape.tier == "full":
-        whole = copy.deepcopy(_plain(trunk)).requires_grad_(True)
+        whole = copy.deepcopy(another_trunk(trunk)).requires_grad_(True)
         return TrainedDraft(whole, _new_expert(trunk, base_expert, shape, generator), owned=whole)
     if shape.tier == "low-rank":
         if base_expert is None or shape.init != "base" or shape.width is not None:
@@ -114,19 +156,22 @@ def trained_draft(trunk: Trunk, base_expert: Expert | None, shape: TierShape, se
             )
         low = copy.copy(base_expert)
         low._modules = {
-            name: LowRank(getattr(base_expert, name).weight, shape.rank, generator) for name in MAPS
+            name: LowRankMap(getattr(base_expert, name).weight, shape.rank, generator) for name in MAPS
         }
         return TrainedDraft(trunk, low, owned=None)
     expert = _new_expert(trunk, base_expert, shape, generator)
     if shape.tier == "expert":
         return TrainedDraft(trunk, expert, owned=None)
-    view = _plain(trunk)
     if shape.tier == "eda":
-        fc: nn.Module = copy.deepcopy(trunk.fc).requires_grad_(True)
-    else:
-        fc = LowRank(trunk.fc.weight, shape.rank, generator)
-    view._modules["fc"] = fc
-    return TrainedDraft(view, expert, owned=fc)
+        view, fc = another_trunk(trunk), copy.deepcopy(trunk.fc).requires_grad_(True)
+        view._modules["fc"] = fc
+        return TrainedDraft(view, expert, owned=fc)
+    sizes, device = part_sizes(trunk.config), trunk.fc.weight.device
+    changes = {
+        part: PacedLowRank(*sizes[part], shape.rank, generator).to(device)
+        for part in CHANGED_PARTS[shape.tier]
+    }
+    return TrainedDraft(trunk, expert, owned=None, delta=TrunkDelta(changes))
 
 
 def _new_expert(trunk: Trunk, base: Expert | None, shape: TierShape, generator: torch.Generator) -> Expert:
@@ -159,18 +204,6 @@ def _take_over(expert: Expert, base: Expert) -> None:
     expert.gate_proj.weight[:width] = gate[kept_F]
     expert.up_proj.weight[:width] = up[kept_F]
     expert.down_proj.weight[:, :width] = down[:, kept_F]
-
-
-def _plain(trunk: Trunk) -> Trunk:
-    """Another trunk over the same tensors, of which one module can be replaced; not fused yet."""
-    view = copy.copy(trunk)
-    view._modules = dict(trunk._modules)
-    view.fused, view._tables = None, None
-    if isinstance(view.fc, LowRank):
-        bare = nn.Linear(1, 1, bias=False)
-        bare.weight = nn.Parameter(view.fc.weight.detach(), requires_grad=False)
-        view._modules["fc"] = bare
-    return view
 
 
 def _normal(shape: tuple[int, ...], std: float, generator: torch.Generator) -> Tensor:

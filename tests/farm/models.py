@@ -13,7 +13,9 @@ from transformers import (
 )
 
 from farm.draft.config import DraftConfig
+from farm.draft.delta import TrunkDelta
 from farm.draft.model import Draft, new_draft
+from farm.layers.lora import Part
 from farm.target.forward import TargetForward
 
 TYPES = {
@@ -57,3 +59,12 @@ def tiny_pair(kind: str = "llama", *, seed: int = 0, **options: Any) -> tuple[Ta
     model = tiny_model(kind, seed=seed, **options)
     draft = new_draft(DraftConfig.for_base(model.config), seed=seed + 1, std=0.3)
     return TargetForward.of(model), draft.requires_grad_(False)
+
+
+def random_delta(config: DraftConfig, ranks: dict[Part, int], seed: int) -> TrunkDelta:
+    """Changes to a trunk that are large enough to change what is drafted."""
+    delta, generator = TrunkDelta.empty(config, ranks), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in delta.parameters():
+            parameter.normal_(0.0, 0.3, generator=generator)
+    return delta.requires_grad_(False)

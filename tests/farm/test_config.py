@@ -309,10 +309,12 @@ def test_a_fixed_length_beyond_k_is_refused(folder):
 
 
 def test_a_tier_that_changes_the_trunk_is_refused_where_targets_share_it(folder):
-    with pytest.raises(UserError, match=r"adapt.tier: full changes the trunk.*low-rank or expert"):
+    with pytest.raises(UserError, match=r"adapt.tier: full changes the trunk.*low-rank, expert, expert-fc"):
         load_manifest(write(folder, tree()), ["adapt.tier=full", "adapt.form=unrolled"])
     assert "use tier low-rank or expert" in mistake(folder, tree(adapt={"tier": "full"}))
     assert load_manifest(write(folder, tree()), ["adapt.tier=low-rank"]).adapt.tier == "low-rank"
+    served = load_manifest(write(folder, tree()), ["adapt.tier=expert-lora", "adapt.form=unrolled"])
+    assert served.adapt.tier == "expert-lora"
 
 
 def test_a_cached_form_of_a_tier_that_trains_fc_is_refused():

@@ -12,10 +12,11 @@ from safetensors.torch import save_file
 from farm.decode.engine import Route
 from farm.draft.expert import Expert
 from farm.draft.model import Draft
+from farm.layers.lora import Part
 from farm.target.forward import TargetForward
 from farm.target.lora import open_lora
 from farm.target.weights import read_weights
-from tests.farm.models import tiny_model, tiny_pair
+from tests.farm.models import random_delta, tiny_model, tiny_pair
 
 NO_STOP: frozenset[int] = frozenset()
 PROJECTIONS = (
@@ -44,11 +45,12 @@ def write_lora(folder: Path, model: Any, *, rank: int, seed: int) -> Path:
     return folder
 
 
-def expert_like(draft: Draft, width: int, seed: int) -> Draft:
-    """Another private expert over the same trunk."""
+def expert_like(draft: Draft, width: int, seed: int, ranks: dict[Part, int] | None = None) -> Draft:
+    """Another private expert over the same trunk; with `ranks`, low-rank changes to it too."""
     torch.manual_seed(seed)
     expert = Expert(draft.config.hidden_size, width).double().requires_grad_(False)
-    return Draft(draft.trunk, expert)
+    delta = None if ranks is None else random_delta(draft.config, ranks, seed).double()
+    return Draft(draft.trunk, expert, delta)
 
 
 def family(folder: Path) -> tuple[list[Route], dict[str, Route]]:
@@ -57,17 +59,18 @@ def family(folder: Path) -> tuple[list[Route], dict[str, Route]]:
     forwards = [TargetForward.of(model) for model in models]
     draft = tiny_pair()[1].double()
     mixed = [
-        Route(forwards[0], NO_STOP, expert_like(draft, 64, 10), target="base"),
+        Route(forwards[0], NO_STOP, expert_like(draft, 64, 10, {"fc": 3}), target="base"),
         Route(forwards[1], frozenset({3}), expert_like(draft, 64, 11), target="full"),
         Route(forwards[0], NO_STOP, None, target="plain"),
     ]
     alone = {route.target: route for route in mixed}
     checkpoint = folder / "checkpoint"
     models[0].save_pretrained(checkpoint)
+    ranks: list[dict[Part, int] | None] = [None, {"fc": 2, "qkv": 4, "out": 1}]
     for index, rank in enumerate((2, 4)):
         name = f"lora{index}"
         adapter = write_lora(folder / name, models[0], rank=rank, seed=index)
-        own = expert_like(draft, 32 + 16 * index, 20 + index)
+        own = expert_like(draft, 32 + 16 * index, 20 + index, ranks[index])
         mixed.append(Route(forwards[0], NO_STOP, own, open_lora(adapter, forwards[0]), name))
         weights = read_weights(checkpoint, adapter, torch.float64)
         assert weights is not None

@@ -16,6 +16,7 @@ from farm.decode.engine import Completion, Engine, Request, Route
 from farm.decode.propose import DraftProposal
 from farm.decode.routes import arrange
 from farm.decode.sampling import SamplingParams
+from farm.draft.model import Draft
 from farm.target.forward import TargetForward
 from tests.farm.decode.family import NO_STOP, expert_like, family
 from tests.farm.models import tiny_model, tiny_pair
@@ -99,6 +100,21 @@ def test_the_loras_change_what_is_decoded(routes: Family) -> None:
         done.request_id: done.tokens for done in Engine(routes[0], num_slots=5, max_length=40, k=0).run(asked)
     }
     assert len({tokens[name] for name in ("base", "full", "lora0", "lora1")}) == 4
+
+
+@pytest.mark.parametrize("name", ["base", "lora1"])
+def test_the_changes_to_the_trunk_change_what_is_drafted(routes: Family, name: str) -> None:
+    """Else a draft that lost them in a mixed batch would pass as well."""
+    route = routes[1][name]
+    assert route.draft is not None
+    without = replace(route, draft=Draft(route.draft.trunk, route.draft.expert))
+    request = Request("a", (1, 2, 3), SamplingParams(max_new_tokens=24), name)
+    drafted = []
+    for one in (route, without):
+        watched = Watched([one], num_slots=1, k=3)
+        watched.engine.run([request])
+        drafted.append(watched.drafted["a"])
+    assert drafted[0] != drafted[1]
 
 
 def test_a_round_costs_a_forward_for_each_checkpoint_not_for_each_target(

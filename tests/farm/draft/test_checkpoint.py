@@ -4,12 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from farm.config import UserError
 from farm.draft.checkpoint import (
     EXPERT_FILE,
     TRUNK_FILE,
+    adapter_state,
     build_trunk,
+    load_adapter,
     load_draft,
     load_expert,
     read_tensors,
@@ -17,7 +20,8 @@ from farm.draft.checkpoint import (
     trunk_files,
 )
 from farm.draft.config import DraftConfig
-from farm.draft.model import new_draft
+from farm.draft.model import Draft, new_draft
+from tests.farm.models import random_delta
 
 CONFIG = DraftConfig(16, 2, 1, 8, 24, 12, 1e-5, 1e4, 32)
 
@@ -60,6 +64,39 @@ def test_an_expert_of_another_hidden_size_is_refused(folder: Path) -> None:
     other = DraftConfig(8, 1, 1, 8, 24, 12, 1e-5, 1e4, 32)
     with pytest.raises(UserError, match="size mismatch"):
         load_expert(other, folder / EXPERT_FILE)
+
+
+def adapted(folder: Path, **extra: torch.Tensor) -> tuple[Draft, Path]:
+    """A draft that changes fc and q/k/v, and its adapter's file."""
+    base = new_draft(CONFIG, seed=0)
+    draft = Draft(base.trunk, base.expert, random_delta(CONFIG, {"fc": 3, "qkv": 2}, seed=1))
+    save_file(adapter_state(draft.expert, draft.delta) | extra, folder / "adapter.safetensors")
+    return draft, folder / "adapter.safetensors"
+
+
+def test_changes_to_the_trunk_come_back_as_they_were_saved(folder: Path) -> None:
+    draft, path = adapted(folder)
+    again = load_draft(folder, path)
+    for name, value in draft.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value)
+    assert load_adapter(CONFIG, folder / EXPERT_FILE)[1] is None  # as every adapter was before there were any
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("fc.a_RX", torch.zeros(3, 31), "size mismatch"),
+        ("qkv.b_YR", torch.zeros(32, 3), "size mismatch"),
+        ("stranger.a_RX", torch.zeros(2, 2), "stranger"),
+        ("out.a_RX", torch.zeros(2, 16), "out.b_YR"),
+    ],
+)
+def test_changes_that_do_not_fit_are_refused_by_name(
+    folder: Path, name: str, value: torch.Tensor, said: str
+) -> None:
+    _, path = adapted(folder, **{f"trunk_delta.{name}": value})
+    with pytest.raises(UserError, match=said):
+        load_adapter(CONFIG, path)
 
 
 def test_a_truncated_file_is_one_clear_error(folder: Path) -> None:

@@ -1,15 +1,19 @@
 """The fused draft that decodes must be the draft that was trained."""
 
+import pytest
 import torch
 
 from farm.draft.lean import LeanDraft, LeanTrunk
 from farm.draft.model import Draft
 from farm.layers.attention import causal_mask
-from tests.farm.models import tiny_pair
+from tests.farm.models import random_delta, tiny_pair
 
 
-def test_the_fused_draft_predicts_what_the_module_predicts() -> None:
+@pytest.mark.parametrize("changed", [False, True])
+def test_the_fused_draft_predicts_what_the_module_predicts(changed: bool) -> None:
     draft = tiny_pair()[1].double()
+    if changed:
+        draft.delta = random_delta(draft.config, {"fc": 3, "qkv": 2, "out": 1}, seed=4).double()
     generator = torch.Generator().manual_seed(0)
     embedded, hidden = torch.randn(2, 3, 9, 32, generator=generator, dtype=torch.float64)
     positions = torch.arange(9).expand(3, 9) + torch.tensor([[0], [5], [2]])

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from farm.draft.checkpoint import EXPERT_FILE, trunk_files
+from farm.draft.checkpoint import adapter_state, trunk_files
 from farm.draft.config import DraftConfig
 from farm.draft.model import Draft, new_draft
 from farm.export.engines import ServingEngine
@@ -19,7 +20,7 @@ from farm.export.folder import ExportTask
 from farm.layers.attention import causal_mask
 from farm.sections import TargetSpec
 from farm.target import zoo
-from tests.farm.models import tiny_model
+from tests.farm.models import random_delta, tiny_model
 
 VOCAB, HIDDEN = 256, 32
 Predict = Callable[[Tensor, Tensor], Tensor]  # embedded [T, H], hidden [T, H] to predicted [T, H]
@@ -41,13 +42,23 @@ class Family:
 
 
 def make_family(
-    folder: Path, kind: str = "llama", *, vocabulary: tuple[int, ...] | None = None, **options: Any
+    folder: Path,
+    kind: str = "llama",
+    *,
+    vocabulary: tuple[int, ...] | None = None,
+    changed: bool = False,
+    **options: Any,
 ) -> Family:
-    """Writes target, trunk and expert; the private expert is narrower than the shared one, and odd."""
+    """Writes target, trunk and adapter; the private expert is narrower than the shared one, and odd.
+
+    `changed`: the adapter changes the trunk too.
+    """
     model = tiny_model(kind, vocab=VOCAB, hidden=HIDDEN, **options)
     zoo.save(model, zoo.train_tokenizer(), folder / "model")
     config = DraftConfig.for_base(model.config, private_width=21)
     draft = new_draft(config, seed=1, std=0.3).requires_grad_(False)
+    if changed:
+        draft.delta = random_delta(config, {"fc": 3, "qkv": 2, "out": 4}, seed=3)
     other = new_draft(config, seed=2, std=0.3)
     chosen = None if vocabulary is None else torch.tensor(vocabulary)
     files = trunk_files(config, draft.trunk.state_dict(), other.expert.state_dict(), chosen)
@@ -56,7 +67,7 @@ def make_family(
     for name, data in files.items():
         (trunk_folder / name).write_bytes(data)
     expert = folder / "adapted.safetensors"
-    expert.write_bytes(trunk_files(config, {}, draft.expert.state_dict(), None)[EXPERT_FILE])
+    save_file(adapter_state(draft.expert, draft.delta), expert)
     spec = TargetSpec(name="tiny", model=str(folder / "model"), prompts="prompts.jsonl")
     return Family(model, spec, draft, trunk_folder, expert)
 

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from farm.config import Refused, UserError
-from farm.draft.checkpoint import TRUNK_FILE, load_draft
+from farm.draft.checkpoint import TRUNK_FILE, adapter_state, load_draft
 from farm.export.engines import ServingEngine
 from farm.export.folder import (
     CARD_FILE,
@@ -71,16 +71,35 @@ def after(words: list[str], option: str) -> str:
 # The draft itself
 
 
-@pytest.mark.parametrize("engine", [VLLM, SGLANG])
+@pytest.fixture(scope="module")
+def changed(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    return make_family(tmp_path_factory.mktemp("changed"), changed=True)
+
+
+@pytest.mark.parametrize(("which", "engine"), [("family", VLLM), ("family", SGLANG), ("changed", VLLM)])
 def test_what_an_engine_loads_proposes_the_same_tokens_in_float32(
-    family: Family, tmp_path: Path, engine: ServingEngine
+    which: str, engine: ServingEngine, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
+    family: Family = request.getfixturevalue(which)
     loaded = Eagle1.load(export(family.task(engine, dtype="float32"), tmp_path / "out"))
     for tokens in prompts():
         ours, logits = proposals(predict_of(family.draft), family.model, tokens, K)
         theirs, their_logits = proposals(loaded, family.model, tokens, K)
         assert torch.equal(ours, theirs)
         assert torch.allclose(logits, their_logits, rtol=1e-4, atol=1e-4 * float(logits.abs().max()))
+
+
+def test_the_comparison_sees_an_export_that_leaves_the_changes_to_the_trunk_out(
+    changed: Family, tmp_path: Path
+) -> None:
+    save_file(adapter_state(changed.draft.expert, None), tmp_path / "alone.safetensors")
+    task = replace(changed.task(dtype="float32"), expert=tmp_path / "alone.safetensors")
+    loaded = Eagle1.load(export(task, tmp_path / "out"))
+    pairs = [
+        (proposals(predict, changed.model, tokens, K)[0] for predict in (predict_of(changed.draft), loaded))
+        for tokens in prompts()
+    ]
+    assert sum(not torch.equal(*pair) for pair in pairs) > PROMPTS / 2
 
 
 def hidden_first(loaded: Eagle1) -> Callable[..., torch.Tensor]:

@@ -170,7 +170,7 @@ def test_a_killed_worker_and_a_killed_driver_are_failed_rows_and_the_others_go_o
     manifest = farmed.family.manifest(
         *names,
         store=farmed.store,
-        resources={"adapt": {"parallel": 2}},
+        resources={"adapt": {"parallel": 2, "pack": 1}},
         adapt={"epochs": 10, "save_every": 2},
     )
 

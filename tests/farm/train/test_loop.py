@@ -144,7 +144,14 @@ def changed(task: FitTask, **settings: object) -> FitTask:
 
 @pytest.mark.parametrize(
     ("tier", "loss"),
-    [("low-rank", "kl"), ("expert", "lk"), ("expert-fc", "tv"), ("eda", "eda"), ("full", "lk-log")],
+    [
+        ("low-rank", "kl"),
+        ("expert", "lk"),
+        ("expert-fc", "tv"),
+        ("expert-lora", "lk"),
+        ("eda", "eda"),
+        ("full", "lk-log"),
+    ],
 )
 def test_every_tier_learns_beside_an_untouched_trunk(
     task: FitTask, tier: str, loss: str, tmp_path: Path
@@ -154,9 +161,22 @@ def test_every_tier_learns_beside_an_untouched_trunk(
     assert result.trunk_digest_before == result.trunk_digest_after
     first, last = (sum(loss for _, loss in part) for part in (result.curve[:3], result.curve[-3:]))
     assert last < first  # an epoch each
-    assert (tmp_path / TRUNK_FILE).exists() == (tier in ("expert-fc", "eda", "full"))
+    assert (tmp_path / TRUNK_FILE).exists() == (tier in ("eda", "full"))
+    names = load_file(tmp_path / EXPERT_FILE)
+    parts = {name.split(".")[1] for name in names if name.startswith("trunk_delta.")}
+    assert parts == {"expert-fc": {"fc"}, "expert-lora": {"fc", "qkv", "out"}}.get(tier, set())
     assert result.trained_bytes > 0
     assert result.flops > 0
+
+
+@pytest.mark.parametrize(("tokens", "epochs"), [(1, 1), (470, 3), (660, 4)])
+def test_tokens_are_met_by_the_nearest_number_of_whole_epochs(
+    task: FitTask, tokens: int, epochs: int, tmp_path: Path
+) -> None:
+    """The answers have 10 to 21 tokens, 186 together."""
+    one = fit_in_process(changed(task, epochs=1, save_every=1000), trunk_of(task), tmp_path / "one")
+    found = fit_in_process(changed(task, tokens=tokens, save_every=1000), trunk_of(task), tmp_path / "found")
+    assert found.positions == epochs * one.positions
 
 
 @pytest.mark.parametrize("form", ["cached", "cached-unrolled"])

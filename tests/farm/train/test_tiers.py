@@ -20,7 +20,7 @@ CONFIG = DraftConfig(
     hidden_size=16, num_heads=2, num_kv_heads=1, head_dim=8, shared_width=24, private_width=20,
     rms_eps=1e-6, rope_theta=10_000.0, vocab_size=32,
 )  # fmt: skip
-TIERS = ["low-rank", "expert", "expert-fc", "eda", "full"]
+TIERS = ["low-rank", "expert", "expert-fc", "expert-lora", "eda", "full"]
 SHAPE = TierShape("expert", 4, None, "base")
 
 
@@ -63,6 +63,7 @@ def test_a_folded_draft_is_the_trained_one_and_shares_no_tensor_with_it(
     folded = trained.folded()
     expected = run(trained.as_draft())
     torch.testing.assert_close(run(folded), expected)
+    torch.testing.assert_close(run(folded.folded()), expected)
     assert (expected - run(Draft(*base))).abs().max() > 1e-2
     for parameter in folded.parameters():
         parameter.zero_()
@@ -87,6 +88,8 @@ def test_what_is_trained_grows_from_tier_to_tier(base: tuple[Trunk, Expert]) -> 
     assert made(base, tier="low-rank").num_bytes == 4 * 3 * rank * (h + f)
     assert made(base, tier="expert").num_bytes == 4 * 3 * h * f
     assert made(base, tier="expert-fc").num_bytes == 4 * (3 * h * f + rank * 3 * h)
+    # q/k/v have 32 outputs together, the heads that the output map reads 16
+    assert made(base, tier="expert-lora").num_bytes == 4 * (3 * h * f + rank * (3 * h + 3 * h + 2 * h))
     assert made(base, tier="eda").num_bytes == 4 * (3 * h * f + 2 * h * h)
     whole = sum(p.numel() for p in Draft(*base).parameters())
     assert made(base, tier="full").num_bytes == 4 * whole

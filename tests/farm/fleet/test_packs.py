@@ -1,0 +1,81 @@
+"""Targets that share a run end as alone; one that fails, or takes the run with it, is left out."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+import torch
+from safetensors.torch import load_file
+
+from farm.artifacts import Artifacts
+from farm.draft.checkpoint import EXPERT_FILE, TRUNK_FILE
+from farm.fleet.packs import SMALL_BYTES, divide
+from farm.fleet.plan import ADAPT
+from farm.fleet.trainers import Attempts, PackJob, TrainJob, train
+from farm.sections import AdaptResources
+from farm.store import open_store
+from farm.train.loop import FitTask
+from farm.train.process import fit_in_process
+from tests.farm.train.test_loop import task, trunk_of
+from tests.farm.train.test_packed import called
+
+__all__ = ["task"]  # the fixture
+
+
+def sizes(jobs: int, at_once: int, most: int | None, expert_bytes: int = 1) -> list[int]:
+    named: Any = [SimpleNamespace(name=str(number)) for number in range(jobs)]
+    runs = divide(named, at_once, most, expert_bytes)
+    names = [one.name for run in runs for one in (run.jobs if isinstance(run, PackJob) else (run,))]
+    assert sorted(names) == sorted(job.name for job in named)
+    return [len(run.jobs) if isinstance(run, PackJob) else 1 for run in runs]
+
+
+def test_small_targets_share_as_many_runs_as_there_are_side_by_side() -> None:
+    assert sizes(16, 2, None) == [8, 8]
+    assert sizes(5, 2, None) == [3, 2]
+    assert sizes(2, 2, None) == [1, 1]
+    assert sizes(16, 2, None, SMALL_BYTES + 1) == [1] * 16
+    assert sizes(7, 2, 3) == [3, 2, 2]
+    assert sizes(4, 1, 1) == [1] * 4
+
+
+@pytest.mark.ray
+def test_packed_targets_equal_their_solo_runs_and_bad_ones_stop_no_other(
+    ray_cluster: object, task: FitTask, tmp_path: Path
+) -> None:
+    """`far` diverges, `gone` has no answers; `odd` has a draft of another size, which no rank expects."""
+    good = {name: called(task, name, seed=seed, epochs=4) for seed, name in enumerate(("one", "two"))}
+    assert task.expert is not None
+    odd = replace(called(task, "odd"), draft=replace(task.draft, num_heads=1, num_kv_heads=1, head_dim=5))
+    bad = {
+        "far": called(task, "far", lr=1e30, clip=1e30, epochs=20),
+        "gone": replace(called(task, "gone"), shards=(str(tmp_path / "features-00000.safetensors"),)),
+        "odd": replace(odd, expert=None),
+    }
+    tasks = [good["one"], bad["far"], bad["gone"], bad["odd"], good["two"]]
+    store = open_store((tmp_path / "store").as_uri())
+
+    def job(of: FitTask) -> TrainJob:
+        return TrainJob(
+            name=of.target.name, stage=ADAPT, key=f"key-{of.target.name}", task=of, store=store.uri,
+            trunk=("packed", str(Path(str(task.expert)).with_name(TRUNK_FILE))), resources=AdaptResources(),
+            attempts=Attempts(worker=0), record={"target": of.target.name},
+        )  # fmt: skip
+
+    reasons = ray.get(train.remote(PackJob(tuple(map(job, tasks)))))
+    assert set(reasons) == {"far", "gone", "odd"}
+    assert "not finite" in reasons["far"]
+    assert "features-00000" in reasons["gone"]
+    artifacts = Artifacts(store)
+    for name, alone in good.items():
+        found = artifacts.find(ADAPT, f"key-{name}")
+        assert found is not None
+        assert found.manifest["target"] == name
+        fit_in_process(alone, trunk_of(alone), tmp_path / name)
+        expected = load_file(tmp_path / name / EXPERT_FILE)
+        for key, value in load_file(artifacts.path(found, EXPERT_FILE)).items():
+            torch.testing.assert_close(value, expected[key], atol=1e-6, rtol=1e-5)
+    assert not list((tmp_path / "store" / "train").glob("pack-*"))
