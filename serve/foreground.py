@@ -57,7 +57,6 @@ def main(arguments: Sequence[str]) -> None:
     ray.init(namespace="serve", ignore_reinit_error=True)
     for number in (signal.SIGTERM, signal.SIGINT):  # after Ray has set its own
         signal.signal(number, end)
-    serve.start(http_options={"host": args.host, "port": args.port})
     serve.run(build(args), name=APP, route_prefix="/")
     say(f"http://{args.host}:{args.port}/v1 answers")
     while not ended.wait(1.0):
