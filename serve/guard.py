@@ -110,7 +110,7 @@ class Guard:
             message = f"{REQUEST_ID}: has to be 1 to 128 letters, digits or any of ._:/+=@-"
             await refuse(ErrorBody(status=400, message=message, param=REQUEST_ID))(scope, receive, send)
             return
-        if not scope["path"].startswith(PROTECTED):
+        if not scope["path"].removeprefix(scope.get("root_path", "")).startswith(PROTECTED):
             await app(scope, receive, send)
             return
         caller = self._admit(headers.get("authorization"), answers=answers)

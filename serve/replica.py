@@ -103,6 +103,8 @@ class EngineHost:
         except UserError as error:
             return ErrorBody(status=400, message=str(error), param="messages" if ask.messages else "prompt")
         num_tokens, most = len(request.prompt_ids), self._max_length(target)
+        if not num_tokens:
+            return ErrorBody(status=400, message="prompt: is empty", param="prompt")
         if num_tokens > (ask.max_prompt_tokens or num_tokens):
             return too_many_tokens(num_tokens, ask.max_prompt_tokens)
         return request if num_tokens < most else context_exceeded(num_tokens, most)

@@ -18,6 +18,7 @@ from pydantic_core.core_schema import CoreSchema
 
 MAX_PROMPT_CHARS = 2**20
 MAX_CHOICES = 8
+COLDEST = 1e-3
 SHOWN_CHARS = 100  # of a client's own words in an error
 NEUTRAL: dict[str, tuple[Any, ...]] = {  # fields that are not served, with the values that ask for nothing
     "best_of": (1,),
@@ -51,6 +52,11 @@ Stops = Annotated[
     BeforeValidator(lambda stop: (stop,) if isinstance(stop, str) else stop),
     Field(max_length=4),
 ]
+
+
+def _cold_is_greedy(temperature: float) -> float:
+    """Below this, as clients write it to mean greedy, logits over temperature would overflow."""
+    return temperature if temperature >= COLDEST else 0.0
 
 
 class Asked(BaseModel):
@@ -115,12 +121,12 @@ class Sampling(Asked):
 
     model: Text = Field(max_length=200, description="`target` or `target@version`")
     n: Int = Field(default=1, ge=1, le=MAX_CHOICES)
-    temperature: Float = Field(default=1.0, ge=0, le=2)
+    temperature: Annotated[Float, AfterValidator(_cold_is_greedy)] = Field(default=1.0, ge=0, le=2)
     top_p: Float = Field(default=1.0, gt=0, le=1)
     # Not OpenAI's: these four. 0, 0 and 1 are off; max_drafted 0 decodes plainly.
     top_k: Int = Field(default=0, ge=0, lt=2**31)
     min_p: Float = Field(default=0.0, ge=0, le=1)
-    repetition_penalty: Float = Field(default=1.0, gt=0, le=10)
+    repetition_penalty: Float = Field(default=1.0, ge=0.01, le=10)
     max_drafted: Int | None = Field(default=None, ge=0)
     presence_penalty: Float = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: Float = Field(default=0.0, ge=-2, le=2)

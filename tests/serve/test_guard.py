@@ -99,6 +99,19 @@ def test_a_limit_of_tokens_is_a_refusal_when_asked_for_and_a_default_when_not() 
     assert Caller(None, None, None, None, None).new_tokens(None, 16) == 16
 
 
+def test_a_key_is_asked_for_below_a_route_prefix_too(keys: dict[str, str]) -> None:
+    guard = Guard(ServeSettings(keys=keys["path"]))
+    answers = Starlette(routes=[Route("/v1/who", who)])
+
+    async def below(prefix: str) -> int:
+        app = httpx.ASGITransport(Guarded(answers, lambda: guard), root_path=prefix)
+        async with httpx.AsyncClient(transport=app, base_url="http://test") as one:
+            return (await one.get(f"{prefix}/v1/who")).status_code
+
+    assert asyncio.run(below("/farm")) == 401
+    assert asyncio.run(below("")) == 401
+
+
 def test_a_body_is_bounded_while_it_is_read_whatever_its_length_is_said_to_be() -> None:
     guard, taken = Guard(ServeSettings(max_body_bytes=1000)), 0
 

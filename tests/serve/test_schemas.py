@@ -55,6 +55,7 @@ def test_a_value_that_asks_for_nothing_is_accepted(field):
         {"seed": 2**63},
         {"max_drafted": -1},
         {"n": 0},
+        {"repetition_penalty": 1e-300},
         {"n": 9},
         {"top_logprobs": 21, "logprobs": True},
         {"temperature": float("nan")},
@@ -77,6 +78,11 @@ def test_defaults_are_those_of_openai():
         None,
     )
     assert TextRequest(model="m", prompt="x").max_new_tokens == 16
+
+
+def test_a_temperature_that_would_overflow_logits_is_greedy():
+    for tiny, taken in ((1e-300, 0.0), (1e-8, 0.0), (0.001, 0.001), (0, 0.0)):
+        assert ChatRequest.model_validate({**HELLO, "temperature": tiny}).temperature == taken
 
 
 def test_the_newer_name_of_the_token_limit_wins():
