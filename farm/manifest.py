@@ -149,6 +149,8 @@ class PathResolver:
             tree["train_trunk"]["prompts"] = self._prompts(
                 tree["train_trunk"]["prompts"], "train_trunk.prompts"
             )
+        if tree["serve"]["keys"] is not None:
+            tree["serve"]["keys"] = str(self._absolute(tree["serve"]["keys"], "serve.keys"))
         for index, target in enumerate(tree["targets"]):
             field = f"targets.{index} ({target['name']})"
             target["model"] = self.model(target["model"], f"{field}.model", must_exist=False)

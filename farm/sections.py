@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 CONTROL_PATTERN = r"^(off|fixed(-[1-9]\d?)?|adaedl(-published)?|cost)$"  # of the draft length
@@ -19,6 +19,11 @@ Form = Literal["unrolled", "cached", "cached-unrolled"]
 # They leave the trunk as it is, so that targets can share it.
 SERVED_TIERS = ("low-rank", "expert", "expert-fc", "expert-lora")
 CACHED_TIERS = ("low-rank", "expert")  # what the trunk puts out stays the same while they are trained
+
+
+def _listed(value: object) -> object:
+    """A list as a command line gives it, with commas."""
+    return tuple(part for part in value.split(",") if part) if isinstance(value, str) else value
 
 
 class Strict(BaseModel):
@@ -169,6 +174,16 @@ class ServeSettings(Strict):
     control: str = Field(default="cost", pattern=CONTROL_PATTERN)
     max_ongoing_requests: Positive = 32
     max_queued_requests: Positive = 64
+    max_body_bytes: Positive = 4 * 2**20
+    max_prompt_tokens: Positive | None = None  # None: what fits into max_length
+    max_new_tokens: Positive | None = None  # of one answer; None: what fits into max_length
+    keys: str | None = (
+        None  # file of bearer keys (`farm key new`); None: whoever reaches the endpoint may ask
+    )
+    cors: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()  # origins of pages that may ask; "*": any
+    drain_s: float = Field(
+        default=30.0, ge=0
+    )  # how long open answers may go on once the server is told to end
 
     @model_validator(mode="after")
     def _length_within_k(self) -> Self:

@@ -1,9 +1,12 @@
 """The Serve application: `serve run serve.app:build store=STORE [num_slots=8 ...]`, from the checkout."""
 
+from pathlib import Path
+
 from pydantic import Field
 from ray import serve
 from ray.serve import Application
 
+from farm.keys import read_keys
 from farm.registry import Registry
 from farm.sections import Dtype, ServeResources, ServeSettings
 from farm.store import open_store
@@ -20,7 +23,7 @@ class BuildArgs(ServeSettings, ServeResources):
 
 
 def build(args: BuildArgs) -> Application:
-    """The gateway bound to the engine hosts of `args.store`. UserError when the store holds no family.
+    """The gateway bound to the engine hosts of `args.store`. UserError when the store holds no family, or without keys.
 
     `host` or `port` start Serve there if it does not run yet; on a cluster they belong to `serve start`
     or to the config file's `http_options`.
@@ -30,6 +33,9 @@ def build(args: BuildArgs) -> Application:
     if args.model_fields_set & {"host", "port"}:
         serve.start(http_options={"host": args.host, "port": args.port})
     settings = ServeSettings(**args.model_dump(include=set(ServeSettings.model_fields)))
+    if settings.keys is not None:
+        settings = settings.model_copy(update={"keys": str(Path(settings.keys).resolve())})
+        read_keys(Path(settings.keys))
     engines = EngineHost.options(
         num_replicas=args.replicas,
         max_ongoing_requests=args.max_ongoing_requests,
@@ -39,4 +45,4 @@ def build(args: BuildArgs) -> Application:
     # The gateway mostly waits: it needs no core of its own, and it must never be what is full.
     in_flight = args.replicas * args.max_ongoing_requests + args.max_queued_requests
     gateway = Gateway.options(max_ongoing_requests=2 * in_flight + 100, ray_actor_options={"num_cpus": 0})
-    return gateway.bind(engines)
+    return gateway.bind(engines, settings=settings)

@@ -1,5 +1,6 @@
 """Text out of token ids as they arrive: whole characters only, cut at the first stop string."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what decoders give for bytes that are no character (yet)
@@ -21,12 +22,22 @@ class TextStream:
         self._start = 0  # first token of the window
         self._read = 0  # tokens before this one have given their text
         self._held = ""  # text that may begin a stop string
+        self._num_settled = self._num_given = 0  # characters
+        self._finished = False
+        self.offsets: list[int] = []  # characters of the text before each token's own
         self.stopped = False
 
     @property
     def num_tokens(self) -> int:
         """Tokens taken so far, those of a stop string among them, none after it."""
         return len(self._tokens)
+
+    @property
+    def num_given(self) -> int:
+        """Tokens whose text was given out, in part at least; at the end all but those of a stop string."""
+        if self._finished and not self.stopped:
+            return len(self._tokens)
+        return bisect_left(self.offsets, self._num_given)
 
     def push(self, tokens: Iterable[int]) -> str:
         """Take tokens and return the text that they make certain; nothing once `stopped`."""
@@ -35,6 +46,7 @@ class TextStream:
             if self.stopped:
                 break
             self._tokens.append(token)
+            self.offsets.append(self._num_settled)
             text += self._until_stop(self._settled())
         return text
 
@@ -45,6 +57,7 @@ class TextStream:
         text = self._until_stop(self._fresh())
         if not self.stopped:
             text, self._held = text + self._held, ""
+            self._finished = True
         return text
 
     def _fresh(self) -> str:
@@ -61,13 +74,16 @@ class TextStream:
         return fresh
 
     def _until_stop(self, fresh: str) -> str:
+        self._num_settled += len(fresh)
         text = self._held + fresh
         found = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
         if found:
             self.stopped, self._held = True, ""
+            self._num_given += min(found)
             return text[: min(found)]
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
+        self._num_given += len(text) - keep
         return text[: len(text) - keep]
 
 

@@ -6,12 +6,14 @@ import logging
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from openai import BaseModel
-from openai.types import Model
+from openai.types import Completion, Model
+from openai.types.chat import ChatCompletion
+from pydantic import BaseModel as PydanticModel
 from ray import serve
 from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
@@ -19,8 +21,10 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
+from farm.sections import ServeSettings
 from serve.answers import ChatStyle, Head, Style, TextStyle, body, events, whole
-from serve.records import Ask, Hosted, Item, ask_of
+from serve.guard import Caller, Guard, Guarded, caller_of, refuse
+from serve.records import Ask, Hosted, Item, ask_of, named
 from serve.schemas import (
     MAX_PROMPT_CHARS,
     ChatRequest,
@@ -34,16 +38,41 @@ from serve.schemas import (
 
 LIST_FRESH_S = 2.0  # how long the list of hosted targets is believed
 LIST_WAIT_S = 5.0
-RETRY_AFTER_S = 1
 STARTED = int(time.time())
 log = logging.getLogger("ray.serve")
-api = FastAPI(title="farm", docs_url=None, redoc_url=None)
+api = FastAPI(
+    title="farm",
+    version="1",
+    summary="OpenAI's completions for every target of a family",
+    docs_url=None,
+    redoc_url=None,
+)
 
 
-def refuse(error: ErrorBody) -> Response:
-    """The HTTP response for an error; with 429 and 503 the client learns when to return."""
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if error.status in (429, 503) else None
-    return Response(json.dumps(error.envelope()), error.status, headers, media_type="application/json")
+class Envelope(PydanticModel):
+    """What every error looks like."""
+
+    error: ErrorBody
+
+
+# "4XX" keeps FastAPI from announcing its own 422, which nobody gets here.
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Envelope} for status in (400, 401, 404, 413, 429, 503, "4XX")
+}
+
+
+def _answers(whole: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """The responses of an endpoint that answers whole or as a stream."""
+    return {200: {"model": whole, "content": {"text/event-stream": {}}}, **REFUSALS}
+
+
+def _guard_of_this_replica() -> Guard:
+    gateway = serve.get_replica_context().servable_object
+    assert isinstance(gateway.guard, Guard)
+    return gateway.guard
+
+
+api.add_middleware(Guarded, guard=_guard_of_this_replica)
 
 
 @api.exception_handler(RequestValidationError)
@@ -83,11 +112,16 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
+class ModelList(PydanticModel):
+    object: Literal["list"]
+    data: list[Model]
+
+
 # `serve.ingress` copies the app when it decorates: what its routes use must be defined above the class.
 def _card(hosted: Hosted) -> Model:
-    """OpenAI's model object; `version` is ours: the adapter that serves, "base" or "plain"."""
+    """OpenAI's model object. Ours are `version`, the adapter that serves, "base" or "plain", and its `canary`."""
     fields = {"id": hosted.target, "created": STARTED, "object": "model", "owned_by": "farm"}
-    return Model.model_validate({**fields, "version": hosted.version})
+    return Model.model_validate({**fields, "version": hosted.version, "canary": hosted.canary})
 
 
 def _json(answer: BaseModel | dict[str, Any]) -> Response:
@@ -100,38 +134,60 @@ def _json(answer: BaseModel | dict[str, Any]) -> Response:
 class Gateway:
     """Every answer is asked of the engine host; its first piece comes before the status of the response."""
 
-    def __init__(self, engines: DeploymentHandle[Any]) -> None:
+    def __init__(self, engines: DeploymentHandle[Any], settings: ServeSettings) -> None:
         self._engines = engines
+        self.guard = Guard(settings)
         self._listed: list[Hosted] = []
         self._listed_at = -LIST_FRESH_S
 
-    @api.get("/v1/models")
-    async def models(self) -> Response:
-        cards = [_card(hosted) for hosted in await self._hosted()]
+    @api.get("/v1/models", responses={200: {"model": ModelList}, **REFUSALS})
+    async def models(self, http: Request) -> Response:
+        caller = caller_of(http)
+        cards = [_card(hosted) for hosted in await self._hosted() if caller.may_use(hosted.target)]
         return _json({"object": "list", "data": [card.model_dump() for card in cards]})
 
-    @api.get("/v1/models/{name}")
-    async def model(self, name: str) -> Response:
-        cards = [_card(hosted) for hosted in await self._hosted() if hosted.target == name]
-        return _json(cards[0]) if cards else refuse(unknown_model(name))
+    @api.get("/v1/models/{name}", responses={200: {"model": Model}, **REFUSALS})
+    async def model(self, name: str, http: Request) -> Response:
+        target, version = named(name)
+        for hosted in await self._hosted() if caller_of(http).may_use(target) else []:
+            if hosted.target == target and version in (None, hosted.version, hosted.canary):
+                return _json(_card(hosted))
+        return refuse(unknown_model(name))
 
-    @api.post("/v1/chat/completions")
-    async def chat(self, request: ChatRequest) -> Response:
-        return await self._answer(request, ChatStyle())
+    @api.post("/v1/chat/completions", responses=_answers(ChatCompletion))
+    async def chat(self, request: ChatRequest, http: Request) -> Response:
+        return await self._answer(request, ChatStyle(), caller_of(http))
 
-    @api.post("/v1/completions")
-    async def text(self, request: TextRequest) -> Response:
-        return await self._answer(request, TextStyle())
+    @api.post("/v1/completions", responses=_answers(Completion))
+    async def text(self, request: TextRequest, http: Request) -> Response:
+        return await self._answer(request, TextStyle(), caller_of(http))
 
     @api.get("/healthz")
     async def healthz(self) -> Response:
-        return _json({"status": "ok", "targets": len(await self._hosted())})
+        """The gateway is alive; whether it can answer is for /readyz to say."""
+        return _json({"status": "ok"})
 
-    async def _answer(self, request: ChatRequest | TextRequest, style: Style) -> Response:
+    @api.get("/readyz", responses={503: {"model": Envelope}})
+    async def readyz(self) -> Response:
+        if self.guard.is_draining:
+            return refuse(unavailable("the endpoint is shutting down"))
+        return _json({"status": "ready", "targets": len(await self._hosted())})
+
+    async def drain(self) -> int:
+        """Take no new requests from now on; how many answers are still being given."""
+        self.guard.is_draining = True
+        return self.guard.num_open
+
+    async def _answer(self, request: ChatRequest | TextRequest, style: Style, caller: Caller) -> Response:
         if request.num_chars > MAX_PROMPT_CHARS:
             return refuse(too_large(request.num_chars))
-        ask = ask_of(request)
-        items, head = self._items(ask), Head.of(ask.id, ask.target)
+        most = caller.new_tokens(request.asked_tokens, request.max_new_tokens)
+        if isinstance(most, ErrorBody):
+            return refuse(most)
+        ask = ask_of(request, most, caller.max_prompt_tokens)
+        if not caller.may_use(ask.target):
+            return refuse(unknown_model(request.model))
+        items, head = self._items(ask), Head.of(ask.id, request.model, ask.target)
         first = await anext(items)
         if isinstance(first, ErrorBody):
             return refuse(first)

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Literal, TypeVar
 
 from farm.decode.engine import Engine, Output, Request, Route
+from farm.decode.logprobs import TokenLogprob
 
 log = logging.getLogger("ray.serve")
 T = TypeVar("T")
@@ -18,13 +19,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Progress:
-    """What one request got from one step; with `refused`, `failed` or a finish reason it is the last."""
+    """What one request got from one step; with `unhosted`, `refused`, `failed` or a finish reason it is the last."""
 
     version: str
     tokens: tuple[int, ...] = ()
     finish_reason: Literal["stop", "length"] | None = None
+    unhosted: str | None = None  # the target@version that was asked for by name
     refused: str | None = None  # the engine does not take this request
     failed: str | None = None  # the thread died
+    logprobs: tuple[TokenLogprob, ...] = ()  # of the tokens, if they were asked for
 
 
 Sink = Callable[[Progress], None]
@@ -75,9 +78,9 @@ class EngineLoop:
         """Give new requests for `target` to this version; the one before finishes what it was given."""
         self._commands.put(partial(self._host, target, version, route))
 
-    def submit(self, target: str, request: Request, sink: Sink) -> None:
-        """Queue a request for a hosted target; its progress goes to `sink`."""
-        self._command(partial(self._submit, target, request, sink))
+    def submit(self, target: str, request: Request, sink: Sink, version: str | None = None) -> None:
+        """Queue a request for a hosted target, or for one version of it; its progress goes to `sink`."""
+        self._command(partial(self._submit, target, request, sink, version))
 
     def cancel(self, request_id: str) -> None:
         """Forget a request and free its slot; nothing happens if it is done."""
@@ -139,7 +142,7 @@ class EngineLoop:
             sink = lane.sinks[output.request_id]
             if output.finish_reason is not None:
                 del lane.sinks[output.request_id], self._lane_of[output.request_id]
-            sink(Progress(lane.version, output.tokens, output.finish_reason))
+            sink(Progress(lane.version, output.tokens, output.finish_reason, logprobs=output.logprobs))
 
     def _drop_replaced(self) -> None:
         for lane in list(self._lanes):
@@ -165,8 +168,11 @@ class EngineLoop:
         self._engines.append(engine)
         return engine
 
-    def _submit(self, target: str, request: Request, sink: Sink) -> None:
+    def _submit(self, target: str, request: Request, sink: Sink, version: str | None) -> None:
         lane = self._current[target]
+        if version not in (None, lane.version):
+            sink(Progress("", unhosted=f"{target}@{version}"))
+            return
         if self.failure is not None:
             sink(Progress(lane.version, failed=self.failure))
             return

@@ -25,10 +25,15 @@ class Ask:
     seed: int | None
     max_new_tokens: int | None  # None: up to the end of the context
     stop: tuple[str, ...]
+    version: str | None = None  # of the target, where the client named one
+    num_choices: int = 1
+    max_prompt_tokens: int | None = None
 
 
-def ask_of(request: ChatRequest | TextRequest) -> Ask:
-    """The request as it goes to the engine host, under an id of its own."""
+def ask_of(
+    request: ChatRequest | TextRequest, max_new_tokens: int | None, max_prompt_tokens: int | None = None
+) -> Ask:
+    """The request as it goes to the engine host, under an id of its own, within the caller's limits."""
     messages: tuple[dict[str, str], ...] = ()
     prompt: str | tuple[int, ...] = ""
     if isinstance(request, ChatRequest):
@@ -36,27 +41,58 @@ def ask_of(request: ChatRequest | TextRequest) -> Ask:
     else:
         prompt = request.prompt
     bias = tuple(sorted(request.logit_bias.items()))
+    target, version = named(request.model)
+    sampling = {name: getattr(request, name) for name in SAMPLING}
     return Ask(
         id=f"{'chatcmpl' if messages else 'cmpl'}-{uuid.uuid4().hex}",
-        target=request.model,
+        target=target,
+        version=version,
         messages=messages,
         prompt=prompt,
-        sampling={name: getattr(request, name) for name in SAMPLING} | {"logit_bias": bias},
+        sampling=sampling | {"logit_bias": bias, "logprobs": request.num_logprobs},
         seed=request.seed,
-        max_new_tokens=request.max_new_tokens,
+        max_new_tokens=max_new_tokens,
+        max_prompt_tokens=max_prompt_tokens,
         stop=request.stop,
+        num_choices=request.n,
     )
+
+
+def named(model: str) -> tuple[str, str | None]:
+    """The target and the version that a request's `model` names: `target` or `target@version`."""
+    target, at, version = model.partition("@")
+    return target, version if at else None
+
+
+@dataclass(frozen=True)
+class Spelled:
+    """A token as it is written, and its log-probability. `bytes`: None where they are not known."""
+
+    text: str
+    bytes: tuple[int, ...] | None
+    logprob: float
+
+
+@dataclass(frozen=True)
+class SpelledToken:
+    """A token of an answer, `offset` characters after its beginning, and the most likely ones in its place."""
+
+    chosen: Spelled
+    offset: int
+    top: tuple[Spelled, ...]
 
 
 @dataclass(frozen=True)
 class Delta:
-    """A piece of an answer; the counts are those of the whole answer so far."""
+    """A piece of one choice of an answer; the counts are those of the whole choice so far."""
 
     text: str
     finish_reason: Literal["stop", "length"] | None
     num_prompt_tokens: int
     num_new_tokens: int
     version: str
+    index: int = 0
+    logprobs: tuple[SpelledToken, ...] | None = None  # of the piece's tokens; None: not asked for
 
 
 @dataclass(frozen=True)
@@ -71,6 +107,7 @@ class Hosted:
     rounds: int
     emitted: int
     pid: int
+    canary: str | None = None  # version that a share of the target's requests goes to beside this one
 
 
 Item = Delta | ErrorBody

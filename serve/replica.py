@@ -5,6 +5,7 @@ import logging
 import os
 import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 from ray import serve
@@ -17,11 +18,13 @@ from farm.decode.sampling import SamplingParams
 from farm.decode.stats import DecodeStats
 from farm.sections import Dtype, ServeSettings
 from farm.target.load import LoadedTarget
+from serve.choices import Choice, Mail, answer, choice_seed
 from serve.detokenize import TextStream
 from serve.family import LOAD_ERRORS, PLAIN, Family, ServedDraft
 from serve.loop import EngineLoop, Lane, Progress
 from serve.records import Ask, Delta, Hosted, Item
-from serve.schemas import ErrorBody, context_exceeded, mistake_in_bias, unavailable, unknown_model
+from serve.schemas import ErrorBody, context_exceeded, mistake_in_bias, too_many_tokens, unknown_model
+from serve.spelling import Spelling
 
 POLL_S = 2.0  # how often the live pointers are looked at
 log = logging.getLogger("ray.serve")
@@ -36,9 +39,11 @@ class EngineHost:
         self._family = Family(store, dtype, device)
         self._engines = EngineLoop(self._new_engine)
         self._targets: dict[str, LoadedTarget] = {}
+        self._spellings: dict[str, Spelling] = {}
         self._seen: dict[str, str | None] = {}  # live version last acted upon, loaded or not
         for target in self._family.targets():
             self._targets[target.name] = target
+            self._spellings[target.name] = Spelling(target.tokenizer)
             self._host_first(target)
         if not self._targets:
             raise UserError(f"{store}: none of its targets can be loaded; the log has each one's reason")
@@ -48,35 +53,33 @@ class EngineHost:
     async def generate(self, ask: Ask) -> AsyncIterator[Item]:
         """The pieces of the answer as they come, or one ErrorBody; leaving early frees the slot."""
         target = self._targets.get(ask.target)
-        if target is None:
-            yield unknown_model(ask.target)
+        request = unknown_model(ask.target) if target is None else await self._checked(target, ask)
+        if target is None or isinstance(request, ErrorBody):
+            yield request
             return
-        mistake = mistake_in_bias(ask.sampling["logit_bias"], target.forward.vocab_size)
-        if mistake is not None:
-            yield mistake
-            return
-        try:
-            request = await asyncio.to_thread(self._request, target, ask)
-        except UserError as error:
-            yield ErrorBody(status=400, message=str(error), param="messages" if ask.messages else "prompt")
-            return
-        room = self._max_length(target) - len(request.prompt_ids)
-        if room < 1:
-            yield context_exceeded(len(request.prompt_ids), self._max_length(target))
-            return
-        mailbox: asyncio.Queue[Progress] = asyncio.Queue()
+        mailbox: asyncio.Queue[Mail] = asyncio.Queue()
         event_loop = asyncio.get_running_loop()
 
-        def deliver(progress: Progress) -> None:
-            event_loop.call_soon_threadsafe(mailbox.put_nowait, progress)
+        def deliver(index: int, progress: Progress) -> None:
+            event_loop.call_soon_threadsafe(mailbox.put_nowait, (index, progress))
 
-        self._engines.submit(ask.target, request, deliver)
+        requests = [_choice(request, index) for index in range(ask.num_choices)]
+        spell = None if request.params.logprobs is None else self._spellings[ask.target]
+        choices = [
+            Choice(index, TextStream(partial(_decode, target), ask.stop), spell)
+            for index in range(ask.num_choices)
+        ]
+        for index, one in enumerate(requests):
+            self._engines.submit(ask.target, one, partial(deliver, index), ask.version)
         try:
-            text = TextStream(partial(_decode, target), ask.stop)
-            async for item in answer(mailbox, text, len(request.prompt_ids)):
+            async for item in answer(mailbox, choices, len(request.prompt_ids)):
+                if isinstance(item, Delta) and item.finish_reason is not None:
+                    # A stop string ends a choice before the engine would.
+                    self._engines.cancel(requests[item.index].id)
                 yield item
         finally:
-            self._engines.cancel(request.id)
+            for one in requests:
+                self._engines.cancel(one.id)
 
     async def hosted(self) -> list[Hosted]:
         """Every engine of this replica, seen between two steps."""
@@ -89,6 +92,22 @@ class EngineHost:
     def __del__(self) -> None:
         if hasattr(self, "_engines"):
             self._engines.stop()
+
+    async def _checked(self, target: LoadedTarget, ask: Ask) -> Request | ErrorBody:
+        """The request for the engine, or what is wrong with it."""
+        mistake = mistake_in_bias(ask.sampling["logit_bias"], target.forward.vocab_size)
+        if mistake is not None:
+            return mistake
+        try:
+            request = await asyncio.to_thread(self._request, target, ask)
+        except UserError as error:
+            return ErrorBody(status=400, message=str(error), param="messages" if ask.messages else "prompt")
+        num_tokens, most = len(request.prompt_ids), self._max_length(target)
+        if not num_tokens:
+            return ErrorBody(status=400, message="prompt: is empty", param="prompt")
+        if num_tokens > (ask.max_prompt_tokens or num_tokens):
+            return too_many_tokens(num_tokens, ask.max_prompt_tokens)
+        return request if num_tokens < most else context_exceeded(num_tokens, most)
 
     def _max_length(self, target: LoadedTarget) -> int:
         return min(self._settings.max_length, target.max_positions)
@@ -158,28 +177,9 @@ class EngineHost:
         self._seen[target.name] = version
 
 
-async def answer(
-    mailbox: "asyncio.Queue[Progress]", text: TextStream, num_prompt_tokens: int
-) -> AsyncIterator[Item]:
-    """A request's progress as text; what came while the last piece was sent goes into one piece."""
-    piece = ""
-    while True:
-        progress = await mailbox.get()
-        if progress.refused is not None:
-            yield ErrorBody(status=400, message=progress.refused)
-            return
-        if progress.failed is not None:
-            yield unavailable("the engine stopped; send the request again")
-            return
-        piece += text.push(progress.tokens)
-        if progress.finish_reason is not None:
-            piece += text.finish()
-        reason = "stop" if text.stopped else progress.finish_reason
-        if reason is not None or (piece and mailbox.empty()):
-            yield Delta(piece, reason, num_prompt_tokens, text.num_tokens, progress.version)
-            piece = ""
-        if reason is not None:
-            return
+def _choice(request: Request, index: int) -> Request:
+    params = replace(request.params, seed=choice_seed(request.params.seed, index))
+    return replace(request, id=f"{request.id}/{index}", params=params)
 
 
 def _decode(target: LoadedTarget, tokens: Sequence[int]) -> str:

@@ -1,26 +1,62 @@
 """What clients may ask, strictly: a field that is not served is refused by name, null means absent."""
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    Strict,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core.core_schema import CoreSchema
 
 MAX_PROMPT_CHARS = 2**20
+MAX_CHOICES = 8
+COLDEST = 1e-3
+SHOWN_CHARS = 100  # of a client's own words in an error
 NEUTRAL: dict[str, tuple[Any, ...]] = {  # fields that are not served, with the values that ask for nothing
-    "n": (1,),
     "best_of": (1,),
-    "logprobs": (False,),
     "echo": (False,),
-    "suffix": ("",),
+    "functions": ([],),
+    "metadata": ({},),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
     "response_format": ({"type": "text"},),
-    "tools": ([],),
+    "service_tier": ("auto", "default"),
     "store": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none",),
+    "tools": ([],),
 }
+
+
+def _whole(text: str) -> str:
+    """JSON can name half a character (a lone surrogate), which is in no text."""
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("has a lone surrogate; send whole characters")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
+Bool = Annotated[bool, Strict()]
+Int = Annotated[int, Strict()]
+Float = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 Stops = Annotated[
-    tuple[Annotated[str, Field(min_length=1)], ...],
+    tuple[Annotated[Text, Field(min_length=1, max_length=1000)], ...],
     BeforeValidator(lambda stop: (stop,) if isinstance(stop, str) else stop),
     Field(max_length=4),
 ]
+
+
+def _cold_is_greedy(temperature: float) -> float:
+    """Below this, as clients write it to mean greedy, logits over temperature would overflow."""
+    return temperature if temperature >= COLDEST else 0.0
 
 
 class Asked(BaseModel):
@@ -35,6 +71,18 @@ class Asked(BaseModel):
             return fields
         return {name: value for name, value in fields.items() if value is not None}
 
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """Says also in OpenAPI that null is as good as absent."""
+        schema = handler(core_schema)
+        fields = handler.resolve_ref_schema(schema)
+        for name, field in fields["properties"].items():
+            if name not in fields.get("required", ()):
+                fields["properties"][name] = {"anyOf": [field, {"type": "null"}]}
+        return schema
+
 
 def _joined(content: Any) -> Any:
     """The text of a list of text parts; whatever else is left to the validator of the field."""
@@ -43,42 +91,52 @@ def _joined(content: Any) -> Any:
     for part in content:
         if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
             raise ValueError("only parts of type 'text' are supported")
+        if unknown := sorted(map(str, part.keys() - {"type", "text"})):
+            raise ValueError(f"{unknown[0][:SHOWN_CHARS]!r} of a part is not supported; leave it out")
     return "".join(part["text"] for part in content)
+
+
+class TextPart(BaseModel):
+    """One of the parts in which a message's content may come; for OpenAPI only, `_joined` reads them."""
+
+    type: Literal["text"]
+    text: str
 
 
 class Message(Asked):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_joined)]
+    content: Annotated[Text, BeforeValidator(_joined, json_schema_input_type=str | list[TextPart])]
 
     def as_template_sees_it(self) -> dict[str, str]:
         return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
 
 
 class StreamOptions(Asked):
-    include_usage: bool = False
+    include_usage: Bool = False
     include_obfuscation: Literal[False] = False
 
 
 class Sampling(Asked):
     """The fields that chat and text completions share, with OpenAI's defaults."""
 
-    model: str
-    temperature: float = Field(default=1.0, ge=0, le=2)
-    top_p: float = Field(default=1.0, gt=0, le=1)
+    model: Text = Field(max_length=200, description="`target` or `target@version`")
+    n: Int = Field(default=1, ge=1, le=MAX_CHOICES)
+    temperature: Annotated[Float, AfterValidator(_cold_is_greedy)] = Field(default=1.0, ge=0, le=2)
+    top_p: Float = Field(default=1.0, gt=0, le=1)
     # Not OpenAI's: these four. 0, 0 and 1 are off; max_drafted 0 decodes plainly.
-    top_k: int = Field(default=0, ge=0)
-    min_p: float = Field(default=0.0, ge=0, le=1)
-    repetition_penalty: float = Field(default=1.0, gt=0, le=10)
-    max_drafted: int | None = Field(default=None, ge=0)
-    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
-    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
-    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = {}
-    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    max_tokens: int | None = Field(default=None, ge=1)
+    top_k: Int = Field(default=0, ge=0, lt=2**31)
+    min_p: Float = Field(default=0.0, ge=0, le=1)
+    repetition_penalty: Float = Field(default=1.0, ge=0.01, le=10)
+    max_drafted: Int | None = Field(default=None, ge=0)
+    presence_penalty: Float = Field(default=0.0, ge=-2, le=2)
+    frequency_penalty: Float = Field(default=0.0, ge=-2, le=2)
+    logit_bias: dict[int, Annotated[Float, Field(ge=-100, le=100)]] = Field(default={}, max_length=1024)
+    seed: Int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    max_tokens: Int | None = Field(default=None, ge=1)
     stop: Stops = ()
-    stream: bool = False
+    stream: Bool = False
     stream_options: StreamOptions = StreamOptions()
-    user: str | None = None
+    user: Text | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -87,9 +145,20 @@ class Sampling(Asked):
             return fields
         return {name: value for name, value in fields.items() if not _is_neutral(name, value)}
 
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """Names the neutral fields too: they are accepted with these values alone."""
+        schema = super().__get_pydantic_json_schema__(core_schema, handler)
+        fields = handler.resolve_ref_schema(schema)
+        for name, values in NEUTRAL.items():
+            fields["properties"][name] = {"enum": [*values, None], "description": "not supported"}
+        return schema
+
 
 def _is_neutral(name: str, value: Any) -> bool:
-    """`False == 0` in Python, but `logprobs: 0` asks for something."""
+    """`False == 0` in Python, but `best_of: true` is a mistake."""
     neutrals = NEUTRAL.get(name, ())
     return any(value == same and isinstance(value, bool) == isinstance(same, bool) for same in neutrals)
 
@@ -98,29 +167,57 @@ class ChatRequest(Sampling):
     """Body of POST /v1/chat/completions."""
 
     messages: tuple[Message, ...] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: Int | None = Field(default=None, ge=1)
+    logprobs: Bool = False
+    top_logprobs: Int | None = Field(default=None, ge=0, le=20)
+
+    @model_validator(mode="after")
+    def _top_of_what_is_asked_for(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives beside each token's log-probability; None: no log-probabilities at all."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def num_chars(self) -> int:
         return sum(len(message.content) for message in self.messages)
 
     @property
-    def max_new_tokens(self) -> int | None:
+    def asked_tokens(self) -> int | None:
+        """The limit that the client set."""
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        return self.asked_tokens
 
 
 class TextRequest(Sampling):
     """Body of POST /v1/completions: one prompt, as text or as token ids."""
 
-    prompt: str | tuple[int, ...]
+    prompt: Text | tuple[Int, ...]
+    logprobs: Int | None = Field(default=None, ge=0, le=5)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
 
     @property
     def num_chars(self) -> int:
         return len(self.prompt)
 
     @property
+    def asked_tokens(self) -> int | None:
+        """The limit that the client set."""
+        return self.max_tokens
+
+    @property
     def max_new_tokens(self) -> int | None:
-        return self.max_tokens or 16  # OpenAI's default for text completions
+        return self.asked_tokens or 16  # OpenAI's default for text completions
 
 
 class ErrorBody(BaseModel):
@@ -138,17 +235,29 @@ class ErrorBody(BaseModel):
         return {"error": self.model_dump()}
 
 
+def shown(words: object, most: int = SHOWN_CHARS) -> str:
+    """A client's words as an error may repeat them: not at any length, and always text (JSON has half characters)."""
+    text = str(words).encode("utf-8", "replace").decode()
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def mistake_in_body(details: list[Any]) -> ErrorBody:
     """The envelope for pydantic's list of mistakes: the first one, with the field's name."""
     first = details[0]
-    field = ".".join(str(part) for part in first["loc"] if part != "body") or None
+    field = shown(".".join(_path(first["loc"]))) or None
     if first["type"] == "json_invalid":
         return ErrorBody(status=400, message="the body is not JSON")
     if first["type"] == "extra_forbidden":
         message = f"{field!r} is not supported; leave it out"
         return ErrorBody(status=400, message=message, param=field, code="unsupported_parameter")
-    message = first["msg"].removeprefix("Value error, ")
+    message = shown(first["msg"].removeprefix("Value error, "), most=500)
     return ErrorBody(status=400, message=f"{field or 'body'}: {message}", param=field, code="invalid_value")
+
+
+def _path(loc: Iterable[int | str]) -> list[str]:
+    """The field's names and indices, without those that pydantic gives to the members of a union."""
+    parts = [str(part) for part in loc if part != "body"]
+    return [part for i, part in enumerate(parts) if i == 0 or not (part == "str" or "[" in part)]
 
 
 def mistake_in_bias(bias: Iterable[tuple[int, float]], vocab_size: int) -> ErrorBody | None:
@@ -161,7 +270,7 @@ def mistake_in_bias(bias: Iterable[tuple[int, float]], vocab_size: int) -> Error
 
 
 def unknown_model(name: str) -> ErrorBody:
-    message = f"the model {name!r} is not served here; GET /v1/models lists those that are"
+    message = f"the model {shown(name)!r} is not served here; GET /v1/models lists those that are"
     return ErrorBody(status=404, message=message, param="model", code="model_not_found")
 
 
@@ -176,4 +285,9 @@ def unavailable(message: str) -> ErrorBody:
 
 def too_large(num_chars: int) -> ErrorBody:
     message = f"the prompt has {num_chars} characters, at most {MAX_PROMPT_CHARS} are read"
+    return ErrorBody(status=413, message=message, code="request_too_large")
+
+
+def too_many_tokens(num_tokens: int, most: int | None) -> ErrorBody:
+    message = f"the prompt has {num_tokens} tokens, at most {most} are allowed here; shorten it"
     return ErrorBody(status=413, message=message, code="request_too_large")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +12,10 @@ import typer
 
 from farm.cli.options import Overrides, app, store_uri
 from farm.config import UserError, load_manifest
+from farm.keys import add_key
+
+key_app = typer.Typer(no_args_is_help=True, help="Keys of the endpoint.")
+app.add_typer(key_app, name="key")
 
 
 @app.command()
@@ -31,7 +35,34 @@ def serve(
     if manifest is not None:
         settled = load_manifest(manifest, overrides or ())
         fields = {**settled.serve.model_dump(), **settled.resources.serve.model_dump()}
-        arguments = [f"store={settled.store}", *(f"{name}={value}" for name, value in fields.items())]
-    command = [str(Path(sys.executable).with_name("serve")), "run", "serve.app:build", *arguments]
-    environment = {"RAY_AUTH_MODE": "disabled", **os.environ}
-    raise typer.Exit(subprocess.run(command, env=environment, check=False).returncode)
+        arguments = [f"store={settled.store}", *_arguments(fields)]
+    command = [sys.executable, "-m", "serve.foreground", *arguments]
+    os.execve(
+        sys.executable, command, {"RAY_AUTH_MODE": "disabled", **os.environ}
+    )  # signals reach the server itself
+
+
+def _arguments(fields: Mapping[str, object]) -> Iterator[str]:
+    """Settings as `name=value`, lists with commas; what is not set is left out."""
+    for name, value in fields.items():
+        if value is not None and value != ():
+            yield f"{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
+
+
+@key_app.command("new")
+def key_new(
+    name: Annotated[str, typer.Argument(help="Whom the key is for.")],
+    keys: Annotated[Path, typer.Option(help="File of keys, `serve.keys` of the manifest.")],
+    targets: Annotated[str, typer.Option(help="Targets it may use, with commas; default: all.")] = "",
+    max_prompt_tokens: Annotated[int | None, typer.Option(help="Longest prompt.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer.")] = None,
+    max_concurrent: Annotated[int | None, typer.Option(help="Requests at the same time.")] = None,
+) -> None:
+    """Print a new key once; its hash is appended to the file, and a running endpoint knows it within seconds."""
+    limits = {
+        "max_prompt_tokens": max_prompt_tokens,
+        "max_new_tokens": max_new_tokens,
+        "max_concurrent": max_concurrent,
+    }
+    allowed = [target.strip() for target in targets.split(",") if target.strip()]
+    typer.echo(add_key(keys, name, allowed, **limits))

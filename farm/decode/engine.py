@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from farm.decode.control import Control, Fixed
+from farm.decode.logprobs import TokenLogprob
 from farm.decode.routes import Route as Route
 from farm.decode.runner import Round, Runner, Seconds, sampling_batch
 from farm.decode.scheduler import FinishReason as FinishReason
@@ -30,23 +31,31 @@ OFFLINE_PREFILL_TOKENS = 4096  # where nobody waits for the next token
 
 @dataclass(frozen=True)
 class Completion:
-    """A finished request. `tokens` includes the stop token; `features` [len(prompt + tokens) - 1, H] if captured."""
+    """A finished request. `tokens` includes the stop token; `features` [len(prompt + tokens) - 1, H] if captured.
+
+    `logprobs` are those of `tokens` if the request asked for them.
+    """
 
     request_id: str
     tokens: tuple[int, ...]
     finish_reason: FinishReason
     stats: DecodeStats
     features: Tensor | None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
 class Output:
-    """What one step did for one request: new tokens without the stop token, and the end if it came."""
+    """What one step did for one request: new tokens without the stop token, and the end if it came.
+
+    `logprobs` are those of `tokens` if the request asked for them.
+    """
 
     request_id: str
     tokens: tuple[int, ...]
     finish_reason: FinishReason | None = None
     completion: Completion | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class Engine:
@@ -170,7 +179,7 @@ class Engine:
         return outputs
 
     def _prefill(self, prefill: Prefill) -> list[Output]:
-        hidden_BTH, first = self.runner.prefill(prefill)
+        hidden_BTH, first, logprobs = self.runner.prefill(prefill)
         if self.capture:
             for b, (row, end) in enumerate(zip(prefill.rows, prefill.ends, strict=True)):
                 kept_TH = hidden_BTH[b, : end - prefill.start].clone()
@@ -182,6 +191,8 @@ class Engine:
         slots = [slot_of[id(row)] for row in prefill.rows]
         for slot, token in zip(slots, first, strict=True):
             self.scheduler.commit(slot, [token])
+        for row, of_row in logprobs.items():
+            prefill.rows[row].logprobs += of_row
         return self._emit(slots, [1] * len(first))
 
     def _commit(self, done: Round) -> list[Output]:
@@ -190,6 +201,8 @@ class Engine:
             drafted, accepted = done.result.drafted[slot], done.result.accepted[slot]
             new = self.scheduler.commit(slot, done.tokens[slot][: accepted + 1])
             kept.append(len(new))
+            if slot in done.logprobs:
+                sequence.logprobs += done.logprobs[slot][: len(new)]
             of_target = self.stats_of.setdefault(sequence.request.target, DecodeStats())
             for stats in (sequence.stats, of_target):
                 stats.count(drafted, accepted, len(new))
@@ -205,7 +218,9 @@ class Engine:
             new = sequence.tokens[len(sequence.tokens) - kept :]
             visible = tuple(new[:-1] if reason == "stop" else new)
             completion = None if reason is None else self._complete(sequence, reason)
-            outputs.append(Output(sequence.request.id, visible, reason, completion))
+            first = len(sequence.logprobs) - kept
+            logprobs = tuple(sequence.logprobs[first : first + len(visible)]) if sequence.logprobs else ()
+            outputs.append(Output(sequence.request.id, visible, reason, completion, logprobs))
             if reason is not None:
                 ended.append(slot)
         self._move(self.scheduler.release(ended))
@@ -215,7 +230,8 @@ class Engine:
         new = tuple(sequence.tokens[len(sequence.request.prompt_ids) :])
         kept = self._features.pop(sequence.request.id, None)
         features = torch.cat(kept) if kept else None
-        return Completion(sequence.request.id, new, reason, sequence.stats, features)
+        logprobs = tuple(sequence.logprobs)
+        return Completion(sequence.request.id, new, reason, sequence.stats, features, logprobs)
 
     def _move(self, move: Move | None) -> None:
         if move is not None:

@@ -7,12 +7,14 @@ import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from farm.decode.control import Control, Load, RoundResult
 from farm.decode.drafting import Drafting
+from farm.decode.logprobs import TokenLogprob, committed_logprobs, rows_that_ask
 from farm.decode.penalties import Penalties, Said
 from farm.decode.propose import DraftProposal
 from farm.decode.propose_tree import TreeProposal
@@ -43,11 +45,23 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Round:
-    """What a round committed, `tokens[b][: result.accepted[b] + 1]` of row b, and the hidden states of what it read."""
+    """What a round committed, `tokens[b][: result.accepted[b] + 1]` of row b, and the hidden states of what it read.
+
+    `logprobs` has the rows that ask for them.
+    """
 
     tokens: list[list[int]]
     hidden_BTH: Tensor
     result: RoundResult
+    logprobs: dict[int, list[TokenLogprob]]
+
+
+class Prefilled(NamedTuple):
+    """Hidden states of processed prompt positions; where prompts end, their next tokens and what was asked of those."""
+
+    hidden_BTH: Tensor
+    first: list[int]
+    logprobs: dict[int, list[TokenLogprob]]
 
 
 class Runner:
@@ -95,8 +109,8 @@ class Runner:
         """Of all that the sequences take; weights are the targets' and the drafts'."""
         return self.cache.num_bytes + (self.drafting.num_bytes if self.drafting else 0)
 
-    def prefill(self, prefill: Prefill) -> tuple[Tensor, list[int]]:
-        """Processes prompt positions: their hidden states [B, T, H], and the next token of each prompt that ends."""
+    def prefill(self, prefill: Prefill) -> Prefilled:
+        """Processes prompt positions."""
         started = time.perf_counter()
         num_rows, start = len(prefill.rows), prefill.start
         chunks = [row.tokens[start:end] for row, end in zip(prefill.rows, prefill.ends, strict=True)]
@@ -107,16 +121,21 @@ class Runner:
         loras = group.lora_rows(tokens_BT.shape[1])
         hidden_BTH = group.forward.forward(tokens_BT, rows, self.cache, loras)
         last_B = torch.tensor([len(chunk) - 1 for chunk in chunks], device=self.device)
+        first, logprobs = list[int](), dict[int, list[TokenLogprob]]()
         if prefill.completes:
             last_BH = hidden_BTH[torch.arange(num_rows), last_B]
-            next_B = _first_tokens(group.forward.logits(last_BH), sampling_batch(prefill.rows))
+            logits_BV = group.forward.logits(last_BH)
+            next_B = _first_tokens(logits_BV, sampling_batch(prefill.rows))
+            first = next_B.tolist()
+            if asked := rows_that_ask([row.request.params for row in prefill.rows]):
+                logprobs = committed_logprobs(logits_BV[:, None], [[token] for token in first], asked)
         else:
             (row,), (end,) = prefill.rows, prefill.ends
             next_B = torch.tensor([row.tokens[end]], device=self.device)
         if self.drafting is not None:
             self.drafting.prefilled(tokens_BT, hidden_BTH, last_B, next_B, rows)
         self.seconds.prefill += time.perf_counter() - started
-        return hidden_BTH, next_B.tolist() if prefill.completes else []
+        return Prefilled(hidden_BTH, first, logprobs)
 
     def run(self, rows: Sequence[LiveRequest], batch: SamplingBatch, control: Control) -> Round:
         """One round for the sequences in slots 0..B-1: propose, verify, and remember what the draft has to read next.
@@ -128,7 +147,7 @@ class Runner:
         groups = self.routes.groups(targets)
         load = Load(targets, self._limits(rows), len(groups))
         drafted: DraftProposal | TreeProposal = DraftProposal.none(len(rows), self.device)
-        limit = 0
+        limit, nodes_BT = 0, None
         if self.drafting is not None:
             limit = min(max(load.limits), control.limit(load)) if any(load.limits) else 0
             if limit > 0:
@@ -151,12 +170,17 @@ class Runner:
         if isinstance(drafted, TreeProposal):
             found = decide_tree(drafted, logits_BTV, batch)
             self.cache.keep(Rows([length - 1 for length in lengths]), found.path.nodes_BP)
+            nodes_BT = found.path.nodes_BP
             drafted, verdict, hidden_BTH = in_line(drafted, found, hidden_BTH)
         else:
             verdict = _decide(drafted, logits_BTV, batch)
         committed_BT = torch.cat((drafted.tokens_BK, verdict.next_B[:, None]), dim=1)
         committed_BT.scatter_(1, verdict.num_accepted_B[:, None], verdict.next_B[:, None])
         committed, accepted = committed_BT.tolist(), verdict.num_accepted_B.tolist()
+        logprobs = dict[int, list[TokenLogprob]]()
+        if asked := rows_that_ask([row.request.params for row in rows]):
+            kept = [tokens[: num + 1] for tokens, num in zip(committed, accepted, strict=True)]
+            logprobs = committed_logprobs(logits_BTV, kept, asked, nodes_BT)
         times.append(time.perf_counter())
         if self.drafting is not None:
             self.drafting.committed(committed_BT, hidden_BTH, lengths)
@@ -168,7 +192,7 @@ class Runner:
         result = RoundResult(
             load, drafted.lengths, tuple(accepted), drafted.forwards, draft_s, time.perf_counter() - times[2]
         )
-        return Round(committed, hidden_BTH, result)
+        return Round(committed, hidden_BTH, result, logprobs)
 
     def _limits(self, rows: Sequence[LiveRequest]) -> tuple[int, ...]:
         """Most tokens that each row may draft."""

@@ -27,7 +27,8 @@ class SamplingParams:
 
     Penalties and `logit_bias` (token id, value) are described in farm/decode/penalties.py; `stop_ids` end this
     request besides the engine's own. A round drafts at most `max_drafted` tokens for this request, fewer where the
-    engine's control says so; 0 decodes it plainly, None leaves it to the control.
+    engine's control says so; 0 decodes it plainly, None leaves it to the control. `logprobs` asks for the
+    log-probabilities of its tokens, and of that many alternatives to each (farm/decode/logprobs.py).
     """
 
     temperature: float = 0.0
@@ -42,6 +43,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     stop_ids: frozenset[int] = frozenset()
     max_drafted: int | None = None
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         for name, wanted, holds in (
@@ -52,6 +54,7 @@ class SamplingParams:
             ("repetition_penalty", "above 0", self.repetition_penalty > 0),
             ("max_new_tokens", "at least 1", self.max_new_tokens >= 1),
             ("max_drafted", "at least 0", (self.max_drafted or 0) >= 0),
+            ("logprobs", "at least 0", (self.logprobs or 0) >= 0),
         ):
             if not holds:
                 raise ValueError(f"{name} {getattr(self, name)}: has to be {wanted}")

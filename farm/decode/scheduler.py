@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from farm.decode.logprobs import TokenLogprob
 from farm.decode.sampling import SamplingParams
 from farm.decode.stats import DecodeStats
 
@@ -36,6 +37,9 @@ class LiveRequest:
     tokens: list[int]
     rounds: int = 0
     stats: DecodeStats = field(default_factory=DecodeStats)
+    logprobs: list[TokenLogprob] = field(
+        default_factory=list
+    )  # of every new token, or empty if not asked for
 
     @property
     def num_new(self) -> int:

@@ -88,3 +88,24 @@ def test_text_that_only_looks_like_a_stop_string_is_given_out_once_it_is_not():
     stream = TextStream(TOKENIZERS[0].decode, ["he wo"])
     assert "".join(pieces_of(stream, tokens, 1)) == "he he wrd"
     assert not stream.stopped
+
+
+@given(
+    text=st.text(alphabet="ab é🙂", max_size=30),
+    stops=st.lists(st.text(alphabet="ab é", min_size=1, max_size=3), max_size=2),
+    size=st.integers(1, 5),
+)
+def test_tokens_are_told_with_the_piece_that_has_their_text_and_never_those_of_a_stop_string(
+    text, stops, size
+):
+    tokens = TOKENIZERS[0].encode(text).ids
+    stream, given = TextStream(TOKENIZERS[0].decode, stops), ""
+    for at in range(0, len(tokens), size):
+        given += stream.push(tokens[at : at + size])
+        told = TOKENIZERS[0].decode(tokens[: stream.num_given]).rstrip("\ufffd")
+        assert told.startswith(given)
+        assert stream.num_given == 0 or stream.offsets[stream.num_given - 1] < len(given)
+    given += stream.finish()
+    if not stream.stopped:
+        assert stream.num_given == len(tokens)
+    assert [offset for offset in stream.offsets if offset < len(given)] == stream.offsets[: stream.num_given]

@@ -2,6 +2,7 @@
 
 import queue
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -123,3 +124,21 @@ def test_going_back_to_a_version_that_still_decodes_gives_it_new_requests(loop):
     loop.submit("a", ask("again"), again.put)
     assert {progress.version for progress in again.rest()} == {"v2"}
     assert old.rest()[-1].finish_reason == "length"
+
+
+def test_a_pinned_version_is_answered_by_it_or_not_at_all(loop):
+    pinned, gone = Mailbox(), Mailbox()
+    loop.submit("a", ask("pinned"), pinned.put, "v1")
+    assert {progress.version for progress in pinned.rest()} == {"v1"}
+    loop.host("a", "v2", route(2))
+    loop.submit("a", ask("gone"), gone.put, "v1")
+    assert gone.get(timeout=10).unhosted == "a@v1"
+
+
+def test_log_probabilities_come_with_their_tokens(loop):
+    box = Mailbox()
+    loop.submit("a", replace(ask("r"), params=SamplingParams(max_new_tokens=9, logprobs=1)), box.put)
+    found = box.rest()
+    assert [one.token for progress in found for one in progress.logprobs] == [
+        token for progress in found for token in progress.tokens
+    ]

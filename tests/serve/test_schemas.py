@@ -3,6 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
+from serve.records import named
 from serve.schemas import ChatRequest, TextRequest, mistake_in_bias, mistake_in_body
 
 HELLO = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
@@ -16,7 +17,13 @@ def refusal(fields):
 
 @pytest.mark.parametrize(
     "field",
-    [{"n": 2}, {"tools": [{"type": "function"}]}, {"logprobs": True}, {"suffix": "!"}, {"beams": 3}],
+    [
+        {"best_of": 2},
+        {"tools": [{"type": "function"}]},
+        {"suffix": "!"},
+        {"beams": 3},
+        {"tool_choice": "auto"},
+    ],
 )
 def test_a_field_that_would_change_the_answer_is_refused_by_name(field):
     error = refusal(field)
@@ -47,6 +54,15 @@ def test_a_value_that_asks_for_nothing_is_accepted(field):
         {"stop": list("abcde")},
         {"seed": 2**63},
         {"max_drafted": -1},
+        {"n": 0},
+        {"repetition_penalty": 1e-300},
+        {"n": 9},
+        {"top_logprobs": 21, "logprobs": True},
+        {"temperature": float("nan")},
+        {"temperature": "1"},
+        {"stream": "yes"},
+        {"logit_bias": {"4": float("nan")}},
+        {"user": "\ud800"},
     ],
 )
 def test_a_value_out_of_range_names_its_field(field):
@@ -62,6 +78,11 @@ def test_defaults_are_those_of_openai():
         None,
     )
     assert TextRequest(model="m", prompt="x").max_new_tokens == 16
+
+
+def test_a_temperature_that_would_overflow_logits_is_greedy():
+    for tiny, taken in ((1e-300, 0.0), (1e-8, 0.0), (0.001, 0.001), (0, 0.0)):
+        assert ChatRequest.model_validate({**HELLO, "temperature": tiny}).temperature == taken
 
 
 def test_the_newer_name_of_the_token_limit_wins():
@@ -93,3 +114,48 @@ def test_a_bias_on_a_token_the_target_lacks_is_told_with_its_field():
         assert error is not None
         assert (error.status, error.param) == (400, "logit_bias")
         assert f"logit_bias: {token} is no token id" in error.message
+
+
+def test_log_probabilities_are_asked_for_as_each_endpoint_does():
+    def num_logprobs(**fields):
+        return ChatRequest.model_validate({**HELLO, **fields}).num_logprobs
+
+    assert num_logprobs() is None
+    assert num_logprobs(logprobs=False) is None
+    assert num_logprobs(logprobs=True) == 0
+    assert num_logprobs(logprobs=True, top_logprobs=20) == 20
+    assert refusal({"top_logprobs": 3}).message == "body: top_logprobs needs logprobs: true"
+    assert TextRequest(model="m", prompt="x").num_logprobs is None
+    assert TextRequest(model="m", prompt="x", logprobs=0).num_logprobs == 0
+    for wrong in (6, -1, True):
+        with pytest.raises(ValidationError, match="logprobs"):
+            TextRequest(model="m", prompt="x", logprobs=wrong)
+
+
+def test_a_version_is_pinned_behind_an_at_sign():
+    assert named("legal") == ("legal", None)
+    assert named("legal@v3") == ("legal", "v3")
+    assert named("legal@") == ("legal", "")  # no version has an empty name: it is refused, not ignored
+
+
+def test_an_error_is_text_of_bounded_length_whatever_the_client_wrote():
+    error = refusal({"\ud800" + "x" * 10**6: 1})
+    assert error.status == 400
+    assert len(error.message.encode()) < 300
+
+
+def test_a_field_of_two_forms_is_named_as_the_client_writes_it():
+    with pytest.raises(ValidationError) as caught:
+        TextRequest(model="m", prompt={"a": 1})
+    assert mistake_in_body(caught.value.errors()).param == "prompt"
+    with pytest.raises(ValidationError) as caught:
+        TextRequest(model="m", prompt=["a"])
+    assert (mistake_in_body(caught.value.errors()).param or "").startswith("prompt")
+
+
+def test_openapi_says_that_null_is_absent_and_which_values_ask_for_nothing():
+    schema = ChatRequest.model_json_schema()
+    assert {"type": "null"} in schema["properties"]["temperature"]["anyOf"]
+    assert schema["properties"]["tools"]["enum"] == [[], None]
+    assert schema["required"] == ["model", "messages"]
+    assert schema["additionalProperties"] is False

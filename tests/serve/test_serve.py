@@ -1,11 +1,6 @@
 """The served family as clients see it: the real Serve application, the real `openai` client, loopback."""
 
 import asyncio
-import socket
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import httpx
 import openai
@@ -17,81 +12,18 @@ from farm.decode.engine import Engine, Request, Route
 from farm.decode.sampling import SamplingParams
 from farm.sections import TargetSpec
 from farm.target.load import load_target
-from tests.serve.family import build_family, publish, tiny_expert
+from tests.serve.family import publish, tiny_expert
+from tests.serve.served import HELLO, HOSTED, MAX_LENGTH, hosted, wait_until
 
 pytestmark = pytest.mark.ray
-
-HOSTED = ("adapted", "bare", "misfit", "moving")
-MAX_LENGTH = 4000  # so long that an answer which nobody stops would be seen
-HELLO = [{"role": "user", "content": "the quick brown fox"}]
-
-
-@dataclass(frozen=True)
-class Served:
-    root: Path
-    store: str
-    url: str
-
-    @property
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
-
-    def greedy(self, target: str, max_tokens: int = 24, **fields) -> openai.types.chat.ChatCompletion:
-        return self.client.chat.completions.create(
-            model=target, messages=HELLO, temperature=0, max_tokens=max_tokens, **fields
-        )
-
-
-@pytest.fixture(scope="module")
-def served(ray_cluster, tmp_path_factory) -> Iterator[Served]:
-    from ray import serve
-
-    from serve.app import BuildArgs, build
-
-    root = tmp_path_factory.mktemp("family")
-    store = build_family(root, (*HOSTED, "broken"))
-    publish(store, "adapted", tiny_expert(1))
-    publish(store, "misfit", b"no safetensors")
-    (root / "broken" / "model.safetensors").write_bytes(b"no weights")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    args = BuildArgs(
-        store=store,
-        port=port,
-        num_slots=2,
-        max_length=MAX_LENGTH,
-        k=3,
-        control="fixed-3",  # so that a seed repeats its sample: the other controls follow the load
-        max_ongoing_requests=4,
-        max_queued_requests=4,  # all of HOSTED may wait at once while the router looks for room
-    )
-    serve.run(build(args), name="farm", route_prefix="/")
-    yield Served(root, store, f"http://127.0.0.1:{port}")
-    serve.shutdown()
-
-
-def hosted(target: str) -> list:
-    from ray import serve
-
-    engines = serve.get_deployment_handle("EngineHost", "farm").hosted.remote().result(timeout_s=10)
-    return [engine for engine in engines if engine.target == target]
-
-
-def wait_until(condition: Callable[[], bool], seconds: float) -> float:
-    """Seconds until it was so."""
-    start = time.monotonic()
-    while not condition():
-        assert time.monotonic() - start < seconds, "did not happen in time"
-        time.sleep(0.05)
-    return time.monotonic() - start
 
 
 def test_the_list_of_models_names_each_target_with_what_drafts_for_it(served):
     versions = {model.id: model.version for model in served.client.models.list()}
     assert versions == {"adapted": "v1", "bare": "base", "misfit": "plain", "moving": "base"}
     assert served.client.models.retrieve("bare").id == "bare"
-    assert httpx.get(f"{served.url}/healthz").json() == {"status": "ok", "targets": 4}
+    assert httpx.get(f"{served.url}/healthz").json() == {"status": "ok"}
+    assert httpx.get(f"{served.url}/readyz").json() == {"status": "ready", "targets": 4}
 
 
 @pytest.mark.parametrize("target", ["adapted", "bare", "misfit"])
@@ -223,8 +155,8 @@ def test_an_unknown_model_is_a_404_with_openais_envelope(served):
 
 def test_an_unsupported_field_is_a_400_that_names_it(served):
     with pytest.raises(openai.BadRequestError) as caught:
-        served.greedy("bare", n=2)
-    assert (caught.value.body["param"], caught.value.body["code"]) == ("n", "unsupported_parameter")
+        served.greedy("bare", extra_body={"tools": [{"type": "function"}]})
+    assert (caught.value.body["param"], caught.value.body["code"]) == ("tools", "unsupported_parameter")
 
 
 def test_a_prompt_without_room_for_an_answer_is_a_400_also_for_a_stream(served):

@@ -1,0 +1,81 @@
+"""`python -m serve.foreground store=STORE [num_slots=8 ...]`: the endpoint in the foreground, which ends politely.
+
+Told to end (SIGTERM, or Ctrl-C), it takes no new requests, lets the open answers go on for `drain_s` seconds at most,
+and shuts Serve down; told twice, it stops at once. `serve run` would cut the open streams.
+"""
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+import ray
+from pydantic import ValidationError
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from farm.errors import UserError
+from serve.app import BuildArgs, build
+
+APP = "farm"
+POLL_S = 0.2
+BROADCAST_S = 10.0
+
+
+def parse(arguments: Sequence[str]) -> BuildArgs:
+    """`name=value` each, as `serve run` takes them. UserError names what is wrong."""
+    fields = dict(argument.partition("=")[::2] for argument in arguments)
+    try:
+        return BuildArgs.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def drain(wait_s: float) -> int:
+    """Let the endpoint take nothing new and finish what is open; how many answers were still open after `wait_s`."""
+    gateways: DeploymentHandle = serve.get_deployment_handle("Gateway", APP)
+    end = time.monotonic() + wait_s
+    while num_open := sum(gateways.broadcast("drain").results(timeout_s=BROADCAST_S)):
+        if time.monotonic() >= end:
+            break
+        time.sleep(POLL_S)
+    return num_open
+
+
+def main(arguments: Sequence[str]) -> None:
+    args = parse(arguments)
+    ended = threading.Event()
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        if ended.is_set():
+            sys.exit(128 + number)
+        ended.set()
+
+    ray.init(namespace="serve", ignore_reinit_error=True)
+    for number in (signal.SIGTERM, signal.SIGINT):  # after Ray has set its own
+        signal.signal(number, end)
+    serve.run(build(args), name=APP, route_prefix="/")
+    say(f"http://{args.host}:{args.port}/v1 answers")
+    while not ended.wait(1.0):
+        pass
+    say("ending: open answers are finished, new requests get 503")
+    left = drain(args.drain_s)
+    serve.shutdown()
+    ray.shutdown()
+    say(f"ended; {left} answers were cut off" if left else "ended")
+
+
+def say(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        say(f"error: {error}")
+        sys.exit(2)
