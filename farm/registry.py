@@ -89,7 +89,9 @@ class Registry:
         """A published version; UserError if it was never published."""
         found = self._find(target, version)
         if found is None:
-            raise UserError(f"registry: {target} has no version {version}; publish it, or choose another")
+            raise UserError(
+                f"registry: {target} has no version {version}; publish it, or choose another"
+            ) from NotFound(f"{target}@{version}")
         return found
 
     def promote(self, target: str, version: str, expected: str | None) -> bool:

@@ -52,6 +52,7 @@ class WorseTest:
     """
 
     def __init__(self, share: float, most_drafted: int, margin: float, alpha: float) -> None:
+        self._settings = (share, most_drafted, margin, alpha)
         self.live, self.canary = Arm(), Arm()
         self.block_size = max(2, math.ceil(1 / min(share, 1 - share)))
         self.threshold = 1 / alpha
@@ -60,6 +61,10 @@ class WorseTest:
         self._bets = [bet / (most_drafted + margin) for bet in BETS]
         self._capitals = [1.0] * len(BETS)
         self._block: list[tuple[bool, float]] = []
+
+    def again(self) -> WorseTest:
+        """The same test without what it has seen."""
+        return WorseTest(*self._settings)
 
     @property
     def is_worse(self) -> bool:

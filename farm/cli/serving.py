@@ -26,6 +26,7 @@ def serve(
     ] = None,
     store: Annotated[str | None, typer.Option(help="The store's folder or URI; default .farm/store.")] = None,
     overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show where targets go; start nothing.")] = False,
 ) -> None:
     """Serve every onboarded target from one OpenAI-compatible endpoint, in the foreground."""
     if not (Path.cwd() / "serve" / "app.py").is_file():
@@ -36,8 +37,11 @@ def serve(
     if manifest is not None:
         settled = load_manifest(manifest, overrides or ())
         fields = {**settled.serve.model_dump(), **settled.resources.serve.model_dump()}
-        arguments = [f"store={settled.store}", *(f"{name}={value}" for name, value in fields.items())]
+        given = (f"{name}={value}" for name, value in fields.items() if value is not None)
+        arguments = [f"store={settled.store}", *given]
     command = [str(Path(sys.executable).with_name("serve")), "run", "serve.app:build", *arguments]
+    if dry_run:
+        command = [sys.executable, "-m", "serve.plan", *arguments]
     environment = {"RAY_AUTH_MODE": "disabled", **os.environ}
     raise typer.Exit(subprocess.run(command, env=environment, check=False).returncode)
 

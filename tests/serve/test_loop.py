@@ -123,3 +123,16 @@ def test_going_back_to_a_version_that_still_decodes_gives_it_new_requests(loop):
     loop.submit("a", ask("again"), again.put)
     assert {progress.version for progress in again.rest()} == {"v2"}
     assert old.rest()[-1].finish_reason == "length"
+
+
+def test_requests_that_were_decoded_plainly_are_counted_until_one_drafts(loop):
+    for number in range(3):
+        box = Mailbox()
+        loop.submit("a", ask(str(number)), box.put)
+        box.rest()
+    asked = Mailbox()
+    plainly = SamplingParams(max_new_tokens=4, max_drafted=0)
+    loop.submit("b", Request("by choice", (10, 20, 30), plainly), asked.put)
+    asked.rest()
+    counts = loop.inspect(lambda lanes, current: {name: lane.plain_in_a_row for name, lane in current.items()})
+    assert counts.result(timeout=10) == {"a": 3, "b": 0}

@@ -74,7 +74,7 @@ def served(ray_cluster, tmp_path_factory) -> Iterator[Served]:
 def hosted(target: str) -> list:
     from ray import serve
 
-    engines = serve.get_deployment_handle("EngineHost", "farm").hosted.remote().result(timeout_s=10)
+    engines = serve.get_deployment_handle("EngineHost-0", "farm").hosted.remote().result(timeout_s=10)
     return [engine for engine in engines if engine.target == target]
 
 
