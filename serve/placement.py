@@ -1,6 +1,6 @@
 """Which targets share a replica: packing by bytes, pure.
 
-What targets can share is counted once a group: the trunk, a checkpoint, the slots of a shape.
+What targets can share is counted once a group: the process, the trunk, a checkpoint, the slots of a shape.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ class Need:
     checkpoint_bytes: int  # shared with the targets of the same checkpoint
     own_bytes: int  # its LoRA, its private experts
     shape: Hashable  # targets of one shape share an engine's slots
-    cache_bytes: int  # of that engine, where this target is its largest
+    cache_bytes: int  # of that engine
+    mixture_bytes: int = (
+        0  # of LoRAs and experts side by side for its batches, where this target is the largest
+    )
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Group:
     """Targets that the replicas of one deployment host together."""
 
     needs: tuple[Need, ...]
-    shared_bytes: int  # the trunk
+    shared_bytes: int  # of the process and the trunk
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -36,20 +39,24 @@ class Group:
 
     @property
     def weight_bytes(self) -> int:
-        """Of all weights: trunk, checkpoints, LoRAs, experts."""
+        """Of checkpoints, LoRAs and private experts."""
         checkpoints = {need.checkpoint: need.checkpoint_bytes for need in self.needs}
-        return self.shared_bytes + sum(checkpoints.values()) + sum(need.own_bytes for need in self.needs)
+        return sum(checkpoints.values()) + sum(need.own_bytes for need in self.needs)
 
     @property
     def cache_bytes(self) -> int:
+        return sum({need.shape: need.cache_bytes for need in self.needs}.values())
+
+    @property
+    def mixture_bytes(self) -> int:
         largest: dict[Hashable, int] = {}
         for need in self.needs:
-            largest[need.shape] = max(need.cache_bytes, largest.get(need.shape, 0))
+            largest[need.shape] = max(need.mixture_bytes, largest.get(need.shape, 0))
         return sum(largest.values())
 
     @property
     def num_bytes(self) -> int:
-        return self.weight_bytes + self.cache_bytes
+        return self.shared_bytes + self.weight_bytes + self.cache_bytes + self.mixture_bytes
 
     def with_(self, needs: Sequence[Need]) -> Group:
         return Group((*self.needs, *needs), self.shared_bytes)

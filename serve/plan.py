@@ -67,7 +67,7 @@ def plan(args: BuildArgs) -> Packed:
         for name, fields in sorted(record["targets"].items())
     ]
     needs, refused = _needs(sizes, specs)
-    packed = pack(needs, sizes.trunk_bytes, None if args.memory_gib is None else int(args.memory_gib * GIB))
+    packed = pack(needs, sizes.shared_bytes, None if args.memory_gib is None else int(args.memory_gib * GIB))
     return Packed(packed.groups, refused | packed.refused)
 
 
@@ -95,14 +95,17 @@ def _draft(artifacts: Artifacts, key: str) -> DraftSizes | None:
 
 
 def table(args: BuildArgs, packed: Packed) -> Table:
-    """A row a deployment; bytes are those of one replica."""
+    """A row a deployment; bytes are those of one replica, `shared` of its process and its trunk."""
     shown = Table(title=f"placement of {args.store}", title_justify="left")
-    for column in ("deployment", "targets", "weights MiB", "caches MiB", "replica MiB", "replicas"):
-        shown.add_column(column, justify="right" if "MiB" in column or column == "replicas" else "left")
+    shown.add_column("deployment", no_wrap=True)
+    shown.add_column("targets")
+    for column in ("shared MiB", "weights MiB", "caches MiB", "mixtures MiB", "replica MiB", "replicas"):
+        shown.add_column(column, justify="right")
     most = args.max_replicas or args.replicas
     replicas = f"{args.replicas}" if most == args.replicas else f"{args.replicas} to {most}"
     for index, group in enumerate(packed.groups):
-        mib = (f"{size / MIB:.1f}" for size in (group.weight_bytes, group.cache_bytes, group.num_bytes))
+        parts = (group.shared_bytes, group.weight_bytes, group.cache_bytes, group.mixture_bytes)
+        mib = (f"{size / MIB:.1f}" for size in (*parts, group.num_bytes))
         shown.add_row(deployment_name(index), ", ".join(group.targets), *mib, replicas)
     return shown
 

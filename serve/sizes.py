@@ -23,6 +23,9 @@ from farm.target.load import check_folder
 from farm.target.weights import is_plain
 from serve.placement import Need
 
+# Of a replica beside weights and caches: Python, torch, transformers, the tensors of a step. On a CPU 438 MiB were
+# seen with SmolLM2-135M and 548 MiB with eleven targets of the zoo; large batches of large models take more.
+PROCESS_BYTES = 600 * 2**20
 HOSTED_VERSIONS = 2  # of a target: live and canary
 EXPERT_FORMS = 3  # as loaded, fused for a batch of its own, flat for a mixed one
 TRUNK_FORMS = 2  # as loaded, fused
@@ -61,11 +64,12 @@ class Sizes:
         return dtype.itemsize
 
     @property
-    def trunk_bytes(self) -> int:
-        """Of the trunk with the base's private expert."""
+    def shared_bytes(self) -> int:
+        """Of the process, and of the trunk with the base's private expert."""
         if self.draft is None:
-            return 0
-        return (TRUNK_FORMS * self.draft.trunk + EXPERT_FORMS * self.draft.expert) * self.item_bytes
+            return PROCESS_BYTES
+        weights = TRUNK_FORMS * self.draft.trunk + EXPERT_FORMS * self.draft.expert
+        return PROCESS_BYTES + weights * self.item_bytes
 
     def need(self, spec: TargetSpec, *, beside: bool) -> Need:
         """A target's; `beside`: other targets have its checkpoint, a LoRA lies beside it. Refused if unreadable."""
@@ -83,7 +87,8 @@ class Sizes:
             checkpoint_bytes=self._checkpoint_bytes(config, weights),
             own_bytes=lora_bytes + HOSTED_VERSIONS * EXPERT_FORMS * expert,
             shape=_shape(config),
-            cache_bytes=self._cache_bytes(config) + self._stack_bytes(lora_bytes, expert),
+            cache_bytes=self._cache_bytes(config),
+            mixture_bytes=self._mixture_bytes(lora_bytes, expert),
         )
 
     def _checkpoint_bytes(self, config: Any, weights: int) -> int:
@@ -105,8 +110,8 @@ class Sizes:
         unread = max(CATCH_UP, k + 1) * (8 + hidden * self.item_bytes)
         return found + slots * (2 * entries * self.item_bytes + unread)
 
-    def _stack_bytes(self, lora_bytes: int, expert_bytes: int) -> int:
-        """Of the mixtures of LoRAs and experts that an engine keeps side by side, a row each at most."""
+    def _mixture_bytes(self, lora_bytes: int, expert_bytes: int) -> int:
+        """Of the stacks that an engine keeps for its last batches, at most: a LoRA and an expert for every slot."""
         loras, experts = routes.KEPT_STACKS * lora_bytes, drafts.KEPT_STACKS * expert_bytes
         return self.settings.num_slots * (loras + experts)
 

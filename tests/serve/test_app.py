@@ -73,7 +73,7 @@ def served(ray_cluster, tmp_path_factory) -> Iterator[Served]:
         max_ongoing_requests=8, max_queued_requests=64,
     )  # fmt: skip
     (whole,) = plan(args).groups
-    args = args.model_copy(update={"memory_gib": 0.98 * whole.num_bytes / 2**30})
+    args = args.model_copy(update={"memory_gib": (whole.num_bytes - 1) / 2**30})
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     serve.run(build(args), name="farm", route_prefix="/")
     served = Served(root, store, f"http://127.0.0.1:{port}", groups(args), {})

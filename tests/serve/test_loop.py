@@ -134,5 +134,7 @@ def test_requests_that_were_decoded_plainly_are_counted_until_one_drafts(loop):
     plainly = SamplingParams(max_new_tokens=4, max_drafted=0)
     loop.submit("b", Request("by choice", (10, 20, 30), plainly), asked.put)
     asked.rest()
-    counts = loop.inspect(lambda lanes, current: {name: lane.plain_in_a_row for name, lane in current.items()})
+    counts = loop.inspect(
+        lambda lanes, current: {name: lane.plain_in_a_row for name, lane in current.items()}
+    )
     assert counts.result(timeout=10) == {"a": 3, "b": 0}

@@ -52,9 +52,12 @@ def test_without_a_budget_all_targets_are_together(needs):
 
 
 def test_what_targets_share_is_counted_once():
-    needs = [Need("a", "c", 10, 1, "s", 4), Need("b", "c", 10, 2, "s", 6), Need("d", "e", 20, 3, "t", 5)]
-    assert Group(tuple(needs), TRUNK).weight_bytes == 5 + 10 + 20 + 1 + 2 + 3
-    assert Group(tuple(needs), TRUNK).cache_bytes == 6 + 5
+    shared = [Need("a", "c", 10, 1, "s", 6, 4), Need("b", "c", 10, 2, "s", 6, 7)]
+    group = Group((*shared, Need("d", "e", 20, 3, "t", 5, 1)), TRUNK)
+    assert group.weight_bytes == 10 + 20 + 1 + 2 + 3
+    assert group.cache_bytes == 6 + 5
+    assert group.mixture_bytes == 7 + 1
+    assert group.num_bytes == TRUNK + 36 + 11 + 8
 
 
 def test_a_packing_that_takes_targets_one_by_one_is_noticed():
