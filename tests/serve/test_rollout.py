@@ -182,6 +182,26 @@ def test_a_bad_canary_is_rolled_back_by_what_its_requests_show(replica, caplog):
     assert {replica.version_of("a", f"after{n}") for n in range(20)} == {"v1"}
 
 
+def test_two_replicas_decide_on_their_own_and_the_second_finds_it_done(replica, caplog):
+    other = open_replica(replica.root, replica.store)
+    try:
+        replica.try_canary(loud_expert(1), 0.5)
+        other.rollout.poll()
+        for number in range(80):
+            replica.ask("a", f"r{number}")
+            other.ask("a", f"s{number}")
+        replica.rollout.poll()
+        assert replica.registry.canary("a") is None
+        other.rollout._judge()  # before it sees that the canary is gone
+        other.rollout.poll()
+        for one in (replica, other):
+            assert {one.version_of("a", f"after{n}") for n in range(20)} == {"v1"}
+    finally:
+        other.loop.stop(wait_s=10)
+    assert sum("is rolled back" in record.message for record in caplog.records) == 2
+    assert not any("cannot be" in record.message for record in caplog.records)
+
+
 def test_a_roll_back_is_decided_while_the_store_is_away_and_written_later(replica):
     replica.try_canary(loud_expert(1), 0.5)
     folder = FileStore(replica.root / "store").root
