@@ -50,9 +50,3 @@ def test_a_dry_run_shows_where_targets_go_and_starts_nothing(tmp_path, capfd, mo
     shown = capfd.readouterr().out
     assert "EngineHost-0" in shown
     assert "alpha, beta" in shown
-
-
-def test_a_dry_run_of_a_store_without_a_family_says_so(tmp_path, capfd):
-    done = CliRunner().invoke(app, ["serve", "--store", str(tmp_path), "--dry-run"], catch_exceptions=False)
-    assert done.exit_code == 2
-    assert "farm onboard" in capfd.readouterr().err
