@@ -1,8 +1,8 @@
-"""Published adapters: immutable versions of each target, and a live pointer moved by compare-and-swap."""
+"""Published adapters: immutable versions of each target; which is live, and which is tried, by compare-and-swap."""
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,27 @@ class Version:
     target: str
     version: str  # "v1", "v2", ...
     card: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Canary:
+    """A version that is tried on a share of a target's requests, beside the live one."""
+
+    version: str
+    share: float  # of the requests, between 0 and 1
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """What serves a target: `registry/<target>/live.json`. `etag` None: nothing was ever live or tried."""
+
+    history: tuple[str, ...] = ()  # versions that were live, the live one last; empty: the base draft serves
+    canary: Canary | None = None
+    etag: str | None = None
+
+    @property
+    def live(self) -> str | None:
+        return self.history[-1] if self.history else None
 
 
 class Registry:
@@ -49,30 +70,77 @@ class Registry:
 
     def live(self, target: str) -> Version | None:
         """The version that serves now; None: the base draft does."""
-        history, _ = self._pointer(target)
-        return self._find(target, history[-1]) if history else None
+        live = self.pointer(target).live
+        return None if live is None else self._find(target, live)
+
+    def canary(self, target: str) -> Canary | None:
+        """The version that is tried beside the live one."""
+        return self.pointer(target).canary
+
+    def pointer(self, target: str) -> Pointer:
+        """Live version and canary as of one moment."""
+        try:
+            data, etag = self.store.get_with_etag(f"{_folder(target)}/live.json")
+        except NotFound:
+            return Pointer()
+        record = json.loads(data)
+        canary = record.get("canary")  # records of before there were canaries have none
+        return Pointer(tuple(record["history"]), canary and Canary(**canary), etag)
+
+    def version(self, target: str, version: str) -> Version:
+        """A published version; UserError if it was never published."""
+        found = self._find(target, version)
+        if found is None:
+            raise UserError(
+                f"registry: {target} has no version {version}; publish it, or choose another"
+            ) from NotFound(f"{target}@{version}")
+        return found
 
     def promote(self, target: str, version: str, expected: str | None) -> bool:
-        """Make `version` live if the live one is still `expected`; whether it did.
+        """Make `version` live if the live one is still `expected`; whether it did. Ends its being the canary.
 
         UserError if the version was never published.
         """
-        if self._find(target, version) is None:
-            raise UserError(f"registry: {target} has no version {version}; publish it, or choose another")
-        history, etag = self._pointer(target)
-        if (history[-1] if history else None) != expected:
+        self.version(target, version)
+        pointer = self.pointer(target)
+        if pointer.live != expected:
             return False
-        return self._move(target, [*history, version], etag)
+        return self._move(target, replace(pointer, history=(*pointer.history, version)))
+
+    def start_canary(self, target: str, version: str, share: float) -> bool:
+        """Try `version` on a share of the requests, or change its share; whether it did.
+
+        It does not while another version is tried, or when the pointer moved meanwhile. UserError for a version that
+        was never published or is live, and for a share that is not between 0 and 1.
+        """
+        if not 0 < share < 1:
+            raise UserError(f"registry: a canary's share is between 0 and 1, not {share:g}; promote for all")
+        self.version(target, version)
+        pointer = self.pointer(target)
+        if pointer.live == version:
+            raise UserError(f"registry: {target}@{version} is live already; try another version")
+        if pointer.canary is not None and pointer.canary.version != version:
+            return False
+        return self._move(target, replace(pointer, canary=Canary(version, share)))
+
+    def end_canary(self, target: str, version: str) -> bool:
+        """End the canary if it is still `version`; whether this call did. Repeating it changes nothing."""
+        while True:
+            pointer = self.pointer(target)
+            if pointer.canary is None or pointer.canary.version != version:
+                return False
+            if self._move(target, replace(pointer, canary=None)):
+                return True
 
     def rollback(self, target: str) -> Version:
         """Make the version live that was live before; UserError if there is none."""
-        history, etag = self._pointer(target)
-        previous = self._find(target, history[-2]) if len(history) > 1 else None
+        pointer = self.pointer(target)
+        previous = self._find(target, pointer.history[-2]) if len(pointer.history) > 1 else None
         if previous is None:
             raise UserError(
                 f"registry: {target} has no earlier live version to return to; promote one instead"
             )
-        if not self._move(target, history[:-1], etag):
+        if not self._move(target, replace(pointer, history=pointer.history[:-1])):
             raise UserError(
                 f"registry: the live version of {target} moved meanwhile; look again, then repeat"
             )
@@ -117,17 +185,11 @@ class Registry:
         except NotFound:
             return None
 
-    def _pointer(self, target: str) -> tuple[list[str], str | None]:
-        """Versions that were live, the live one last, and the etag of that record."""
-        try:
-            data, etag = self.store.get_with_etag(f"{_folder(target)}/live.json")
-        except NotFound:
-            return [], None
-        return json.loads(data)["history"], etag
-
-    def _move(self, target: str, history: list[str], etag: str | None) -> bool:
-        data = json.dumps({"version": history[-1], "history": history}).encode()
-        return self.store.compare_and_swap(f"{_folder(target)}/live.json", data, etag)
+    def _move(self, target: str, to: Pointer) -> bool:
+        """Write the pointer if it is still the one whose etag `to` has; what is live is not tried any more."""
+        tried = None if to.canary is None or to.canary.version == to.live else asdict(to.canary)
+        data = json.dumps({"version": to.live, "history": to.history, "canary": tried}).encode()
+        return self.store.compare_and_swap(f"{_folder(target)}/live.json", data, to.etag)
 
 
 def _folder(target: str) -> str:

@@ -184,6 +184,8 @@ class ServeSettings(Strict):
     drain_s: float = Field(
         default=30.0, ge=0
     )  # how long open answers may go on once the server is told to end
+    canary_margin: float = Field(default=0.05, ge=0, lt=1)  # share of the live tau that a canary may lose
+    canary_alpha: float = Field(default=0.01, gt=0, lt=1)  # bound of rolling one back that does not lose more
 
     @model_validator(mode="after")
     def _length_within_k(self) -> Self:
@@ -216,8 +218,18 @@ class AdaptResources(Strict):
 
 
 class ServeResources(Strict):
-    replicas: Positive = 1
+    replicas: Positive = 1  # of each group of targets; the least where they are scaled
+    max_replicas: Positive | None = None  # more of them while requests wait; None: always `replicas`
     num_gpus: float = Field(default=0, ge=0)
+    memory_gib: float | None = Field(
+        default=None, gt=0
+    )  # of a replica: weights, caches. None: all targets in one
+
+    @model_validator(mode="after")
+    def _at_least_the_least(self) -> Self:
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(f"max_replicas {self.max_replicas} is below replicas {self.replicas}; raise it")
+        return self
 
 
 class Resources(Strict):

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -17,7 +17,7 @@ from farm.draft.delta import TrunkDelta
 from farm.draft.expert import Expert
 from farm.draft.model import Draft
 from farm.draft.trunk import Trunk
-from farm.registry import Registry, Version
+from farm.registry import Pointer, Registry, Version
 from farm.sections import Dtype, TargetSpec
 from farm.store import open_store
 from farm.target.load import LoadedTarget, load_target, resolve_dtype, stop_ids
@@ -43,17 +43,26 @@ class ServedDraft:
 
     version: str
     draft: Draft | None
+    reason: str = ""  # why it is no adapter: BASE_DRAFT, or PLAIN and what is wrong
+
+    @classmethod
+    def plain(cls, reason: str) -> "ServedDraft":
+        return cls(PLAIN, None, f"{PLAIN}: {reason}")
 
 
 class Family:
-    """The family of one store, on one device. Raises UserError when the store holds none."""
+    """The family of one store, or `only` some of its targets. Raises UserError when the store holds none."""
 
-    def __init__(self, store: str, dtype: Dtype | None = None, device: str = "cpu") -> None:
+    def __init__(
+        self, store: str, dtype: Dtype | None = None, device: str = "cpu", only: Collection[str] | None = None
+    ) -> None:
         opened = open_store(store)
         self._registry, self._artifacts = Registry(opened), Artifacts(opened)
         self._record = self._registry.family()
         self._dtype = resolve_dtype(dtype or self._record.get("dtype", "auto"), device)
         self._device = device
+        self._only = self._record["targets"].keys() if only is None else only
+        self._no_trunk = ""  # why there is none
         self.trunk = self._load_trunk()
 
     def targets(self) -> Iterator[LoadedTarget]:
@@ -61,7 +70,8 @@ class Family:
 
         A checkpoint that several targets have in common is loaded once; their LoRAs lie beside it.
         """
-        specs = [self._spec(name, fields) for name, fields in sorted(self._record["targets"].items())]
+        found = sorted(self._record["targets"].items())
+        specs = [self._spec(name, fields) for name, fields in found if name in self._only]
         shared = {model for model, count in Counter(spec.model for spec in specs).items() if count > 1}
         checkpoints: dict[str, LoadedTarget] = {}
         for spec in specs:
@@ -84,9 +94,17 @@ class Family:
     def _load(self, spec: TargetSpec) -> LoadedTarget:
         return load_target(spec, dtype=self._dtype, device=self._device)
 
-    def live(self, target: str) -> Version | None:
-        """The adapter version that is to serve now; None: the base's draft."""
-        return self._registry.live(target)
+    def pointer(self, target: str) -> Pointer:
+        """Which versions are to serve now."""
+        return self._registry.pointer(target)
+
+    def version(self, target: str, version: str) -> Version:
+        """A published version; UserError when the store has none of that name."""
+        return self._registry.version(target, version)
+
+    def end_canary(self, target: str, version: str) -> bool:
+        """Roll a canary back; whether this call did."""
+        return self._registry.end_canary(target, version)
 
     def fits(self, live: Version | None) -> bool:
         """Whether a version was adapted on the trunk that is served; else it is of no use here."""
@@ -95,7 +113,7 @@ class Family:
     def draft(self, target: LoadedTarget, live: Version | None) -> ServedDraft:
         """The draft of a version, over the shared trunk. Raises UserError when it cannot be loaded."""
         if self.trunk is None:
-            return ServedDraft(PLAIN, None)
+            return ServedDraft.plain(self._no_trunk)
         config, forward = self.trunk.trunk.config, target.forward
         if (config.hidden_size, config.vocab_size) != (forward.hidden_size, forward.vocab_size):
             raise UserError(
@@ -103,7 +121,7 @@ class Family:
                 f"do not fit the trunk's {config.hidden_size} and {config.vocab_size}"
             )
         if live is None:
-            return ServedDraft(BASE_DRAFT, Draft(self.trunk.trunk, self.trunk.base_expert))
+            return ServedDraft(BASE_DRAFT, Draft(self.trunk.trunk, self.trunk.base_expert), BASE_DRAFT)
         name = f"{target.name}@{live.version}"
         tokenizer = tokenizer_digest(target.tokenizer.get_vocab())
         here = self.trunk.fit.model_copy(update={"tokenizer_digest": tokenizer})
@@ -116,7 +134,8 @@ class Family:
         try:
             return self._read_trunk(str(self._record["trunk_key"]))
         except LOAD_ERRORS as error:
-            log.error("every target is decoded plainly: the trunk cannot be loaded: %s", error)
+            self._no_trunk = f"the trunk cannot be loaded: {error}"
+            log.error("every target is decoded plainly: %s", self._no_trunk)
             return None
 
     def _read_trunk(self, key: str) -> SharedTrunk:

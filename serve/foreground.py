@@ -12,26 +12,16 @@ from collections.abc import Sequence
 from types import FrameType
 
 import ray
-from pydantic import ValidationError
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from farm.errors import UserError
-from serve.app import BuildArgs, build
+from serve.app import build
+from serve.plan import parse
 
 APP = "farm"
 POLL_S = 0.2
 BROADCAST_S = 10.0
-
-
-def parse(arguments: Sequence[str]) -> BuildArgs:
-    """`name=value` each, as `serve run` takes them. UserError names what is wrong."""
-    fields = dict(argument.partition("=")[::2] for argument in arguments)
-    try:
-        return BuildArgs.model_validate(fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 def drain(wait_s: float) -> int:

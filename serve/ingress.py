@@ -1,6 +1,7 @@
 """The gateway: OpenAI's HTTP API in front of the engine host. It checks, forwards and formats."""
 
 import asyncio
+import itertools
 import json
 import logging
 import time
@@ -132,12 +133,17 @@ def _json(answer: BaseModel | dict[str, Any]) -> Response:
 @serve.deployment(name="Gateway", health_check_period_s=5)
 @serve.ingress(api)
 class Gateway:
-    """Every answer is asked of the engine host; its first piece comes before the status of the response."""
+    """Every answer is asked of an engine host; its first piece comes before the status of the response.
 
-    def __init__(self, engines: DeploymentHandle[Any], settings: ServeSettings) -> None:
-        self._engines = engines
+    `hosts` are the deployments of engine hosts by name, `group_of` names the one that holds a target.
+    """
+
+    def __init__(
+        self, hosts: dict[str, DeploymentHandle[Any]], group_of: dict[str, str], settings: ServeSettings
+    ) -> None:
+        self._hosts, self._group_of = hosts, group_of
         self.guard = Guard(settings)
-        self._listed: list[Hosted] = []
+        self._listed: dict[str, list[Hosted]] = {}
         self._listed_at = -LIST_FRESH_S
 
     @api.get("/v1/models", responses={200: {"model": ModelList}, **REFUSALS})
@@ -199,7 +205,11 @@ class Gateway:
 
     async def _items(self, ask: Ask) -> AsyncGenerator[Item, None]:
         """The answer's pieces; whatever goes wrong between here and the engine is the last item."""
-        stream = self._engines.options(stream=True).generate.remote(ask)
+        group = self._group_of.get(ask.target)
+        if group is None:
+            yield unknown_model(ask.target)
+            return
+        stream = self._hosts[group].options(stream=True).generate.remote(ask)
         try:
             async for item in stream:
                 yield item
@@ -215,14 +225,19 @@ class Gateway:
             stream.cancel()  # frees the slot when the client has gone; nothing happens after the end
 
     async def _hosted(self) -> list[Hosted]:
-        """The engines that take new requests; an older list when the replica is too busy to say."""
+        """The engines that take new requests; those of a group are older when no replica of it says which."""
         if time.monotonic() - self._listed_at >= LIST_FRESH_S:
-            try:
-                hosted = await asyncio.wait_for(self._engines.hosted.remote(), LIST_WAIT_S)
-            except (TimeoutError, RayError, RayServeException) as error:
-                if not self._listed:
-                    raise HTTPException(503, "no engine host answers") from error
-            else:
-                self._listed = [engine for engine in hosted if engine.is_current]
-                self._listed_at = time.monotonic()
-        return self._listed
+            listed = await asyncio.gather(*(self._hosted_by(name) for name in self._hosts))
+            self._listed = dict(zip(self._hosts, listed, strict=True))
+            self._listed_at = time.monotonic()
+        if not any(self._listed.values()):
+            raise HTTPException(503, "no engine host answers")
+        return sorted(itertools.chain.from_iterable(self._listed.values()), key=lambda one: one.target)
+
+    async def _hosted_by(self, group: str) -> list[Hosted]:
+        try:
+            hosted = await asyncio.wait_for(self._hosts[group].hosted.remote(), LIST_WAIT_S)
+        except (TimeoutError, RayError, RayServeException) as error:
+            log.warning("%s does not say what it hosts: %s", group, error)
+            return self._listed.get(group, [])
+        return [engine for engine in hosted if engine.is_current]

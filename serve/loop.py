@@ -12,7 +12,10 @@ from typing import Literal, TypeVar
 
 from farm.decode.engine import Engine, Output, Request, Route
 from farm.decode.logprobs import TokenLogprob
+from farm.decode.stats import DecodeStats
+from serve.canary import WorseTest, takes
 
+UNDRAFTED = 0.9  # share of a request's rounds from which on it counts as decoded plainly
 log = logging.getLogger("ray.serve")
 T = TypeVar("T")
 
@@ -41,11 +44,23 @@ class Lane:
     version: str
     engine: Engine
     sinks: dict[str, Sink] = field(default_factory=dict)
+    share: float = 1.0  # of the new requests, while it is the canary
+    test: WorseTest | None = None  # against the current lane, while it is the canary
+    plain_in_a_row: int = 0  # finished requests since the last one that drafted
 
     @property
     def route(self) -> str:
         """The name under which the engine hosts it."""
         return f"{self.target}@{self.version}"
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """An open request. `test` is the one it was assigned by chance for; None: it says nothing about a canary."""
+
+    lane: Lane
+    test: WorseTest | None
+    may_draft: bool
 
 
 class EngineLoop:
@@ -63,8 +78,9 @@ class EngineLoop:
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._engines: list[Engine] = []
         self._current: dict[str, Lane] = {}
+        self._canary: dict[str, Lane] = {}
         self._lanes: list[Lane] = []
-        self._lane_of: dict[str, Lane] = {}  # by request
+        self._admitted: dict[str, Admitted] = {}  # by request
         self._stopping = False
 
     @property
@@ -77,6 +93,14 @@ class EngineLoop:
     def host(self, target: str, version: str, route: Route) -> None:
         """Give new requests for `target` to this version; the one before finishes what it was given."""
         self._commands.put(partial(self._host, target, version, route))
+
+    def host_canary(self, target: str, version: str, route: Route, share: float, test: WorseTest) -> None:
+        """Give a share of the new requests for a hosted target to this version, and judge it by `test`."""
+        self._commands.put(partial(self._host_canary, target, version, route, share, test))
+
+    def end_canary(self, target: str) -> None:
+        """Give all new requests to the current version; the canary finishes what it was given."""
+        self._commands.put(partial(self._end_canary, target))
 
     def submit(self, target: str, request: Request, sink: Sink, version: str | None = None) -> None:
         """Queue a request for a hosted target, or for one version of it; its progress goes to `sink`."""
@@ -138,25 +162,53 @@ class EngineLoop:
 
     def _deliver(self, outputs: list[Output]) -> None:
         for output in outputs:
-            lane = self._lane_of[output.request_id]
+            lane = self._admitted[output.request_id].lane
             sink = lane.sinks[output.request_id]
-            if output.finish_reason is not None:
-                del lane.sinks[output.request_id], self._lane_of[output.request_id]
+            if output.completion is not None:
+                del lane.sinks[output.request_id]
+                self._count(self._admitted.pop(output.request_id), output.completion.stats)
             sink(Progress(lane.version, output.tokens, output.finish_reason, logprobs=output.logprobs))
 
     def _drop_replaced(self) -> None:
         for lane in list(self._lanes):
-            if not lane.sinks and self._current[lane.target] is not lane:
+            kept = (self._current[lane.target], self._canary.get(lane.target))
+            if not lane.sinks and not any(lane is one for one in kept):
                 lane.engine.drop(lane.route)
                 self._lanes.remove(lane)
                 log.info("%s: its last request is done, it is dropped", lane.route)
 
     def _host(self, target: str, version: str, route: Route) -> None:
-        lane = next((one for one in self._lanes if (one.target, one.version) == (target, version)), None)
-        if lane is None:  # else it still has requests, and a version never changes
+        lane = self._lane(target, version, route)
+        if self._current.get(target) is lane:
+            return
+        self._current[target] = lane
+        canary = self._canary.get(target)
+        if canary is lane:
+            self._end_canary(target)
+        elif canary is not None and canary.test is not None:
+            canary.test = canary.test.again()  # what it is compared with is another one now
+
+    def _host_canary(self, target: str, version: str, route: Route, share: float, test: WorseTest) -> None:
+        self._end_canary(target)
+        lane = self._lane(target, version, route)
+        lane.share, lane.test = share, test
+        self._canary[target] = lane
+
+    def _end_canary(self, target: str) -> None:
+        lane = self._canary.pop(target, None)
+        if lane is not None:
+            lane.share, lane.test = 1.0, None
+
+    def _lane(self, target: str, version: str, route: Route) -> Lane:
+        """The lane of a version, a new one unless it is there: a version never changes."""
+        lane = self._find(target, version)
+        if lane is None:
             lane = Lane(target, version, self._engine_for(replace(route, target=f"{target}@{version}")))
             self._lanes.append(lane)
-        self._current[target] = lane
+        return lane
+
+    def _find(self, target: str, version: str) -> Lane | None:
+        return next((one for one in self._lanes if (one.target, one.version) == (target, version)), None)
 
     def _engine_for(self, route: Route) -> Engine:
         """The first engine that can host the route, with the route in it."""
@@ -169,8 +221,8 @@ class EngineLoop:
         return engine
 
     def _submit(self, target: str, request: Request, sink: Sink, version: str | None) -> None:
-        lane = self._current[target]
-        if version not in (None, lane.version):
+        lane, test = self._choose(target, request.id, version)
+        if lane is None:
             sink(Progress("", unhosted=f"{target}@{version}"))
             return
         if self.failure is not None:
@@ -181,13 +233,43 @@ class EngineLoop:
         except ValueError as error:
             sink(Progress(lane.version, refused=str(error)))
             return
-        lane.sinks[request.id], self._lane_of[request.id] = sink, lane
+        lane.sinks[request.id] = sink
+        may_draft = request.params.max_drafted != 0
+        self._admitted[request.id] = Admitted(lane, test if may_draft else None, may_draft)
+
+    def _choose(
+        self, target: str, request_id: str, version: str | None
+    ) -> tuple[Lane | None, WorseTest | None]:
+        """The lane of a new request, and the test that it counts for if chance decided between two lanes."""
+        current, canary = self._current[target], self._canary.get(target)
+        if version is not None:
+            taking = (lane for lane in (current, canary) if lane is not None and lane.version == version)
+            return next(taking, None), None
+        if canary is None:
+            return current, None
+        return canary if takes(canary.route, canary.share, request_id) else current, canary.test
 
     def _cancel(self, request_id: str) -> None:
-        lane = self._lane_of.pop(request_id, None)
-        if lane is not None:
-            del lane.sinks[request_id]
-            lane.engine.cancel(request_id)
+        admitted = self._admitted.pop(request_id, None)
+        if admitted is None:
+            return
+        lane = admitted.lane
+        live = next((row for row in lane.engine.scheduler.live if row.request.id == request_id), None)
+        if live is not None:  # a stop string ends a request here: it counts like one that ends by itself
+            self._count(admitted, live.stats)
+        del lane.sinks[request_id]
+        lane.engine.cancel(request_id)
+
+    def _count(self, admitted: Admitted, stats: DecodeStats) -> None:
+        """Counts a finished request for its lane, and for the canary's test if it is still the same one."""
+        if not stats.rounds or not admitted.may_draft:
+            return
+        lane = admitted.lane
+        plain = stats.ended["undrafted"] >= UNDRAFTED * stats.rounds
+        lane.plain_in_a_row = lane.plain_in_a_row + 1 if plain else 0
+        canary = self._canary.get(lane.target)
+        if canary is not None and admitted.test is not None and admitted.test is canary.test:
+            canary.test.add(is_canary=lane is canary, emitted=stats.emitted, rounds=stats.rounds)
 
     def _end(self) -> None:
         self._stopping = True

@@ -97,11 +97,18 @@ class Delta:
 
 @dataclass(frozen=True)
 class Hosted:
-    """A version that a replica hosts. `is_current`: new requests go to it; else it finishes its last ones."""
+    """A version that a replica hosts.
+
+    New requests go to the current one and, by its share, to the canary; any other finishes its last ones. `reason` is
+    empty for an adapter that drafts, else it begins with "base", "plain" or "kept" and says what is wrong if anything.
+    """
 
     target: str
     version: str
     is_current: bool
+    share: float  # of the new requests for the target
+    reason: str
+    e_value: float | None  # evidence that a canary is worse than the current version; None: it is no canary
     num_open: int  # requests not finished, waiting ones too
     num_live: int  # requests in a slot
     rounds: int

@@ -1,10 +1,9 @@
 """The engine host: a replica that holds the trunk once and decodes for every target of the family."""
 
 import asyncio
-import logging
 import os
 import secrets
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -18,37 +17,40 @@ from farm.decode.sampling import SamplingParams
 from farm.decode.stats import DecodeStats
 from farm.sections import Dtype, ServeSettings
 from farm.target.load import LoadedTarget
+from serve.canary import WorseTest
 from serve.choices import Choice, Mail, answer, choice_seed
 from serve.detokenize import TextStream
-from serve.family import LOAD_ERRORS, PLAIN, Family, ServedDraft
+from serve.family import PLAIN, Family
 from serve.loop import EngineLoop, Lane, Progress
 from serve.records import Ask, Delta, Hosted, Item
+from serve.rollout import Rollout
 from serve.schemas import ErrorBody, context_exceeded, mistake_in_bias, too_many_tokens, unknown_model
 from serve.spelling import Spelling
 
-POLL_S = 2.0  # how often the live pointers are looked at
-log = logging.getLogger("ray.serve")
+PLAIN_AFTER = 8  # requests in a row that were decoded plainly
 
 
 @serve.deployment(name="EngineHost", health_check_period_s=5, graceful_shutdown_timeout_s=30)
 class EngineHost:
     """Routes each request to its target's engine; engines step in one thread beside the event loop."""
 
-    def __init__(self, store: str, settings: ServeSettings, dtype: Dtype | None, device: str) -> None:
+    def __init__(
+        self, store: str, settings: ServeSettings, dtype: Dtype | None, device: str, targets: Collection[str]
+    ) -> None:
         self._settings = settings
-        self._family = Family(store, dtype, device)
+        family = Family(store, dtype, device, targets)
         self._engines = EngineLoop(self._new_engine)
+        self._rollout = Rollout(family, self._engines, self._new_test)
         self._targets: dict[str, LoadedTarget] = {}
         self._spellings: dict[str, Spelling] = {}
-        self._seen: dict[str, str | None] = {}  # live version last acted upon, loaded or not
-        for target in self._family.targets():
+        for target in family.targets():
             self._targets[target.name] = target
             self._spellings[target.name] = Spelling(target.tokenizer)
-            self._host_first(target)
+            self._rollout.add(target)
         if not self._targets:
             raise UserError(f"{store}: none of its targets can be loaded; the log has each one's reason")
         self._engines.start()
-        self._watcher = asyncio.get_running_loop().create_task(self._watch())
+        self._rollout.start()
 
     async def generate(self, ask: Ask) -> AsyncIterator[Item]:
         """The pieces of the answer as they come, or one ErrorBody; leaving early frees the slot."""
@@ -83,14 +85,17 @@ class EngineHost:
 
     async def hosted(self) -> list[Hosted]:
         """Every engine of this replica, seen between two steps."""
-        return await asyncio.wrap_future(self._engines.inspect(_describe))
+        return await asyncio.wrap_future(self._engines.inspect(partial(_describe, self._rollout.reason)))
 
     async def check_health(self) -> None:
         if not self._engines.is_alive:
             raise RuntimeError(f"the engine thread ended: {self._engines.failure}")
+        if not self._rollout.is_alive:
+            raise RuntimeError("the registry is not followed any more")
 
     def __del__(self) -> None:
-        if hasattr(self, "_engines"):
+        if hasattr(self, "_rollout"):
+            self._rollout.stop()
             self._engines.stop()
 
     async def _checked(self, target: LoadedTarget, ask: Ask) -> Request | ErrorBody:
@@ -128,23 +133,6 @@ class EngineHost:
         )
         return Request(ask.id, tuple(ids), params)
 
-    def _host_first(self, target: LoadedTarget) -> None:
-        """Serve the target with its live adapter or the base's draft; plainly if that cannot be loaded."""
-        self._seen[target.name] = None
-        try:
-            live = self._family.live(target.name)
-            self._seen[target.name] = live.version if live else None
-            draft = self._family.draft(target, live if self._family.fits(live) else None)
-        except LOAD_ERRORS as error:
-            log.error("%s is decoded plainly: %s", target.name, error)
-            draft = ServedDraft(PLAIN, None)
-        self._host(target, draft)
-
-    def _host(self, target: LoadedTarget, draft: ServedDraft) -> None:
-        route = Route(target.forward, target.stop_ids, draft.draft, target.lora)
-        self._engines.host(target.name, draft.version, route)
-        log.info("%s@%s takes the requests from now on", target.name, draft.version)
-
     def _new_engine(self, route: Route) -> Engine:
         settings = self._settings
         return Engine(
@@ -155,26 +143,9 @@ class EngineHost:
             control=make_control(settings.control, settings.k),
         )
 
-    async def _watch(self) -> None:
-        """Follow the live pointers. What goes wrong with one target is logged and leaves it as it is."""
-        while True:
-            await asyncio.sleep(POLL_S)
-            for target in self._targets.values():
-                try:
-                    await asyncio.to_thread(self._follow, target)
-                except LOAD_ERRORS as error:
-                    log.warning("%s: its live version cannot be read: %s", target.name, error)
-
-    def _follow(self, target: LoadedTarget) -> None:
-        live = self._family.live(target.name)
-        version = live.version if live else None
-        if version == self._seen[target.name]:
-            return
-        try:
-            self._host(target, self._family.draft(target, live))
-        except UserError as error:  # a version never changes: trying it again would not help
-            log.error("%s keeps its draft: %s", target.name, error)
-        self._seen[target.name] = version
+    def _new_test(self, share: float) -> WorseTest:
+        settings = self._settings
+        return WorseTest(share, settings.k, settings.canary_margin, settings.canary_alpha)
 
 
 def _choice(request: Request, index: int) -> Request:
@@ -188,16 +159,27 @@ def _decode(target: LoadedTarget, tokens: Sequence[int]) -> str:
     return text
 
 
-def _describe(lanes: list[Lane], current: Mapping[str, Lane]) -> list[Hosted]:
-    return [_hosted(lane, is_current=current[lane.target] is lane) for lane in lanes]
+def _describe(reason: Callable[[str], str], lanes: list[Lane], current: Mapping[str, Lane]) -> list[Hosted]:
+    tried = {lane.target: lane.share for lane in lanes if lane.test is not None}
+    return [
+        _hosted(lane, current[lane.target] is lane, tried.get(lane.target, 0.0), reason) for lane in lanes
+    ]
 
 
-def _hosted(lane: Lane, *, is_current: bool) -> Hosted:
+def _hosted(lane: Lane, is_current: bool, tried: float, reason: Callable[[str], str]) -> Hosted:
+    """`tried` is the share of the target's canary."""
     stats = lane.engine.stats_of.get(lane.route, DecodeStats())
+    share = 1 - tried if is_current else tried if lane.test is not None else 0.0
+    said = reason(lane.target) if is_current else ""
+    if not said and lane.plain_in_a_row >= PLAIN_AFTER:
+        said = f"{PLAIN}: drafting does not pay at this load"
     return Hosted(
         target=lane.target,
         version=lane.version,
         is_current=is_current,
+        share=share,
+        reason=said,
+        e_value=lane.test.e_value if lane.test is not None else None,
         num_open=len(lane.sinks),
         num_live=sum(row.request.target == lane.route for row in lane.engine.scheduler.live),
         rounds=stats.rounds,

@@ -63,6 +63,34 @@ def promote(target: str, version: str, store: StorePath = ".farm/store") -> None
 
 
 @registry_app.command()
+def canary(
+    target: str,
+    version: str,
+    share: Annotated[float | None, typer.Option(help="Of the requests, between 0 and 1.")] = None,
+    end: Annotated[bool, typer.Option("--end", help="All requests go to the live version again.")] = False,
+    store: StorePath = ".farm/store",
+) -> None:
+    """Try a published version on a share of a target's requests, or end that."""
+    registry = _open(store)
+    if end == (share is not None):
+        raise UserError("registry canary: give either --share, for instance 0.1, or --end")
+    if share is None:
+        ended = registry.end_canary(target, version)
+        console.print(
+            f"{target}: {version} is {'no canary any more' if ended else 'no canary'}", highlight=False
+        )
+        return
+    if not registry.start_canary(target, version, share):
+        tried = registry.canary(target)
+        raise UserError(
+            f"{target}: {tried.version} is tried already; end it first, or let it decide"
+            if tried and tried.version != version
+            else f"{target}: its pointer moved meanwhile; look again, then repeat"
+        )
+    console.print(f"{target}: {version} gets {share:g} of the requests", highlight=False)
+
+
+@registry_app.command()
 def rollback(target: str, store: StorePath = ".farm/store") -> None:
     """Make the version live that was live before."""
     version = _open(store).rollback(target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ def serve(
     ] = None,
     store: Annotated[str | None, typer.Option(help="The store's folder or URI; default .farm/store.")] = None,
     overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show where targets go; start nothing.")] = False,
 ) -> None:
     """Serve every onboarded target from one OpenAI-compatible endpoint, in the foreground."""
     if not (Path.cwd() / "serve" / "app.py").is_file():
@@ -36,10 +38,12 @@ def serve(
         settled = load_manifest(manifest, overrides or ())
         fields = {**settled.serve.model_dump(), **settled.resources.serve.model_dump()}
         arguments = [f"store={settled.store}", *_arguments(fields)]
+    if dry_run:
+        command = [sys.executable, "-m", "serve.plan", *arguments]
+        raise typer.Exit(subprocess.run(command, check=False).returncode)
     command = [sys.executable, "-m", "serve.foreground", *arguments]
-    os.execve(
-        sys.executable, command, {"RAY_AUTH_MODE": "disabled", **os.environ}
-    )  # signals reach the server itself
+    # The process becomes the server: signals reach it.
+    os.execve(sys.executable, command, {"RAY_AUTH_MODE": "disabled", **os.environ})
 
 
 def _arguments(fields: Mapping[str, object]) -> Iterator[str]:

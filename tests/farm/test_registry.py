@@ -3,13 +3,16 @@ import multiprocessing
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from farm.config import UserError
-from farm.registry import Registry
-from farm.store import CorruptObject, open_store
+from farm.registry import Canary, Registry
+from farm.store import CorruptObject, FileStore, open_store
 
 ROOT = Path(__file__).parents[2]
 SPAWN = multiprocessing.get_context("spawn")
@@ -147,3 +150,163 @@ def test_an_adapter_that_is_not_what_was_published_is_refused_with_both_digests(
         registry.path(version, "expert")
     for data in (b"published", b"something"):
         assert hashlib.sha256(data).hexdigest() in str(caught.value)
+
+
+def test_a_canary_is_kept_beside_the_live_version_until_it_ends_or_is_promoted(registry):
+    for _ in range(3):
+        registry.publish("legal", {}, {})
+    assert registry.promote("legal", "v1", None)
+    assert registry.start_canary("legal", "v2", 0.1)
+    assert registry.start_canary("legal", "v2", 0.25)
+    assert not registry.start_canary("legal", "v3", 0.1)
+    assert registry.canary("legal") == Canary("v2", 0.25)
+    assert registry.pointer("legal").live == "v1"
+    assert not registry.end_canary("legal", "v3")
+    assert registry.end_canary("legal", "v2")
+    assert not registry.end_canary("legal", "v2")
+    assert registry.start_canary("legal", "v3", 0.5)
+    assert registry.promote("legal", "v2", "v1")
+    assert registry.canary("legal") == Canary("v3", 0.5)
+    assert registry.promote("legal", "v3", "v2")
+    assert registry.canary("legal") is None
+
+
+def test_a_canary_may_be_tried_beside_the_base_draft(registry):
+    registry.publish("legal", {}, {})
+    assert registry.start_canary("legal", "v1", 0.5)
+    assert registry.live("legal") is None
+    assert registry.promote("legal", "v1", None)
+    assert registry.pointer("legal").canary is None
+
+
+def test_rolling_back_to_the_version_that_is_tried_ends_the_trial(registry):
+    for _ in range(2):
+        registry.publish("legal", {}, {})
+    assert registry.promote("legal", "v1", None)
+    assert registry.promote("legal", "v2", "v1")
+    assert registry.start_canary("legal", "v1", 0.5)
+    assert registry.rollback("legal").version == "v1"
+    assert registry.canary("legal") is None
+
+
+def test_a_canary_that_makes_no_sense_is_refused_with_the_remedy(registry):
+    for _ in range(2):
+        registry.publish("legal", {}, {})
+    assert registry.promote("legal", "v1", None)
+    for share in (0.0, 1.0, -0.1, float("nan")):
+        with pytest.raises(UserError, match="share"):
+            registry.start_canary("legal", "v2", share)
+    with pytest.raises(UserError, match="live already"):
+        registry.start_canary("legal", "v1", 0.1)
+    with pytest.raises(UserError, match="no version v9"):
+        registry.start_canary("legal", "v9", 0.1)
+
+
+def test_a_pointer_from_before_there_were_canaries_is_read(registry):
+    registry.publish("legal", {}, {})
+    registry.store.put("registry/legal/live.json", b'{"version": "v1", "history": ["v1"]}')
+    assert registry.pointer("legal").live == "v1"
+    assert registry.canary("legal") is None
+
+
+class Interleaved(FileStore):
+    """Runs `meanwhile` between an operation's read and its swap."""
+
+    meanwhile: Callable[[], None] | None = None
+    blind = False  # a store that forgets to compare
+
+    def compare_and_swap(self, key: str, data: bytes, expected_etag: str | None) -> bool:
+        meanwhile, self.meanwhile = self.meanwhile, None
+        if meanwhile is not None:
+            meanwhile()
+        if self.blind:
+            self.put(key, data)
+        elif not super().compare_and_swap(key, data, expected_etag):
+            return False
+        return True
+
+
+VERSIONS = ("v1", "v2", "v3")
+Operation = tuple[str, str, str | None]
+OPERATIONS = st.one_of(
+    st.tuples(st.just("promote"), st.sampled_from(VERSIONS), st.sampled_from((None, *VERSIONS))),
+    st.tuples(st.sampled_from(("start", "end")), st.sampled_from(VERSIONS), st.none()),
+    st.just(("rollback", "", None)),
+)
+
+
+class Model:
+    """What the pointer must be after operations that each happened at one moment."""
+
+    def __init__(self) -> None:
+        self.history: tuple[str, ...] = ()
+        self.canary: str | None = None
+
+    def apply(self, operation: Operation) -> None:
+        """A success that its own moment does not allow is a broken promise."""
+        name, version, expected = operation
+        live = self.history[-1] if self.history else None
+        if name == "promote":
+            assert live == expected, f"promoted over {live}, expected {expected}"
+            self.history = (*self.history, version)
+        elif name == "start":
+            assert live != version, "a live version became its own canary"
+            assert self.canary in (None, version), "a canary replaced another one"
+            self.canary = version
+        elif name == "end":
+            assert self.canary == version, "a canary ended that was not there"
+            self.canary = None
+        else:
+            assert len(self.history) > 1
+            self.history = self.history[:-1]
+        if self.history and self.history[-1] == self.canary:
+            self.canary = None
+
+
+def attempt(registry: Registry, operation: Operation) -> bool:
+    name, version, expected = operation
+    try:
+        if name == "promote":
+            return registry.promote("legal", version, expected)
+        if name == "start":
+            return registry.start_canary("legal", version, 0.5)
+        if name == "end":
+            return registry.end_canary("legal", version)
+        return bool(registry.rollback("legal"))
+    except UserError:
+        return False
+
+
+def interleave(root: Path, operations: list[tuple[Operation, Operation]], *, blind: bool) -> None:
+    """One actor's operations, each with one of the other's between its read and its swap."""
+    store, model = Interleaved(root), Model()
+    registry, other = Registry(store), Registry(FileStore(root))
+    for _ in VERSIONS:
+        registry.publish("legal", {}, {})
+    store.blind = blind
+    for mine, theirs in operations:
+
+        def meanwhile(theirs: Operation = theirs) -> None:
+            if attempt(other, theirs):
+                model.apply(theirs)
+
+        store.meanwhile = meanwhile
+        if attempt(registry, mine):
+            model.apply(mine)
+        if store.meanwhile is not None:  # mine came to no swap
+            store.meanwhile = None
+        pointer = registry.pointer("legal")
+        assert (pointer.history, pointer.canary and pointer.canary.version) == (model.history, model.canary)
+
+
+@settings(max_examples=60, deadline=None)
+@given(operations=st.lists(st.tuples(OPERATIONS, OPERATIONS), min_size=1, max_size=6))
+def test_two_actors_that_interleave_are_as_if_one_came_after_the_other(tmp_path_factory, operations):
+    interleave(tmp_path_factory.mktemp("registry"), operations, blind=False)
+
+
+def test_a_store_that_does_not_compare_loses_an_update(tmp_path):
+    first = (("promote", "v1", None), ("end", "v1", None))
+    lost = (("start", "v2", None), ("promote", "v3", "v1"))
+    with pytest.raises(AssertionError):
+        interleave(tmp_path, [first, lost], blind=True)

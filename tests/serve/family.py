@@ -12,7 +12,7 @@ from farm.artifacts import Artifacts
 from farm.draft.checkpoint import EXPERT_FILE, trunk_files
 from farm.draft.config import DraftConfig
 from farm.draft.expert import Expert
-from farm.draft.model import new_draft
+from farm.draft.model import Draft, new_draft
 from farm.registry import Registry
 from farm.store import open_store
 
@@ -65,10 +65,20 @@ def tiny_model(tokenizer: PreTrainedTokenizerFast, seed: int, num_layers: int = 
     return model
 
 
-def save_checkpoint(folder: Path, seed: int) -> Path:
+def without_context(model: Any) -> Any:
+    """The model made such that a token depends on the one before alone: a hidden state is its token's embedding."""
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    return model
+
+
+def save_checkpoint(folder: Path, seed: int, *, predictable: bool = False) -> Path:
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(folder)
-    tiny_model(tokenizer, seed).save_pretrained(folder)
+    model = tiny_model(tokenizer, seed)
+    (without_context(model) if predictable else model).save_pretrained(folder)
     return folder
 
 
@@ -77,14 +87,46 @@ def tiny_expert(seed: int) -> bytes:
     return save(Expert(64, 128).state_dict())
 
 
-def build_family(root: Path, targets: tuple[str, ...]) -> str:
-    """Checkpoints, trunk and family record below `root`; the store's URI. No adapter yet."""
+def silent_expert() -> bytes:
+    """It adds nothing: over a predictable family's trunk, every greedy token is drafted right."""
+    expert = Expert(64, 128)
+    with torch.no_grad():
+        expert.down_proj.weight.zero_()
+    return save(expert.state_dict())
+
+
+def loud_expert(seed: int) -> bytes:
+    """Random and large: hardly a token is drafted right."""
+    torch.manual_seed(seed)
+    expert = Expert(64, 128)
+    with torch.no_grad():
+        expert.down_proj.weight.mul_(100)
+    return save(expert.state_dict())
+
+
+def copy_embedding(draft: Draft) -> None:
+    """The trunk's output becomes the embedding of the last token, and the private expert adds nothing."""
+    with torch.no_grad():
+        draft.trunk.fc.weight.copy_(torch.cat((torch.eye(64), torch.zeros(64, 64)), dim=1))
+        for weight in (draft.trunk.o_proj, draft.trunk.shared_expert.down_proj, draft.expert.down_proj):
+            weight.weight.zero_()
+
+
+def build_family(root: Path, targets: tuple[str, ...], *, predictable: bool = False) -> str:
+    """Checkpoints, trunk and family record below `root`; the store's URI. No adapter yet.
+
+    Drafts of a random family are hardly ever right; those of a `predictable` one always are, with a silent expert.
+    """
     store = open_store(str(root / "store"))
     artifacts = Artifacts(store)
-    folders = {name: save_checkpoint(root / name, seed) for seed, name in enumerate(targets)}
+    folders = {
+        name: save_checkpoint(root / name, seed, predictable=predictable) for seed, name in enumerate(targets)
+    }
     draft = new_draft(
         DraftConfig.for_base(LlamaForCausalLM.config_class.from_pretrained(root / targets[0])), seed=7
     )
+    if predictable:
+        copy_embedding(draft)
     files = trunk_files(draft.config, draft.trunk.state_dict(), draft.expert.state_dict(), None)
     for name, data in files.items():
         artifacts.put_file("trunk", TRUNK_KEY, name, data)

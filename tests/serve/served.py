@@ -32,7 +32,7 @@ class Served:
 def hosted(target: str) -> list:
     from ray import serve
 
-    engines = serve.get_deployment_handle("EngineHost", "farm").hosted.remote().result(timeout_s=10)
+    engines = serve.get_deployment_handle("EngineHost-0", "farm").hosted.remote().result(timeout_s=10)
     return [engine for engine in engines if engine.target == target]
 
 

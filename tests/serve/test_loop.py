@@ -142,3 +142,18 @@ def test_log_probabilities_come_with_their_tokens(loop):
     assert [one.token for progress in found for one in progress.logprobs] == [
         token for progress in found for token in progress.tokens
     ]
+
+
+def test_requests_that_were_decoded_plainly_are_counted_until_one_drafts(loop):
+    for number in range(3):
+        box = Mailbox()
+        loop.submit("a", ask(str(number)), box.put)
+        box.rest()
+    asked = Mailbox()
+    plainly = SamplingParams(max_new_tokens=4, max_drafted=0)
+    loop.submit("b", Request("by choice", (10, 20, 30), plainly), asked.put)
+    asked.rest()
+    counts = loop.inspect(
+        lambda lanes, current: {name: lane.plain_in_a_row for name, lane in current.items()}
+    )
+    assert counts.result(timeout=10) == {"a": 3, "b": 0}

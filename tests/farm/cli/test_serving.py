@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from farm.cli.main import app
 from farm.keys import digest, read_keys
-from serve.foreground import parse
+from serve.plan import parse
+from tests.serve.family import build_family
 
 TARGET = {"name": "legal", "model": "base", "prompts": "base"}
 
@@ -70,3 +71,15 @@ def test_a_key_is_printed_once_and_its_hash_kept(tmp_path: Path) -> None:
     (key,) = read_keys(path)
     assert key.sha256 == digest(done.stdout.strip())
     assert (key.name, key.targets, key.max_concurrent) == ("alice", ("legal", "support"), 3)
+
+
+def test_a_dry_run_shows_where_targets_go_and_starts_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    store = build_family(tmp_path, ("alpha", "beta"))
+    done = CliRunner().invoke(app, ["serve", "--store", store, "--dry-run"], catch_exceptions=False)
+    assert done.exit_code == 0
+    shown = capfd.readouterr().out
+    assert "EngineHost-0" in shown
+    assert "alpha, beta" in shown
