@@ -32,6 +32,7 @@ from serve.schemas import (
     unknown_model,
 )
 
+QUIET = {"enable_access_log": False}  # Serve's own line a request; serve.metrics writes a better one
 LIST_FRESH_S = 2.0  # how long the list of hosted targets is believed
 LIST_WAIT_S = 5.0
 RETRY_AFTER_S = 1
@@ -95,7 +96,7 @@ def _json(answer: BaseModel | dict[str, Any]) -> Response:
     return Response(content, media_type="application/json")
 
 
-@serve.deployment(name="Gateway", health_check_period_s=5)
+@serve.deployment(name="Gateway", health_check_period_s=5, logging_config=QUIET)
 @serve.ingress(api)
 class Gateway:
     """Every answer is asked of the engine host; its first piece comes before the status of the response."""
@@ -143,7 +144,8 @@ class Gateway:
 
     async def _items(self, ask: Ask) -> AsyncGenerator[Item, None]:
         """The answer's pieces; whatever goes wrong between here and the engine is the last item."""
-        stream = self._engines.options(stream=True).generate.remote(ask)
+        # By value: pieces come over gRPC, not each as an object of Ray's store, which costs both sides much more.
+        stream = self._engines.options(stream=True, _by_reference=False).generate.remote(ask)
         try:
             async for item in stream:
                 yield item

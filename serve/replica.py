@@ -27,7 +27,12 @@ POLL_S = 2.0  # how often the live pointers are looked at
 log = logging.getLogger("ray.serve")
 
 
-@serve.deployment(name="EngineHost", health_check_period_s=5, graceful_shutdown_timeout_s=30)
+@serve.deployment(
+    name="EngineHost",
+    health_check_period_s=5,
+    graceful_shutdown_timeout_s=30,
+    logging_config={"enable_access_log": False},
+)
 class EngineHost:
     """Routes each request to its target's engine; engines step in one thread beside the event loop."""
 

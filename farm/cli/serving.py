@@ -15,6 +15,13 @@ from farm.config import UserError, load_manifest
 from farm.registry import Registry
 from farm.store import open_store
 
+# What Serve reads when it starts. Its threads share an interpreter with the engine's: one loop takes less from it than
+# three. And pieces of answers go from the gateway to the proxy over gRPC, not through Ray's object store.
+LEAN_SERVE = {
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_PROXY_USE_GRPC": "1",
+}
 registry_app = typer.Typer(no_args_is_help=True, help="Published adapters of a store.")
 app.add_typer(registry_app, name="registry")
 
@@ -38,7 +45,7 @@ def serve(
         fields = {**settled.serve.model_dump(), **settled.resources.serve.model_dump()}
         arguments = [f"store={settled.store}", *(f"{name}={value}" for name, value in fields.items())]
     command = [str(Path(sys.executable).with_name("serve")), "run", "serve.app:build", *arguments]
-    environment = {"RAY_AUTH_MODE": "disabled", **os.environ}
+    environment = {"RAY_AUTH_MODE": "disabled", **LEAN_SERVE, **os.environ}
     raise typer.Exit(subprocess.run(command, env=environment, check=False).returncode)
 
 
