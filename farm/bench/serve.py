@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from farm.bench.serve_chaos import Chaos, copied
 from farm.bench.serve_child import ServeChild, died, serving
 from farm.bench.serve_client import Ask, Client
 from farm.bench.serve_engine import engine_speed
@@ -61,6 +62,26 @@ def bench_child(manifest: Manifest, arguments: list[str], load: Load, log: Path,
     with serving(arguments, log) as child:
         record = asyncio.run(_bench(Endpoint(url, child=child), Subjects.of(manifest), load, say))
     return record | with_engine(manifest, load, record, say)
+
+
+def chaos_child(manifest: Manifest, arguments: list[str], load: Load, log: Path, say: Say) -> dict[str, Any]:
+    """Two replicas on a copy of the store, and what happens to them under the closed loop."""
+    with copied(manifest.store, log.with_name("chaos-store")) as store:
+        arguments = [*arguments, "--set", f"store={store}", "--set", "resources.serve.replicas=2"]
+        say("starting farm serve with two replicas, on a copy of the store")
+        with serving(arguments, log) as child:
+            endpoint = Endpoint(f"http://127.0.0.1:{manifest.serve.port}", child=child)
+            return asyncio.run(_chaos(endpoint, Subjects.of(manifest), load, store, say))
+
+
+async def _chaos(endpoint: Endpoint, subjects: Subjects, load: Load, store: str, say: Say) -> dict[str, Any]:
+    assert endpoint.child is not None
+    async with Client(endpoint.url) as client:
+        await _ready(client, endpoint, subjects)
+        solos = await solo_answers(client, subjects)
+        say("a new version, promoted and rolled back; the store away; a replica killed")
+        chaos = Chaos(client, endpoint.child, store, subjects.names[0])
+        return await chaos.run(subjects.in_turn(), load.clients, solos)
 
 
 def bench_url(manifest: Manifest, endpoint: Endpoint, load: Load, say: Say) -> dict[str, Any]:

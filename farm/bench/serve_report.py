@@ -19,7 +19,10 @@ def table(record: dict[str, Any]) -> Table:
         out.add_column(heading, justify="left" if heading == "load" else "right")
     for _, heading in LATENCIES:
         out.add_column(f"{heading}: p50 / p95 / p99", justify="right")
-    for name, load in (("closed loop", record), ("open loop", record["open_loop"])):
+    loads = {"closed loop": record, "open loop": record["open_loop"]}
+    if "chaos" in record:
+        loads["chaos"] = record["chaos"]
+    for name, load in loads.items():
         counts = (load[field] for field in ("requests", "completed", "rejected_429", "errors", "wrong_model"))
         shown = (" / ".join(_ms(load[field][p]) for p in ("p50", "p95", "p99")) for field, _ in LATENCIES)
         out.add_row(name, *(f"{count:,}" for count in counts), f"{load['tokens_per_s']:,.1f}", *shown)

@@ -162,12 +162,16 @@ def bench_serve(
     url: Annotated[
         str | None, typer.Option(help="A running endpoint of this family; default: start one.")
     ] = None,
+    chaos: Annotated[
+        bool,
+        typer.Option("--chaos", help="Also: versions rolled out and back, the store away, a replica killed."),
+    ] = False,
     overrides: Overrides = None,
 ) -> None:
     """An endpoint under a closed and an open loop of streams, beside the same engine without it."""
     from dataclasses import replace
 
-    from farm.bench.serve import Endpoint, Load, bench_child, bench_url
+    from farm.bench.serve import Endpoint, Load, bench_child, bench_url, chaos_child
     from farm.bench.serve_report import table, write
 
     source, settled = _source(), load_family(manifest, overrides)
@@ -180,6 +184,10 @@ def bench_serve(
         out.mkdir(parents=True, exist_ok=True)
         arguments = [str(manifest), *(word for one in overrides or () for word in ("--set", one))]
         record = bench_child(settled, arguments, load, out / "serve.log", say)
+        if chaos:
+            record["chaos"] = chaos_child(settled, arguments, load, out / "chaos.log", say)
+    elif chaos:
+        raise UserError("--chaos kills a replica: it starts the endpoint itself, without --url")
     else:
         record = bench_url(settled, Endpoint(url, os.environ.get("FARM_API_KEY")), load, say)
     _show_wide(table(record))
