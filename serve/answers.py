@@ -27,10 +27,16 @@ class Head:
     id: str
     target: str
     created: int
+    tells_rounds: bool = False
 
     @classmethod
-    def of(cls, request_id: str, target: str) -> "Head":
-        return cls(request_id, target, int(time.time()))
+    def of(cls, request_id: str, target: str, *, tells_rounds: bool = False) -> "Head":
+        return cls(request_id, target, int(time.time()), tells_rounds)
+
+    def rounds(self, delta: Delta) -> dict[str, Any]:
+        """Ours, for a request that asked: the text in parts, each drafted or not, and counts so far."""
+        counts = {"rounds": delta.num_rounds, "emitted": delta.num_emitted, "tokens": delta.num_new_tokens}
+        return {"farm": {"spans": delta.spans, **counts}} if self.tells_rounds else {}
 
     def fields(self, version: str) -> dict[str, Any]:
         """`system_fingerprint` names the draft that served, so that a client can tell versions apart."""
@@ -113,14 +119,14 @@ async def events(
 ) -> AsyncGenerator[bytes, None]:
     """Server-sent events, one a piece; after an error nothing more comes, not even `[DONE]`."""
     silent = {"usage": None} if include_usage else {}  # OpenAI names it in every chunk once it was asked for
-    yield _event(style.chunk({**style.piece(head, first, style.opening), **silent}))
+    yield _event(style.chunk({**style.piece(head, first, style.opening), **silent, **head.rounds(first)}))
     last = first
     async with aclosing(rest):
         async for item in rest:
             if isinstance(item, ErrorBody):
                 yield b"data: " + json.dumps(item.envelope()).encode() + b"\n\n"
                 return
-            yield _event(style.chunk({**style.piece(head, item, {}), **silent}))
+            yield _event(style.chunk({**style.piece(head, item, {}), **silent, **head.rounds(item)}))
             last = item
     if include_usage:
         yield _event(style.chunk({**head.fields(last.version), "choices": [], "usage": usage(last)}))

@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from openai import BaseModel
 from openai.types import Model
+from prometheus_client import CONTENT_TYPE_LATEST
 from ray import serve
 from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
@@ -19,8 +20,11 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
+from serve import pages
 from serve.answers import ChatStyle, Head, Style, TextStyle, body, events, whole
+from serve.metrics import exposition
 from serve.records import Ask, Hosted, Item, ask_of
+from serve.request_log import request_meter
 from serve.schemas import (
     MAX_PROMPT_CHARS,
     ChatRequest,
@@ -39,6 +43,7 @@ RETRY_AFTER_S = 1
 STARTED = int(time.time())
 log = logging.getLogger("ray.serve")
 api = FastAPI(title="farm", docs_url=None, redoc_url=None)
+api.include_router(pages.router)
 
 
 def refuse(error: ErrorBody) -> Response:
@@ -49,11 +54,14 @@ def refuse(error: ErrorBody) -> Response:
 
 @api.exception_handler(RequestValidationError)
 async def _on_bad_body(_: Request, error: RequestValidationError) -> Response:
-    return refuse(mistake_in_body(list(error.errors())))
+    mistake = mistake_in_body(list(error.errors()))
+    request_meter().refused(mistake.status)
+    return refuse(mistake)
 
 
 @api.exception_handler(HTTPException)
 async def _on_bad_route(request: Request, error: HTTPException) -> Response:
+    request_meter().refused(error.status_code)
     kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
     message = f"{request.method} {request.url.path}: {error.detail}"
     return refuse(ErrorBody(status=error.status_code, message=message, type=kind))
@@ -62,6 +70,7 @@ async def _on_bad_route(request: Request, error: HTTPException) -> Response:
 @api.exception_handler(Exception)
 async def _on_bug(_: Request, error: Exception) -> Response:
     log.error("the gateway failed", exc_info=error)
+    request_meter().refused(500)
     return refuse(ErrorBody(status=500, message="the gateway failed; its log says why", type="server_error"))
 
 
@@ -128,11 +137,29 @@ class Gateway:
     async def healthz(self) -> Response:
         return _json({"status": "ok", "targets": len(await self._hosted())})
 
+    @api.get("/metrics")
+    async def metrics(self) -> Response:
+        """Prometheus text of the gateway and of every replica that answers in time."""
+        asked = self._engines.broadcast("metrics").results_async(
+            timeout_s=LIST_WAIT_S, return_exceptions=True
+        )
+        try:
+            replicas = [found for found in await asked if not isinstance(found, BaseException)]
+        except (TimeoutError, RayError, RayServeException) as error:
+            log.warning("metrics: no replica answers: %s", error)
+            replicas = []
+        text = exposition([request_meter().meter.collect(), *replicas])
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
+
     async def _answer(self, request: ChatRequest | TextRequest, style: Style) -> Response:
         if request.num_chars > MAX_PROMPT_CHARS:
+            request_meter().refused(413)
             return refuse(too_large(request.num_chars))
         ask = ask_of(request)
-        items, head = self._items(ask), Head.of(ask.id, ask.target)
+        items, head = (
+            request_meter().watch(ask, self._items(ask)),
+            Head.of(ask.id, ask.target, tells_rounds=ask.include_rounds),
+        )
         first = await anext(items)
         if isinstance(first, ErrorBody):
             return refuse(first)

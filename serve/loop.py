@@ -22,6 +22,7 @@ class Progress:
 
     version: str
     tokens: tuple[int, ...] = ()
+    num_drafted: int | None = None  # of the tokens, the first ones; None: they are not of a round
     finish_reason: Literal["stop", "length"] | None = None
     refused: str | None = None  # the engine does not take this request
     failed: str | None = None  # the thread died
@@ -139,7 +140,7 @@ class EngineLoop:
             sink = lane.sinks[output.request_id]
             if output.finish_reason is not None:
                 del lane.sinks[output.request_id], self._lane_of[output.request_id]
-            sink(Progress(lane.version, output.tokens, output.finish_reason))
+            sink(Progress(lane.version, output.tokens, output.num_drafted, output.finish_reason))
 
     def _drop_replaced(self) -> None:
         for lane in list(self._lanes):

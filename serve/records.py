@@ -25,6 +25,7 @@ class Ask:
     seed: int | None
     max_new_tokens: int | None  # None: up to the end of the context
     stop: tuple[str, ...]
+    include_rounds: bool = False  # whether pieces say which of their text was drafted
 
 
 def ask_of(request: ChatRequest | TextRequest) -> Ask:
@@ -45,6 +46,7 @@ def ask_of(request: ChatRequest | TextRequest) -> Ask:
         seed=request.seed,
         max_new_tokens=request.max_new_tokens,
         stop=request.stop,
+        include_rounds=request.stream_options.include_rounds,
     )
 
 
@@ -57,6 +59,9 @@ class Delta:
     num_prompt_tokens: int
     num_new_tokens: int
     version: str
+    num_rounds: int = 0
+    num_emitted: int = 0  # by those rounds, a stop token among them
+    spans: tuple[tuple[str, bool], ...] = ()  # the text in parts, and whether each was drafted; if asked for
 
 
 @dataclass(frozen=True)

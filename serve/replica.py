@@ -7,7 +7,9 @@ import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import partial
 
+from prometheus_client.metrics_core import Metric
 from ray import serve
+from ray.util import metrics as ray_metrics
 
 from farm.config import UserError
 from farm.data.chat import encode_chat
@@ -20,6 +22,7 @@ from farm.target.load import LoadedTarget
 from serve.detokenize import TextStream
 from serve.family import LOAD_ERRORS, PLAIN, Family, ServedDraft
 from serve.loop import EngineLoop, Lane, Progress
+from serve.metrics import EngineMeter
 from serve.records import Ask, Delta, Hosted, Item
 from serve.schemas import ErrorBody, context_exceeded, mistake_in_bias, unavailable, unknown_model
 
@@ -40,6 +43,7 @@ class EngineHost:
         self._settings = settings
         self._family = Family(store, dtype, device)
         self._engines = EngineLoop(self._new_engine)
+        self._meter = EngineMeter(serve.get_replica_context().replica_id.unique_id, ray_metrics)
         self._targets: dict[str, LoadedTarget] = {}
         self._seen: dict[str, str | None] = {}  # live version last acted upon, loaded or not
         for target in self._family.targets():
@@ -78,7 +82,8 @@ class EngineHost:
         self._engines.submit(ask.target, request, deliver)
         try:
             text = TextStream(partial(_decode, target), ask.stop)
-            async for item in answer(mailbox, text, len(request.prompt_ids)):
+            pieces = answer(mailbox, text, len(request.prompt_ids), include_rounds=ask.include_rounds)
+            async for item in pieces:
                 yield item
         finally:
             self._engines.cancel(request.id)
@@ -86,6 +91,14 @@ class EngineHost:
     async def hosted(self) -> list[Hosted]:
         """Every engine of this replica, seen between two steps."""
         return await asyncio.wrap_future(self._engines.inspect(_describe))
+
+    async def metrics(self) -> list[Metric]:
+        """What this replica has counted, up to the present step."""
+        await asyncio.wrap_future(self._engines.inspect(self._read_meter))
+        return self._meter.collect()
+
+    def _read_meter(self, lanes: list[Lane], current: Mapping[str, Lane]) -> None:  # noqa: ARG002 - inspect gives both
+        self._meter.read(lanes)
 
     async def check_health(self) -> None:
         if not self._engines.is_alive:
@@ -124,11 +137,14 @@ class EngineHost:
         except LOAD_ERRORS as error:
             log.error("%s is decoded plainly: %s", target.name, error)
             draft = ServedDraft(PLAIN, None)
+        if draft.draft is None:
+            self._meter.fell_back(target.name, "trunk" if self._family.trunk is None else "adapter")
         self._host(target, draft)
 
     def _host(self, target: LoadedTarget, draft: ServedDraft) -> None:
         route = Route(target.forward, target.stop_ids, draft.draft, target.lora)
         self._engines.host(target.name, draft.version, route)
+        self._meter.hosted(target.name, draft.version)
         log.info("%s@%s takes the requests from now on", target.name, draft.version)
 
     def _new_engine(self, route: Route) -> Engine:
@@ -145,6 +161,7 @@ class EngineHost:
         """Follow the live pointers. What goes wrong with one target is logged and leaves it as it is."""
         while True:
             await asyncio.sleep(POLL_S)
+            self._engines.inspect(self._read_meter)  # for Ray's exporter, which nobody asks through here
             for target in self._targets.values():
                 try:
                     await asyncio.to_thread(self._follow, target)
@@ -164,10 +181,15 @@ class EngineHost:
 
 
 async def answer(
-    mailbox: "asyncio.Queue[Progress]", text: TextStream, num_prompt_tokens: int
+    mailbox: "asyncio.Queue[Progress]",
+    text: TextStream,
+    num_prompt_tokens: int,
+    *,
+    include_rounds: bool = False,
 ) -> AsyncIterator[Item]:
     """A request's progress as text; what came while the last piece was sent goes into one piece."""
-    piece = ""
+    spans: list[tuple[str, bool]] = []
+    num_rounds = num_emitted = 0
     while True:
         progress = await mailbox.get()
         if progress.refused is not None:
@@ -176,13 +198,21 @@ async def answer(
         if progress.failed is not None:
             yield unavailable("the engine stopped; send the request again")
             return
-        piece += text.push(progress.tokens)
+        if progress.num_drafted is not None:
+            num_rounds += 1
+            num_emitted += len(progress.tokens) + (progress.finish_reason == "stop")
+        drafted = progress.num_drafted or 0
+        spans.append((text.push(progress.tokens[:drafted]), True))
+        spans.append((text.push(progress.tokens[drafted:]), False))
         if progress.finish_reason is not None:
-            piece += text.finish()
+            spans.append((text.finish(), False))
+        piece = "".join(part for part, _ in spans)
         reason = "stop" if text.stopped else progress.finish_reason
         if reason is not None or (piece and mailbox.empty()):
-            yield Delta(piece, reason, num_prompt_tokens, text.num_tokens, progress.version)
-            piece = ""
+            shown = tuple(span for span in spans if span[0]) if include_rounds else ()
+            counts = (num_prompt_tokens, text.num_tokens)
+            yield Delta(piece, reason, *counts, progress.version, num_rounds, num_emitted, shown)
+            spans = []
         if reason is not None:
             return
 
