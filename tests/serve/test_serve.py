@@ -12,7 +12,8 @@ import httpx
 import openai
 import pytest
 
-from farm.config import UserError
+from farm.bench.serve import Endpoint, Load, bench_url, with_engine
+from farm.config import Manifest, UserError
 from farm.data.chat import encode_chat
 from farm.decode.engine import Engine, Request, Route
 from farm.decode.sampling import SamplingParams
@@ -336,6 +337,30 @@ def test_metrics_of_the_endpoint_are_what_probe_reads(served):
     assert 'farm_plain_fallbacks_total{reason="adapter"' in text
     assert 'target="misfit"' in text
     assert "nobody-knows-me" not in text
+
+
+def test_a_benchmark_of_this_endpoint_finds_every_answer_its_own_targets(served, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    lines = ["the quick brown fox", "un été à la plage", "one two three"]
+    prompts.write_text("".join(json.dumps({"prompt": line}) + "\n" for line in lines * 4))
+    targets = [
+        {"name": name, "model": str(served.root / name), "prompts": str(prompts)}
+        for name in ("adapted", "bare")
+    ]
+    manifest = Manifest.model_validate(
+        {"base": str(served.root / "adapted"), "store": served.store, "targets": targets}
+        | {"evaluate": {"prompts": 3}, "serve": {"num_slots": 2, "k": 3, "control": "fixed-3"}}
+    )
+    load = Load(clients=4, duration_s=3.0, warm_up_s=0.5, open_s=1.0, open_factor=3.0, engine_s=0.6)
+    found = bench_url(manifest, Endpoint(served.url), load, say=lambda _: None)
+    assert found["completed"] == found["requests"] > 4
+    assert (found["adapters"], found["errors"], found["wrong_model"], found["differing"]) == (2, 0, 0, 0)
+    assert found["open_loop"]["rejected_without_retry_after"] == 0
+    beside = with_engine(manifest, load, found, say=lambda _: None)
+    assert beside["engine_tokens_per_s"] > 0
+    assert beside["over_engine"] == pytest.approx(
+        found["tokens_per_s"] / beside["engine_tokens_per_s"], abs=1e-3
+    )
 
 
 def test_a_store_without_a_family_is_refused_before_anything_starts(tmp_path):
