@@ -168,6 +168,15 @@ function bodyOf(target, messages, maxDrafted) {
   };
 }
 
+/** Nodes of a span; the space before a drafted word stays unmarked, so that marks keep to the words. */
+function marked(text, drafted) {
+  if (!drafted) return [text];
+  const word = text.trimStart();
+  const mark = document.createElement("mark");
+  mark.textContent = word;
+  return [text.slice(0, text.length - word.length), ...(word ? [mark] : [])];
+}
+
 function busy(controller) {
   open = controller;
   $("send").textContent = controller ? "Stop" : "Send";
@@ -192,11 +201,7 @@ async function ask(prompt) {
   busy(controller);
   try {
     for await (const chunk of chunks(bodyOf(target, messages, $("drafted").value), controller.signal)) {
-      for (const [text, drafted] of tally.take(chunk)) {
-        const part = drafted ? document.createElement("mark") : document.createTextNode("");
-        part.textContent = text;
-        said.append(part);
-      }
+      for (const [text, drafted] of tally.take(chunk)) said.append(...marked(text, drafted));
       show(tally);
       follow();
     }
