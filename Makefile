@@ -1,5 +1,6 @@
 # make demo   build .venv, then train a small family and onboard it
 # make test   build .venv, check and run the tests
+# make test-browser   the playground in the system's chromium
 # make vllm-venv   build .vllm-venv, which `farm bench decode --engine vllm` compares with
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -11,7 +12,8 @@ VLLM := .vllm-venv
 # version, name PyTorch's CPU index here, for instance TORCH_OPTIONS='--index-url URL'.
 TORCH_OPTIONS ?=
 
-.PHONY: setup demo test test-vllm check vllm-venv
+.PHONY: setup demo test test-browser test-vllm check vllm-venv
+CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
 setup: $(STAMP)
 
@@ -34,6 +36,15 @@ check: setup
 
 test: check
 	RAY_AUTH_MODE=disabled OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# playwright drives a browser that is there already; its own download is not needed
+test-browser: setup
+ifeq ($(CHROMIUM),)
+	@echo "test-browser: no chromium here (Debian: apt install chromium; or CHROMIUM=/path/to/it); nothing was tested"
+else
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,browser]'
+	RAY_AUTH_MODE=disabled OMP_NUM_THREADS=1 CHROMIUM=$(CHROMIUM) $(BIN)/python -m pytest -m browser
+endif
 
 # a target of the demo's zoo, its draft exported, in vLLM and here; makes the zoo if there is none
 test-vllm: setup vllm-venv

@@ -172,8 +172,10 @@ class ServeSettings(Strict):
     max_length: Positive = 1024
     k: Positive = 8  # most tokens that a round drafts
     control: str = Field(default="cost", pattern=CONTROL_PATTERN)
-    max_ongoing_requests: Positive = 32
-    max_queued_requests: Positive = 64
+    # In a slot or in the engine's own queue. What waits in Serve's router instead is looked at every half second, and
+    # slots would stay empty meanwhile.
+    max_ongoing_requests: Positive = 96
+    max_queued_requests: Positive = 32
     max_body_bytes: Positive = 4 * 2**20
     max_prompt_tokens: Positive | None = None  # None: what fits into max_length
     max_new_tokens: Positive | None = None  # of one answer; None: what fits into max_length

@@ -37,10 +37,16 @@ class Head:
     model: str  # as the client named it
     target: str
     created: int
+    tells_rounds: bool = False
 
     @classmethod
-    def of(cls, answer_id: str, model: str, target: str) -> "Head":
-        return cls(answer_id, model, target, int(time.time()))
+    def of(cls, answer_id: str, model: str, target: str, *, tells_rounds: bool = False) -> "Head":
+        return cls(answer_id, model, target, int(time.time()), tells_rounds)
+
+    def rounds(self, delta: Delta) -> dict[str, Any]:
+        """Ours, for a request that asked: the text in parts, each drafted or not, and counts so far."""
+        counts = {"rounds": delta.num_rounds, "emitted": delta.num_emitted, "tokens": delta.num_new_tokens}
+        return {"farm": {"spans": delta.spans, **counts}} if self.tells_rounds else {}
 
     def fields(self, version: str) -> dict[str, Any]:
         """`system_fingerprint` names the draft that served, so that a client can tell versions apart."""
@@ -180,7 +186,7 @@ async def events(
 ) -> AsyncGenerator[bytes, None]:
     """Server-sent events, one a piece; after an error nothing more comes, not even `[DONE]`."""
     silent = {"usage": None} if include_usage else {}  # OpenAI names it in every chunk once it was asked for
-    yield _event(style.chunk({**style.piece(head, first, style.opening), **silent}))
+    yield _event(style.chunk({**style.piece(head, first, style.opening), **silent, **head.rounds(first)}))
     last = {first.index: first}
     async with aclosing(rest):
         async for item in rest:
@@ -188,7 +194,7 @@ async def events(
                 yield b"data: " + json.dumps(item.envelope()).encode() + b"\n\n"
                 return
             said = {} if item.index in last else style.opening
-            yield _event(style.chunk({**style.piece(head, item, said), **silent}))
+            yield _event(style.chunk({**style.piece(head, item, said), **silent, **head.rounds(item)}))
             last[item.index] = item
     if include_usage:
         fields = head.fields(first.version)

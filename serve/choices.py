@@ -26,9 +26,16 @@ def choice_seed(seed: int, index: int) -> int:
 class Choice:
     """One of an answer's choices. Text that may begin a stop string is held back, and its tokens' entries with it."""
 
-    def __init__(self, index: int, text: TextStream, spell: Spelling | None) -> None:
-        """`spell`: how tokens are written; None if no log-probabilities are wanted."""
-        self._index, self._text, self._spell = index, text, spell
+    def __init__(
+        self, index: int, text: TextStream, spell: Spelling | None, *, tells_rounds: bool = False
+    ) -> None:
+        """`spell`: how tokens are written; None if no log-probabilities are wanted.
+
+        `tells_rounds`: whether a piece says which of its text was drafted.
+        """
+        self._index, self._text, self._spell, self._tells_rounds = index, text, spell, tells_rounds
+        self._spans: list[tuple[str, bool]] = []
+        self._num_rounds = self._num_emitted = 0
         self._progress: Progress | None = None
         self._piece = ""
         self._entries: list[SpelledToken] = []
@@ -50,14 +57,23 @@ class Choice:
         if self.finish_reason is not None:
             return
         self._progress = progress
-        before = self._text.num_tokens
-        self._piece += self._text.push(progress.tokens)
+        before, drafted = self._text.num_tokens, progress.num_drafted or 0
+        if progress.num_drafted is not None:
+            self._num_rounds += 1
+            self._num_emitted += len(progress.tokens) + (progress.finish_reason == "stop")
+        self._say(self._text.push(progress.tokens[:drafted]), drafted=True)
+        self._say(self._text.push(progress.tokens[drafted:]), drafted=False)
         if progress.finish_reason is not None:
-            self._piece += self._text.finish()
+            self._say(self._text.finish(), drafted=False)
         if self._spell is not None:
             offsets = self._text.offsets[before:]
             pairs = zip(progress.logprobs, offsets, strict=False)  # no offsets behind a stop string
             self._entries += [_spelled(self._spell, token, offset) for token, offset in pairs]
+
+    def _say(self, text: str, *, drafted: bool) -> None:
+        self._piece += text
+        if text and self._tells_rounds:
+            self._spans.append((text, drafted))
 
     def piece(self, num_prompt_tokens: int) -> Delta:
         """What has not been given out yet."""
@@ -67,15 +83,12 @@ class Choice:
             entries = tuple(self._entries[self._num_sent : self._text.num_given])
             self._num_sent += len(entries)
         text, self._piece, self._told = self._piece, "", reason is not None
+        spans, self._spans = tuple(self._spans), []
         return Delta(
-            text,
-            reason,
-            num_prompt_tokens,
-            self._text.num_tokens,
-            self._progress.version,
-            self._index,
-            entries,
-        )
+            text, reason, num_prompt_tokens, self._text.num_tokens, self._progress.version,
+            index=self._index, logprobs=entries,
+            num_rounds=self._num_rounds, num_emitted=self._num_emitted, spans=spans,
+        )  # fmt: skip
 
 
 async def answer(

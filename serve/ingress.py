@@ -14,6 +14,8 @@ from fastapi.exceptions import RequestValidationError
 from openai import BaseModel
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion
+from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_client.metrics_core import Metric
 from pydantic import BaseModel as PydanticModel
 from ray import serve
 from ray.exceptions import RayActorError, RayError
@@ -23,9 +25,12 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from farm.sections import ServeSettings
+from serve import pages
 from serve.answers import ChatStyle, Head, Style, TextStyle, body, events, whole
 from serve.guard import Caller, Guard, Guarded, caller_of, refuse
+from serve.metrics import exposition
 from serve.records import Ask, Hosted, Item, ask_of, named
+from serve.request_log import request_meter
 from serve.schemas import (
     MAX_PROMPT_CHARS,
     ChatRequest,
@@ -37,6 +42,7 @@ from serve.schemas import (
     unknown_model,
 )
 
+QUIET = {"enable_access_log": False}  # Serve's own line a request; serve.metrics writes a better one
 LIST_FRESH_S = 2.0  # how long the list of hosted targets is believed
 LIST_WAIT_S = 5.0
 STARTED = int(time.time())
@@ -48,6 +54,7 @@ api = FastAPI(
     docs_url=None,
     redoc_url=None,
 )
+api.include_router(pages.router)
 
 
 class Envelope(PydanticModel):
@@ -78,11 +85,14 @@ api.add_middleware(Guarded, guard=_guard_of_this_replica)
 
 @api.exception_handler(RequestValidationError)
 async def _on_bad_body(_: Request, error: RequestValidationError) -> Response:
-    return refuse(mistake_in_body(list(error.errors())))
+    mistake = mistake_in_body(list(error.errors()))
+    request_meter().refused(mistake.status)
+    return refuse(mistake)
 
 
 @api.exception_handler(HTTPException)
 async def _on_bad_route(request: Request, error: HTTPException) -> Response:
+    request_meter().refused(error.status_code)
     kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
     message = f"{request.method} {request.url.path}: {error.detail}"
     return refuse(ErrorBody(status=error.status_code, message=message, type=kind))
@@ -91,6 +101,7 @@ async def _on_bad_route(request: Request, error: HTTPException) -> Response:
 @api.exception_handler(Exception)
 async def _on_bug(_: Request, error: Exception) -> Response:
     log.error("the gateway failed", exc_info=error)
+    request_meter().refused(500)
     return refuse(ErrorBody(status=500, message="the gateway failed; its log says why", type="server_error"))
 
 
@@ -130,7 +141,7 @@ def _json(answer: BaseModel | dict[str, Any]) -> Response:
     return Response(content, media_type="application/json")
 
 
-@serve.deployment(name="Gateway", health_check_period_s=5)
+@serve.deployment(name="Gateway", health_check_period_s=5, logging_config=QUIET)
 @serve.ingress(api)
 class Gateway:
     """Every answer is asked of an engine host; its first piece comes before the status of the response.
@@ -184,16 +195,27 @@ class Gateway:
         self.guard.is_draining = True
         return self.guard.num_open
 
+    @api.get("/metrics")
+    async def metrics(self) -> Response:
+        """Prometheus text of the gateway and of every replica that answers in time."""
+        found = await asyncio.gather(*(self._counted_by(name) for name in self._hosts))
+        text = exposition([request_meter().meter.collect(), *itertools.chain.from_iterable(found)])
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
+
     async def _answer(self, request: ChatRequest | TextRequest, style: Style, caller: Caller) -> Response:
         if request.num_chars > MAX_PROMPT_CHARS:
+            request_meter().refused(413)
             return refuse(too_large(request.num_chars))
         most = caller.new_tokens(request.asked_tokens, request.max_new_tokens)
         if isinstance(most, ErrorBody):
+            request_meter().refused(most.status)
             return refuse(most)
         ask = ask_of(request, most, caller.max_prompt_tokens)
         if not caller.may_use(ask.target):
+            request_meter().refused(404)
             return refuse(unknown_model(request.model))
-        items, head = self._items(ask), Head.of(ask.id, request.model, ask.target)
+        items = request_meter().watch(ask, self._items(ask))
+        head = Head.of(ask.id, request.model, ask.target, tells_rounds=ask.include_rounds)
         first = await anext(items)
         if isinstance(first, ErrorBody):
             return refuse(first)
@@ -207,9 +229,10 @@ class Gateway:
         """The answer's pieces; whatever goes wrong between here and the engine is the last item."""
         group = self._group_of.get(ask.target)
         if group is None:
-            yield unknown_model(ask.target)
+            yield unknown_model(ask.model)
             return
-        stream = self._hosts[group].options(stream=True).generate.remote(ask)
+        # By value: pieces come over gRPC, not each as an object of Ray's store, which costs both sides much more.
+        stream = self._hosts[group].options(stream=True, _by_reference=False).generate.remote(ask)
         try:
             async for item in stream:
                 yield item
@@ -223,6 +246,16 @@ class Gateway:
             yield ErrorBody(status=500, message=f"{ask.id} failed in the server", type="server_error")
         finally:
             stream.cancel()  # frees the slot when the client has gone; nothing happens after the end
+
+    async def _counted_by(self, group: str) -> list[list[Metric]]:
+        """What each replica of a group has counted; those that do not answer are left out."""
+        asked = self._hosts[group].broadcast("metrics")
+        try:
+            found = await asked.results_async(timeout_s=LIST_WAIT_S, return_exceptions=True)
+        except (TimeoutError, RayError, RayServeException) as error:
+            log.warning("metrics: no replica of %s answers: %s", group, error)
+            return []
+        return [replica for replica in found if not isinstance(replica, BaseException)]
 
     async def _hosted(self) -> list[Hosted]:
         """The engines that take new requests; those of a group are older when no replica of it says which."""

@@ -26,6 +26,7 @@ class Progress:
 
     version: str
     tokens: tuple[int, ...] = ()
+    num_drafted: int | None = None  # of the tokens, the first ones; None: they are not of a round
     finish_reason: Literal["stop", "length"] | None = None
     unhosted: str | None = None  # the target@version that was asked for by name
     refused: str | None = None  # the engine does not take this request
@@ -167,7 +168,15 @@ class EngineLoop:
             if output.completion is not None:
                 del lane.sinks[output.request_id]
                 self._count(self._admitted.pop(output.request_id), output.completion.stats)
-            sink(Progress(lane.version, output.tokens, output.finish_reason, logprobs=output.logprobs))
+            sink(
+                Progress(
+                    lane.version,
+                    output.tokens,
+                    num_drafted=output.num_drafted,
+                    finish_reason=output.finish_reason,
+                    logprobs=output.logprobs,
+                )
+            )
 
     def _drop_replaced(self) -> None:
         for lane in list(self._lanes):

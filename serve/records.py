@@ -28,6 +28,12 @@ class Ask:
     version: str | None = None  # of the target, where the client named one
     num_choices: int = 1
     max_prompt_tokens: int | None = None
+    include_rounds: bool = False  # whether pieces say which of their text was drafted
+
+    @property
+    def model(self) -> str:
+        """What the client named."""
+        return self.target if self.version is None else f"{self.target}@{self.version}"
 
 
 def ask_of(
@@ -55,6 +61,7 @@ def ask_of(
         max_prompt_tokens=max_prompt_tokens,
         stop=request.stop,
         num_choices=request.n,
+        include_rounds=request.stream_options.include_rounds,
     )
 
 
@@ -93,6 +100,9 @@ class Delta:
     version: str
     index: int = 0
     logprobs: tuple[SpelledToken, ...] | None = None  # of the piece's tokens; None: not asked for
+    num_rounds: int = 0
+    num_emitted: int = 0  # by those rounds, a stop token among them
+    spans: tuple[tuple[str, bool], ...] = ()  # the text in parts, and whether each was drafted; if asked for
 
 
 @dataclass(frozen=True)

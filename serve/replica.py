@@ -7,7 +7,9 @@ from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequen
 from dataclasses import replace
 from functools import partial
 
+from prometheus_client.metrics_core import Metric
 from ray import serve
+from ray.util import metrics as ray_metrics
 
 from farm.config import UserError
 from farm.data.chat import encode_chat
@@ -20,17 +22,24 @@ from farm.target.load import LoadedTarget
 from serve.canary import WorseTest
 from serve.choices import Choice, Mail, answer, choice_seed
 from serve.detokenize import TextStream
-from serve.family import PLAIN, Family
+from serve.family import PLAIN, Family, ServedDraft
 from serve.loop import EngineLoop, Lane, Progress
+from serve.metrics import EngineMeter
 from serve.records import Ask, Delta, Hosted, Item
 from serve.rollout import Rollout
 from serve.schemas import ErrorBody, context_exceeded, mistake_in_bias, too_many_tokens, unknown_model
 from serve.spelling import Spelling
 
+EXPORT_S = 2.0
 PLAIN_AFTER = 8  # requests in a row that were decoded plainly
 
 
-@serve.deployment(name="EngineHost", health_check_period_s=5, graceful_shutdown_timeout_s=30)
+@serve.deployment(
+    name="EngineHost",
+    health_check_period_s=5,
+    graceful_shutdown_timeout_s=30,
+    logging_config={"enable_access_log": False},
+)
 class EngineHost:
     """Routes each request to its target's engine; engines step in one thread beside the event loop."""
 
@@ -39,8 +48,10 @@ class EngineHost:
     ) -> None:
         self._settings = settings
         family = Family(store, dtype, device, targets)
+        self._has_trunk = family.trunk is not None
         self._engines = EngineLoop(self._new_engine)
-        self._rollout = Rollout(family, self._engines, self._new_test)
+        self._meter = EngineMeter(serve.get_replica_context().replica_id.unique_id, ray_metrics)
+        self._rollout = Rollout(family, self._engines, self._new_test, self._took_over)
         self._targets: dict[str, LoadedTarget] = {}
         self._spellings: dict[str, Spelling] = {}
         for target in family.targets():
@@ -51,11 +62,12 @@ class EngineHost:
             raise UserError(f"{store}: none of its targets can be loaded; the log has each one's reason")
         self._engines.start()
         self._rollout.start()
+        self._exporter = asyncio.get_running_loop().create_task(self._export())
 
     async def generate(self, ask: Ask) -> AsyncIterator[Item]:
         """The pieces of the answer as they come, or one ErrorBody; leaving early frees the slot."""
         target = self._targets.get(ask.target)
-        request = unknown_model(ask.target) if target is None else await self._checked(target, ask)
+        request = unknown_model(ask.model) if target is None else await self._checked(target, ask)
         if target is None or isinstance(request, ErrorBody):
             yield request
             return
@@ -68,7 +80,9 @@ class EngineHost:
         requests = [_choice(request, index) for index in range(ask.num_choices)]
         spell = None if request.params.logprobs is None else self._spellings[ask.target]
         choices = [
-            Choice(index, TextStream(partial(_decode, target), ask.stop), spell)
+            Choice(
+                index, TextStream(partial(_decode, target), ask.stop), spell, tells_rounds=ask.include_rounds
+            )
             for index in range(ask.num_choices)
         ]
         for index, one in enumerate(requests):
@@ -86,6 +100,26 @@ class EngineHost:
     async def hosted(self) -> list[Hosted]:
         """Every engine of this replica, seen between two steps."""
         return await asyncio.wrap_future(self._engines.inspect(partial(_describe, self._rollout.reason)))
+
+    async def metrics(self) -> list[Metric]:
+        """What this replica has counted, up to the present step."""
+        await asyncio.wrap_future(self._engines.inspect(self._read_meter))
+        return self._meter.collect()
+
+    def _took_over(self, target: str, draft: ServedDraft) -> None:
+        """A version takes a target's requests from now on."""
+        self._meter.hosted(target, draft.version)
+        if draft.draft is None:
+            self._meter.fell_back(target, "adapter" if self._has_trunk else "trunk")
+
+    async def _export(self) -> None:
+        """For Ray's exporter, which nobody asks through here."""
+        while True:
+            await asyncio.sleep(EXPORT_S)
+            await self.metrics()
+
+    def _read_meter(self, lanes: list[Lane], current: Mapping[str, Lane]) -> None:  # noqa: ARG002 - inspect gives both
+        self._meter.read(lanes)
 
     async def check_health(self) -> None:
         if not self._engines.is_alive:

@@ -45,8 +45,16 @@ class Rollout:
     Nothing that goes wrong with the store or with one version changes what is served; it is logged once.
     """
 
-    def __init__(self, family: Family, engines: EngineLoop, new_test: Callable[[float], WorseTest]) -> None:
+    def __init__(
+        self,
+        family: Family,
+        engines: EngineLoop,
+        new_test: Callable[[float], WorseTest],
+        took_over: Callable[[str, ServedDraft], None] = lambda _target, _draft: None,
+    ) -> None:
+        """`took_over` is told of each version that takes a target's requests."""
         self._family, self._engines, self._new_test = family, engines, new_test
+        self._took_over = took_over
         self._followed: dict[str, Followed] = {}
         self._complaints: dict[str, str] = {}  # by what it is about, until it is over
         self._stopping = threading.Event()
@@ -183,6 +191,7 @@ class Rollout:
     def _host(self, followed: Followed, draft: ServedDraft) -> None:
         followed.reason = draft.reason
         self._engines.host(followed.target.name, draft.version, _route(followed, draft))
+        self._took_over(followed.target.name, draft)
         log.info("%s@%s takes the requests from now on", followed.target.name, draft.version)
 
     def _judge(self) -> None:

@@ -114,6 +114,7 @@ class Message(Asked):
 class StreamOptions(Asked):
     include_usage: Bool = False
     include_obfuscation: Literal[False] = False
+    include_rounds: bool = False  # not OpenAI's: chunks say what of their text was drafted
 
 
 class Sampling(Asked):

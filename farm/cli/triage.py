@@ -27,7 +27,8 @@ def probe(  # noqa: PLR0913 - the options of a command
         Path | None, typer.Argument(help="The family's manifest.yaml.", metavar="[MANIFEST]")
     ] = None,
     metrics: Annotated[
-        str | None, typer.Option(help="URL of a running vLLM or SGLang: read its counters, run no model.")
+        str | None,
+        typer.Option(help="URL of a running endpoint, vLLM or SGLang: read its counters, run no model."),
     ] = None,
     seconds: Annotated[
         float, typer.Option(help="With --metrics: count for so long; 0: since the server's start.", min=0)

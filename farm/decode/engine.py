@@ -48,7 +48,8 @@ class Completion:
 class Output:
     """What one step did for one request: new tokens without the stop token, and the end if it came.
 
-    `logprobs` are those of `tokens` if the request asked for them.
+    `logprobs` are those of `tokens` if the request asked for them. The first `num_drafted` of the tokens were drafted;
+    None where there was no round: the prefill gave the token.
     """
 
     request_id: str
@@ -56,6 +57,7 @@ class Output:
     finish_reason: FinishReason | None = None
     completion: Completion | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
+    num_drafted: int | None = None
 
 
 class Engine:
@@ -193,7 +195,7 @@ class Engine:
             self.scheduler.commit(slot, [token])
         for row, of_row in logprobs.items():
             prefill.rows[row].logprobs += of_row
-        return self._emit(slots, [1] * len(first))
+        return self._emit(slots, [1] * len(first), [None] * len(first))
 
     def _commit(self, done: Round) -> list[Output]:
         kept = []
@@ -208,19 +210,22 @@ class Engine:
                 stats.count(drafted, accepted, len(new))
             if self.capture:
                 self._features[sequence.request.id].append(done.hidden_BTH[slot, : len(new)].clone())
-        return self._emit(range(len(kept)), kept)
+        return self._emit(range(len(kept)), kept, done.result.accepted)
 
-    def _emit(self, slots: Sequence[int], num_kept: Sequence[int]) -> list[Output]:
+    def _emit(
+        self, slots: Sequence[int], num_kept: Sequence[int], num_accepted: Sequence[int | None]
+    ) -> list[Output]:
         """Outputs of the slots, each for its last tokens; sequences at their end leave."""
         outputs, ended = [], []
-        for slot, kept in zip(slots, num_kept, strict=True):
+        for slot, kept, accepted in zip(slots, num_kept, num_accepted, strict=True):
             sequence, reason = self.scheduler.live[slot], self.scheduler.finish_reason(slot)
             new = sequence.tokens[len(sequence.tokens) - kept :]
             visible = tuple(new[:-1] if reason == "stop" else new)
             completion = None if reason is None else self._complete(sequence, reason)
             first = len(sequence.logprobs) - kept
             logprobs = tuple(sequence.logprobs[first : first + len(visible)]) if sequence.logprobs else ()
-            outputs.append(Output(sequence.request.id, visible, reason, completion, logprobs))
+            drafted = None if accepted is None else min(accepted, len(visible))
+            outputs.append(Output(sequence.request.id, visible, reason, completion, logprobs, drafted))
             if reason is not None:
                 ended.append(slot)
         self._move(self.scheduler.release(ended))

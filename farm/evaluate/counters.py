@@ -1,18 +1,22 @@
-"""Speculative decoding of a running vLLM or SGLang, read from its Prometheus counters: no model, no torch.
+"""Speculative decoding of a running server, read from its Prometheus counters: no model, no torch.
 
-vLLM counts rounds, drafted tokens and accepted tokens by position. SGLang counts tokens and verifications of finished
-requests, and none by position: there, survival is that of one acceptance at every position which gives the same tau.
+The server is this project's endpoint, vLLM or SGLang. The endpoint counts which drafted tokens were judged and which
+were accepted, by position, so that survival is known although rounds draft different lengths. vLLM counts rounds,
+drafted tokens and accepted tokens by position. SGLang counts tokens and verifications of finished requests, and none by
+position: there, survival is that of one acceptance at every position which gives the same tau.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 import time
 import urllib.error
 import urllib.request
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from urllib.parse import urlsplit, urlunsplit
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -23,9 +27,10 @@ from farm.decode.costs import RoundCosts
 from farm.errors import UserError
 from farm.evaluate.triage import Seen
 
-VLLM, SGLANG = "vllm:", "sglang:"
+FARM, VLLM, SGLANG = "farm_", "vllm:", "sglang:"
 TIMEOUT_S = 10.0
 # Histograms of the seconds of one output token; vLLM's inter-token latency is that of a whole round.
+FARM_TOKEN_SECONDS = ("farm_time_per_output_token_seconds",)
 VLLM_TOKEN_SECONDS = ("vllm:request_time_per_output_token_seconds",)
 SGLANG_TOKEN_SECONDS = ("sglang:request_time_per_output_token_seconds", "sglang:inter_token_latency_seconds")
 
@@ -97,9 +102,9 @@ def parse_counters(text: str, source: str, before: str = "") -> tuple[Counters, 
         ]
     except ValueError as error:
         raise UserError(
-            f"{source}: is not Prometheus text ({error}); give the URL of vLLM or SGLang"
+            f"{source}: is not Prometheus text ({error}); give the URL of an endpoint, vLLM or SGLang"
         ) from None
-    found = (*_vllm(samples), *_sglang(samples))
+    found = (*_farm(samples), *_vllm(samples), *_sglang(samples))
     if not found:
         raise UserError(
             f"{source}: counts no round of speculative decoding; start vLLM with --speculative-config, or SGLang with "
@@ -160,6 +165,27 @@ def _fetch(url: str) -> str:
     return content.decode("utf-8", errors="replace")
 
 
+def _farm(samples: Sequence[Sample]) -> Iterator[Counters]:
+    for target, own in _by_model(samples, FARM, "target"):
+        undrafted = sum(
+            sample.value
+            for sample in own
+            if sample.name == "farm_round_ends_total" and sample.labels["end"] == "undrafted"
+        )
+        rounds = _total(own, "farm_rounds_total") - undrafted
+        if rounds <= 0:
+            continue
+        reached = _by_position(own, "farm_reached_tokens_total")
+        accepted = _by_position(own, "farm_accepted_tokens_total")
+        alphas = [accepted.get(position, 0.0) / count for position, count in sorted(reached.items()) if count]
+        yield Counters(
+            model=target, engine="farm", rounds=rounds,
+            tau=(_total(own, "farm_emitted_tokens_total") - undrafted) / rounds,
+            survival=tuple(accumulate(alphas, operator.mul)), by_position=True,
+            steady=True, token_s=_token_seconds(own, FARM_TOKEN_SECONDS),
+        )  # fmt: skip
+
+
 def _vllm(samples: Sequence[Sample]) -> Iterator[Counters]:
     for model, own in _by_model(samples, VLLM):
         rounds = _total(own, "vllm:spec_decode_num_drafts_total")
@@ -167,11 +193,7 @@ def _vllm(samples: Sequence[Sample]) -> Iterator[Counters]:
             continue
         accepted = _total(own, "vllm:spec_decode_num_accepted_tokens_total")
         drafted = _total(own, "vllm:spec_decode_num_draft_tokens_total")
-        name = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
-        places: defaultdict[int, float] = defaultdict(float)
-        for sample in own:
-            if sample.name == name:
-                places[int(sample.labels["position"])] += sample.value
+        places = _by_position(own, "vllm:spec_decode_num_accepted_tokens_per_pos_total")
         tau, length = 1 + accepted / rounds, len(places) or max(1, math.ceil(drafted / rounds))
         counted = tuple(places[position] / rounds for position in sorted(places))
         yield Counters(
@@ -197,11 +219,21 @@ def _sglang(samples: Sequence[Sample]) -> Iterator[Counters]:
         )  # fmt: skip
 
 
-def _by_model(samples: Iterable[Sample], prefix: str) -> list[tuple[str, list[Sample]]]:
+def _by_position(samples: Iterable[Sample], name: str) -> dict[int, float]:
+    places: defaultdict[int, float] = defaultdict(float)
+    for sample in samples:
+        if sample.name == name:
+            places[int(sample.labels["position"])] += sample.value
+    return places
+
+
+def _by_model(
+    samples: Iterable[Sample], prefix: str, label: str = "model_name"
+) -> list[tuple[str, list[Sample]]]:
     grouped: defaultdict[str, list[Sample]] = defaultdict(list)
     for sample in samples:
         if sample.name.startswith(prefix):
-            grouped[sample.labels.get("model_name", "")].append(sample)
+            grouped[sample.labels.get(label, "")].append(sample)
     return sorted(grouped.items())
 
 

@@ -45,7 +45,7 @@ def steps(tokens: tuple[int, ...], size: int, version: str = "v1") -> list[Progr
         Progress(
             version,
             cut,
-            "length" if at == len(cuts) - 1 else None,
+            finish_reason="length" if at == len(cuts) - 1 else None,
             logprobs=tuple(TokenLogprob(token, -float(token), ((token, -0.5),)) for token in cut),
         )
         for at, cut in enumerate(cuts)

@@ -1,15 +1,18 @@
 """The served family as clients see it: the real Serve application, the real `openai` client, loopback."""
 
 import asyncio
+import json
 
 import httpx
 import openai
 import pytest
 
-from farm.config import UserError
+from farm.bench.serve import Endpoint, Load, bench_url, with_engine
+from farm.config import Manifest, UserError
 from farm.data.chat import encode_chat
 from farm.decode.engine import Engine, Request, Route
 from farm.decode.sampling import SamplingParams
+from farm.evaluate.counters import read_counters
 from farm.sections import TargetSpec
 from farm.target.load import load_target
 from tests.serve.family import publish, tiny_expert
@@ -233,6 +236,63 @@ def test_more_requests_than_the_queue_takes_are_told_when_to_come_back(served):
         response.json()["choices"][0]["message"]["content"] for response in responses if response.is_success
     }
     assert len(answers) == 1
+
+
+def test_chunks_say_what_was_drafted_when_asked(served):
+    options = {"include_usage": True, "include_rounds": True}
+    fields = {"model": "adapted", "messages": HELLO, "temperature": 0, "max_tokens": 24, "stream": True}
+    lines = httpx.post(
+        f"{served.url}/v1/chat/completions", json={**fields, "stream_options": options}, timeout=30
+    )
+    chunks = [json.loads(line[6:]) for line in lines.text.split("\n\n") if line.startswith("data: {")]
+    told = [chunk for chunk in chunks if "farm" in chunk]
+    assert all(
+        "".join(text for text, _ in c["farm"]["spans"]) == c["choices"][0]["delta"]["content"] for c in told
+    )
+    assert told[-1]["farm"]["tokens"] == chunks[-1]["usage"]["completion_tokens"] == 24
+    assert told[-1]["farm"]["emitted"] == 23  # the first token is the prompt's
+    assert 23 / 4 <= told[-1]["farm"]["rounds"] <= 23
+    assert all("farm" not in chunk.model_extra for chunk in served.greedy("adapted", stream=True))
+
+
+def test_metrics_of_the_endpoint_are_what_probe_reads(served):
+    served.greedy("adapted", max_tokens=24)
+    with pytest.raises(openai.NotFoundError):
+        served.greedy("nobody-knows-me")
+    text = httpx.get(f"{served.url}/metrics").text
+    (counters,) = (one for one in read_counters(served.url) if one.model == "adapted")
+    assert (counters.engine, counters.by_position, counters.k) == ("farm", True, 3)
+    assert 1 <= counters.tau <= 4
+    assert counters.token_s > 0
+    for name in ("farm_requests_total", "farm_time_to_first_token_seconds_count", "farm_slots"):
+        assert f"\n{name}{{" in text
+    assert 'farm_plain_fallbacks_total{reason="adapter"' in text
+    assert 'target="misfit"' in text
+    assert "nobody-knows-me" not in text
+
+
+def test_a_benchmark_of_this_endpoint_finds_every_answer_its_own_targets(served, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    lines = ["the quick brown fox", "un été à la plage", "one two three"]
+    prompts.write_text("".join(json.dumps({"prompt": line}) + "\n" for line in lines * 4))
+    targets = [
+        {"name": name, "model": str(served.root / name), "prompts": str(prompts)}
+        for name in ("adapted", "bare")
+    ]
+    manifest = Manifest.model_validate(
+        {"base": str(served.root / "adapted"), "store": served.store, "targets": targets}
+        | {"evaluate": {"prompts": 3}, "serve": {"num_slots": 2, "k": 3, "control": "fixed-3"}}
+    )
+    load = Load(clients=4, duration_s=3.0, warm_up_s=0.5, open_s=1.0, open_factor=3.0, engine_s=0.6)
+    found = bench_url(manifest, Endpoint(served.url), load, say=lambda _: None)
+    assert found["completed"] == found["requests"] > 4
+    assert (found["adapters"], found["errors"], found["wrong_model"], found["differing"]) == (2, 0, 0, 0)
+    assert found["open_loop"]["rejected_without_retry_after"] == 0
+    beside = with_engine(manifest, load, found, say=lambda _: None)
+    assert beside["engine_tokens_per_s"] > 0
+    assert beside["over_engine"] == pytest.approx(
+        found["tokens_per_s"] / beside["engine_tokens_per_s"], abs=1e-3
+    )
 
 
 def test_a_store_without_a_family_is_refused_before_anything_starts(tmp_path):
