@@ -29,6 +29,11 @@ class Ask:
     num_choices: int = 1
     max_prompt_tokens: int | None = None
 
+    @property
+    def model(self) -> str:
+        """As the client named it."""
+        return self.target if self.version is None else f"{self.target}@{self.version}"
+
 
 def ask_of(
     request: ChatRequest | TextRequest, max_new_tokens: int | None, max_prompt_tokens: int | None = None

@@ -53,7 +53,7 @@ class EngineHost:
     async def generate(self, ask: Ask) -> AsyncIterator[Item]:
         """The pieces of the answer as they come, or one ErrorBody; leaving early frees the slot."""
         target = self._targets.get(ask.target)
-        request = unknown_model(ask.target) if target is None else await self._checked(target, ask)
+        request = unknown_model(ask.model) if target is None else await self._checked(target, ask)
         if target is None or isinstance(request, ErrorBody):
             yield request
             return

@@ -13,7 +13,6 @@ from farm.cli.main import app
 from farm.keys import digest, read_keys
 from serve.foreground import parse
 
-
 TARGET = {"name": "legal", "model": "base", "prompts": "base"}
 
 
