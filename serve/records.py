@@ -35,6 +35,11 @@ class Ask:
         """What the client named."""
         return self.target if self.version is None else f"{self.target}@{self.version}"
 
+    @property
+    def model(self) -> str:
+        """As the client named it."""
+        return self.target if self.version is None else f"{self.target}@{self.version}"
+
 
 def ask_of(
     request: ChatRequest | TextRequest, max_new_tokens: int | None, max_prompt_tokens: int | None = None

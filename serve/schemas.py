@@ -1,5 +1,6 @@
 """What clients may ask, strictly: a field that is not served is refused by name, null means absent."""
 
+import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
@@ -19,6 +20,7 @@ from pydantic_core.core_schema import CoreSchema
 MAX_PROMPT_CHARS = 2**20
 MAX_CHOICES = 8
 COLDEST = 1e-3
+TOKEN_NAME = "[0-9]{1,9}"
 SHOWN_CHARS = 100  # of a client's own words in an error
 NEUTRAL: dict[str, tuple[Any, ...]] = {  # fields that are not served, with the values that ask for nothing
     "best_of": (1,),
@@ -43,9 +45,22 @@ def _whole(text: str) -> str:
     return text
 
 
+def _integral(number: Any) -> Any:
+    """JSON has one kind of number: 2.0 is an integer."""
+    return int(number) if isinstance(number, float) and number.is_integer() else number
+
+
+def _token(name: Any) -> Any:
+    """A token id as the name of a field."""
+    if isinstance(name, str) and not re.fullmatch(TOKEN_NAME, name):
+        raise ValueError("has to be a token id")
+    return name
+
+
 Text = Annotated[str, AfterValidator(_whole)]
 Bool = Annotated[bool, Strict()]
-Int = Annotated[int, Strict()]
+Int = Annotated[int, Strict(), BeforeValidator(_integral)]
+Token = Annotated[int, BeforeValidator(_token)]
 Float = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 Stops = Annotated[
     tuple[Annotated[Text, Field(min_length=1, max_length=1000)], ...],
@@ -99,6 +114,8 @@ def _joined(content: Any) -> Any:
 class TextPart(BaseModel):
     """One of the parts in which a message's content may come; for OpenAPI only, `_joined` reads them."""
 
+    model_config = ConfigDict(extra="forbid")
+
     type: Literal["text"]
     text: str
 
@@ -131,7 +148,9 @@ class Sampling(Asked):
     max_drafted: Int | None = Field(default=None, ge=0)
     presence_penalty: Float = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: Float = Field(default=0.0, ge=-2, le=2)
-    logit_bias: dict[int, Annotated[Float, Field(ge=-100, le=100)]] = Field(default={}, max_length=1024)
+    logit_bias: dict[Token, Annotated[Float, Field(ge=-100, le=100)]] = Field(
+        default={}, max_length=1024, json_schema_extra={"propertyNames": {"pattern": f"^{TOKEN_NAME}$"}}
+    )
     seed: Int | None = Field(default=None, ge=-(2**63), lt=2**63)
     max_tokens: Int | None = Field(default=None, ge=1)
     stop: Stops = ()
@@ -200,7 +219,10 @@ class ChatRequest(Sampling):
 class TextRequest(Sampling):
     """Body of POST /v1/completions: one prompt, as text or as token ids."""
 
-    prompt: Text | tuple[Int, ...]
+    prompt: (
+        Annotated[Text, Field(min_length=1)]
+        | Annotated[tuple[Annotated[Int, Field(ge=0)], ...], Field(min_length=1)]
+    )
     logprobs: Int | None = Field(default=None, ge=0, le=5)
 
     @property

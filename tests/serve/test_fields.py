@@ -147,7 +147,7 @@ def test_a_pinned_version_is_served_or_refused_by_its_name(served):
     for name in ("adapted@v2", "adapted@", "adapted@base", "nobody@v1"):
         with pytest.raises(openai.NotFoundError) as caught:
             served.greedy(name)
-        assert name in caught.value.body["message"]
+        assert repr(name) in caught.value.body["message"]
     assert served.client.models.retrieve("adapted@v1").id == "adapted"
     with pytest.raises(openai.NotFoundError):
         served.client.models.retrieve("adapted@v2")

@@ -60,6 +60,9 @@ def test_a_value_that_asks_for_nothing_is_accepted(field):
         {"top_logprobs": 21, "logprobs": True},
         {"temperature": float("nan")},
         {"temperature": "1"},
+        {"max_tokens": 1.5},
+        {"logit_bias": {"+4": 1}},
+        {"logit_bias": {"-1": 1}},
         {"stream": "yes"},
         {"logit_bias": {"4": float("nan")}},
         {"user": "\ud800"},
@@ -83,6 +86,10 @@ def test_defaults_are_those_of_openai():
 def test_a_temperature_that_would_overflow_logits_is_greedy():
     for tiny, taken in ((1e-300, 0.0), (1e-8, 0.0), (0.001, 0.001), (0, 0.0)):
         assert ChatRequest.model_validate({**HELLO, "temperature": tiny}).temperature == taken
+
+
+def test_a_number_without_a_fraction_is_an_integer():
+    assert ChatRequest.model_validate({**HELLO, "max_tokens": 2.0}).max_new_tokens == 2
 
 
 def test_the_newer_name_of_the_token_limit_wins():
