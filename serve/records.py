@@ -32,11 +32,6 @@ class Ask:
 
     @property
     def model(self) -> str:
-        """What the client named."""
-        return self.target if self.version is None else f"{self.target}@{self.version}"
-
-    @property
-    def model(self) -> str:
         """As the client named it."""
         return self.target if self.version is None else f"{self.target}@{self.version}"
 

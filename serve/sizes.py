@@ -19,6 +19,7 @@ from farm.draft.checkpoint import EXPERT_FILE, TRUNK_FILE, VOCABULARY, read_conf
 from farm.draft.config import DraftConfig
 from farm.layers.dense import PACKED_ABOVE_BYTES
 from farm.sections import ServeSettings, TargetSpec
+from farm.store import local_copy
 from farm.target.load import check_folder
 from farm.target.weights import is_plain
 from serve.placement import Need
@@ -75,7 +76,7 @@ class Sizes:
         """A target's; `beside`: other targets have its checkpoint, a LoRA lies beside it. Refused if unreadable."""
         try:
             config, weights = _open(spec.name, spec.model)
-            lora = 0 if spec.lora is None else _lora_weights(spec, Path(spec.lora))
+            lora = 0 if spec.lora is None else _lora_weights(spec, local_copy(spec.lora))
         except (OSError, ValueError, KeyError, ImportError, UserError) as error:
             raise Refused(f"{spec.name}: cannot be measured: {error}") from error
         merged = spec.lora is not None and (not beside or lora == 0)
@@ -136,7 +137,7 @@ def _open(name: str, model: str) -> tuple[Any, int]:
     """A checkpoint's `transformers` config and its number of weights."""
     from transformers import AutoConfig
 
-    path = Path(model)
+    path = local_copy(model)
     if path.suffix == ".gguf":
         from gguf import GGUFReader
 

@@ -27,12 +27,15 @@ app.add_typer(registry_app, name="registry")
 
 @registry_app.command("list")
 def list_versions(store: StorePath = ".farm/store") -> None:
-    """Every target's versions, the live one marked."""
+    """Every target's versions, the live one and the canary marked."""
     registry = _open(store)
     for name in sorted(registry.family()["targets"]):
-        live = registry.live(name)
+        pointer = registry.pointer(name)
+        marks = {pointer.live: " (live)"}
+        if pointer.canary is not None:
+            marks[pointer.canary.version] = f" (canary, {pointer.canary.share:g})"
         versions = [
-            f"[bold]{v.version} (live)[/bold]" if live and v.version == live.version else v.version
+            f"[bold]{v.version}{marks[v.version]}[/bold]" if v.version in marks else v.version
             for v in registry.versions(name)
         ]
         console.print(f"{name:<24} {', '.join(versions) or 'base draft'}", highlight=False)

@@ -43,6 +43,8 @@ def test_versions_are_listed_promoted_and_rolled_back(store):
     assert "v2 is live" in run("promote", "math", "v2", "--store", store)
     assert "v1, v2 (live)" in run("list", "--store", store)
     assert "v1 is live again" in run("rollback", "math", "--store", store)
+    run("canary", "math", "v2", "--share", "0.25", "--store", store)
+    assert "v1 (live), v2 (canary, 0.25)" in run("list", "--store", store)
     with pytest.raises(UserError, match="no version v9"):
         run("promote", "math", "v9", "--store", store)
 
