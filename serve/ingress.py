@@ -22,6 +22,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
+from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
 from farm.sections import ServeSettings
@@ -195,7 +196,7 @@ class Gateway:
         self.guard.is_draining = True
         return self.guard.num_open
 
-    @api.get("/metrics")
+    @api.get("/metrics", response_class=PlainTextResponse)
     async def metrics(self) -> Response:
         """Prometheus text of the gateway and of every replica that answers in time."""
         found = await asyncio.gather(*(self._counted_by(name) for name in self._hosts))
