@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from farm.bench.serve_chaos import Chaos, copied
-from farm.bench.serve_child import ServeChild, died, serving
+from farm.bench.serve_child import ServeChild, check_port_is_free, died, serving
 from farm.bench.serve_client import Ask, Client
 from farm.bench.serve_engine import engine_speed
 from farm.bench.serve_load import ClosedLoop, Solos, Window, open_loop, summary
@@ -34,12 +34,12 @@ class Load:
 
     clients: int = 64
     duration_s: float = 120.0
-    warm_up_s: float = 15.0
-    open_s: float = 30.0
+    warm_up_s: float = 10.0
+    open_s: float = 15.0
     open_factor: float = (
         2.0  # arrivals of the open loop, over the requests a second that the closed loop completed
     )
-    engine_s: float = 30.0
+    engine_s: float = 20.0
 
     @classmethod
     def quick(cls) -> Load:
@@ -58,6 +58,7 @@ class Endpoint:
 def bench_child(manifest: Manifest, arguments: list[str], load: Load, log: Path, say: Say) -> dict[str, Any]:
     """Starts `farm serve ARGUMENTS`, loads it, ends it, and then measures the engine alone on the same cores."""
     url = f"http://127.0.0.1:{manifest.serve.port}"
+    check_port_is_free(manifest.serve.port)
     say("starting farm serve")
     with serving(arguments, log) as child:
         record = asyncio.run(_bench(Endpoint(url, child=child), Subjects.of(manifest), load, say))
@@ -66,6 +67,7 @@ def bench_child(manifest: Manifest, arguments: list[str], load: Load, log: Path,
 
 def chaos_child(manifest: Manifest, arguments: list[str], load: Load, log: Path, say: Say) -> dict[str, Any]:
     """Two replicas on a copy of the store, and what happens to them under the closed loop."""
+    check_port_is_free(manifest.serve.port)
     with copied(manifest.store, log.with_name("chaos-store")) as store:
         arguments = [*arguments, "--set", f"store={store}", "--set", "resources.serve.replicas=2"]
         say("starting farm serve with two replicas, on a copy of the store")

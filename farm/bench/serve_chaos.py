@@ -115,17 +115,18 @@ class Chaos:
         self, answers: Sequence[Answer], window: Window, killed_s: float, solos: Solos
     ) -> dict[str, Any]:
         found = summary(answers, window, solos)
-        failed = [answer for answer in answers if not answer.completed and window.holds(answer.started_s)]
+        failed = [answer for answer in answers if not answer.completed and answer.ended_s >= window.start_s]
         lost = [answer for answer in failed if answer.started_s <= killed_s <= answer.ended_s]
-        for event in self.events:
+        known = {f"{self.target}@{event['version']}" for event in self.events if "version" in event}
+        for event, following in zip(self.events, [*self.events[1:], {"at_s": window.end_s}], strict=True):
             if "before" in event:
-                event["old_until_s"] = _last_start(answers, f"{self.target}@{event['before']}", event["at_s"])
-                event["new_from_s"] = _first_start(
-                    answers, f"{self.target}@{event['version']}", event["at_s"]
-                )
+                steady = Window(event["at_s"], following["at_s"])
+                event["old_until_s"] = _last_start(answers, f"{self.target}@{event['before']}", steady)
+                event["new_from_s"] = _first_start(answers, f"{self.target}@{event['version']}", steady)
         for event in self.events:
             event["at_s"] = round(event["at_s"] - window.start_s, 2)
         named = {version for answer in answers for version in answer.versions}
+        served = sorted(version for version in named if version.startswith(f"{self.target}@"))
         others = [answer for answer in failed if answer not in lost]
         return {
             "duration_s": round(window.seconds, 2),
@@ -133,26 +134,31 @@ class Chaos:
             "errors": len(others),
             "lost_with_replica": len(lost),
             "error_messages": sorted({f"{answer.status}: {answer.error}"[:200] for answer in others}),
-            "versions": sorted(version for version in named if version.startswith(f"{self.target}@")),
+            "versions": served,
+            "unexpected_versions": [version for version in served if version not in known],
+            "lost_messages": sorted({f"{answer.status}: {answer.error}"[:200] for answer in lost}),
             "events": self.events,
         }  # fmt: skip
 
 
-def _last_start(answers: Sequence[Answer], version: str, since_s: float) -> float:
-    """Seconds after a change at which the last request was sent that the version before still answered."""
-    later = [answer.started_s - since_s for answer in answers if version in answer.versions]
-    within = [seconds for seconds in later if 0 <= seconds < 2 * SETTLE_S]
-    return round(max(within, default=0.0), 2)
+def _last_start(answers: Sequence[Answer], version: str, steady: Window) -> float:
+    """Seconds into the window at which the last request was sent that `version` still answered within it."""
+    starts = [
+        answer.started_s - steady.start_s
+        for answer in answers
+        if version in answer.versions and steady.holds(answer.started_s) and steady.holds(answer.ended_s)
+    ]
+    return round(max(starts, default=0.0), 2)
 
 
-def _first_start(answers: Sequence[Answer], version: str, since_s: float) -> float | None:
-    """Seconds after a change at which the first request was sent that the new version answered; None: none was."""
-    later = [answer.started_s - since_s for answer in answers if version in answer.versions]
-    return (
-        round(min((s for s in later if s >= 0), default=float("nan")), 2)
-        if any(s >= 0 for s in later)
-        else None
-    )
+def _first_start(answers: Sequence[Answer], version: str, steady: Window) -> float | None:
+    """Seconds into the window at which the first request was sent that `version` answered; None: none was."""
+    starts = [
+        answer.started_s - steady.start_s
+        for answer in answers
+        if version in answer.versions and steady.holds(answer.started_s)
+    ]
+    return round(min(starts), 2) if starts else None
 
 
 def folder_of(store: str) -> Path:

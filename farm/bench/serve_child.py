@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from farm.errors import UserError
 STOP_S = 60.0
 TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
+COMMAND = [sys.executable, "-c", "from farm.cli.main import main; main()", "serve"]
 SERVING = ("ray::ServeReplica", "ray::Proxy", "ray::ServeController")
 
 
@@ -63,15 +65,31 @@ class ServeChild:
 def serving(arguments: Sequence[str], log: Path) -> Iterator[ServeChild]:
     """`farm serve ARGUMENTS` from the checkout, in a Ray of its own; ended when the block is left."""
     environment = {"RAY_AUTH_MODE": "disabled", **os.environ, "RAY_ADDRESS": "local"}
-    command = [sys.executable, "-c", "from farm.cli.main import main; main()", "serve", *arguments]
+    before = signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # or the child would outlive this process
     with log.open("wb") as out:
         process = subprocess.Popen(
-            command, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            [*COMMAND, *arguments],
+            env=environment,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     try:
         yield ServeChild(process, log)
     finally:
         _end(process)
+        signal.signal(signal.SIGTERM, before)
+
+
+def check_port_is_free(port: int) -> None:
+    """Raises UserError when somebody listens there: the load would go to both, or to the wrong one."""
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", port)) == 0:
+            raise UserError(
+                f"serve.port {port}: somebody listens there already; end it, or --set serve.port=N"
+            )
 
 
 def last_lines(log: Path, count: int = 15) -> str:

@@ -81,14 +81,15 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float | None]:
 
 
 def summary(answers: Sequence[Answer], window: Window, solos: Solos) -> dict[str, Any]:
-    """Counts over the requests that began in the window; tokens of those that ended in it.
+    """Counts over the requests that began in the window; tokens by the pieces that arrived in it.
 
-    Under a steady load as many tokens of earlier requests are counted in as of unended ones are left out.
+    A stream does not say how many tokens a piece has: those of an answer are taken as even over its pieces.
     """
     asked = [answer for answer in answers if window.holds(answer.started_s)]
     refused = [answer for answer in asked if answer.status == 429]
     completed = [answer for answer in asked if answer.completed]
-    ended = [answer for answer in answers if answer.completed and window.holds(answer.ended_s)]
+    arrived = [(answer, sum(map(window.holds, answer.event_s))) for answer in answers if answer.completed]
+    tokens = sum(answer.num_tokens * count / len(answer.event_s) for answer, count in arrived if count)
     return {
         "requests": len(asked),
         "completed": len(completed),
@@ -99,8 +100,8 @@ def summary(answers: Sequence[Answer], window: Window, solos: Solos) -> dict[str
         "differing": sum(answer.text != solos[answer.ask.target, answer.ask.prompt] for answer in completed),
         "ttft_ms": percentiles([answer.ttft_s for answer in completed if answer.ttft_s is not None]),
         "itl_ms": percentiles([gap for answer in completed for gap in answer.gaps_s]),
-        "tokens_per_s": round(sum(answer.num_tokens for answer in ended) / window.seconds, 2),
-        "pieces_per_s": round(sum(len(answer.event_s) for answer in ended) / window.seconds, 2),
+        "tokens_per_s": round(tokens / window.seconds, 2),
+        "pieces_per_s": round(sum(count for _, count in arrived) / window.seconds, 2),
     }
 
 

@@ -260,7 +260,17 @@ $("prompt").addEventListener("keydown", (event) => {
     if (!open) $("form").requestSubmit();
   }
 });
-$("target").addEventListener("change", showVersion);
+$("target").addEventListener("change", () => {
+  showVersion();
+  if (conversation.length) { // another target has not said what stands above
+    conversation = [];
+    const rule = document.createElement("div");
+    rule.className = "rule";
+    rule.textContent = `a new conversation, with ${$("target").value}`;
+    $("messages").append(rule);
+    follow();
+  }
+});
 $("compare").addEventListener("click", compare);
 $("temperature").addEventListener("input", () => { $("temperature-value").textContent = $("temperature").value; });
 $("clear").addEventListener("click", () => {

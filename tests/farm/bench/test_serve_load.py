@@ -40,11 +40,13 @@ def test_an_answer_is_of_another_target_when_it_goes_on_as_that_ones(text, expec
     assert is_of_another(answer(text), SOLOS) is expected
 
 
-def test_requests_count_by_their_start_and_tokens_by_their_end():
+def test_requests_count_by_their_start_and_tokens_by_when_they_came():
     answers = [
-        answer(started_s=9.0, ended_s=11.0),  # began before: its tokens count
-        answer(started_s=11.0, ended_s=21.0),  # ends after: it counts, its tokens do not
-        answer("the dog ran", started_s=12.0, ended_s=13.0),
+        answer(
+            started_s=9.0, ended_s=11.0, event_s=[9.5, 9.9, 10.5, 10.6, 10.7]
+        ),  # began before: 3 of its 5 tokens
+        answer(started_s=11.0, ended_s=21.0, event_s=[20.5]),  # comes after: it counts, its tokens do not
+        answer("the dog ran", started_s=12.0, ended_s=13.0, event_s=[12.5]),
         answer(started_s=14.0, status=429, error="busy", retry_after="1"),
         answer(started_s=15.0, status=429, error="busy", retry_after=None),
         answer(started_s=16.0, status=500, error="broken"),
@@ -61,7 +63,7 @@ def test_requests_count_by_their_start_and_tokens_by_their_end():
     )
     assert [found[name] for name in counts] == [6, 2, 2, 1, 2, 1]
     assert found["differing"] == 1
-    assert found["tokens_per_s"] == 2 * 5 / 10
+    assert (found["tokens_per_s"], found["pieces_per_s"]) == ((3 + 5) / 10, 4 / 10)
 
 
 def test_latencies_are_of_the_first_piece_and_between_pieces():
