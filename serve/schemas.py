@@ -45,9 +45,11 @@ def _whole(text: str) -> str:
     return text
 
 
-def _integral(number: Any) -> Any:
-    """JSON has one kind of number: 2.0 is an integer."""
-    return int(number) if isinstance(number, float) and number.is_integer() else number
+def _integral(value: Any) -> Any:
+    """JSON has one kind of number: 2.0 is an integer, in a list too."""
+    if isinstance(value, list):
+        return [_integral(one) if isinstance(one, float) else one for one in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _token(name: Any) -> Any:
@@ -59,13 +61,16 @@ def _token(name: Any) -> Any:
 
 Text = Annotated[str, AfterValidator(_whole)]
 Bool = Annotated[bool, Strict()]
-Int = Annotated[int, Strict(), BeforeValidator(_integral)]
+Int = Annotated[int, Strict()]
 Token = Annotated[int, BeforeValidator(_token)]
 Float = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+Stop = Annotated[Text, Field(min_length=1, max_length=1000)]
+FourStops = Annotated[tuple[Stop, ...], Field(max_length=4)]
 Stops = Annotated[
-    tuple[Annotated[Text, Field(min_length=1, max_length=1000)], ...],
-    BeforeValidator(lambda stop: (stop,) if isinstance(stop, str) else stop),
-    Field(max_length=4),
+    FourStops,
+    BeforeValidator(
+        lambda stop: (stop,) if isinstance(stop, str) else stop, json_schema_input_type=Stop | FourStops
+    ),
 ]
 
 
@@ -75,16 +80,16 @@ def _cold_is_greedy(temperature: float) -> float:
 
 
 class Asked(BaseModel):
-    """A part of a request: unknown fields are refused, nulls are dropped."""
+    """A part of a request: unknown fields are refused, nulls are dropped, numbers without a fraction are integers."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     @model_validator(mode="before")
     @classmethod
-    def _without_nulls(cls, fields: Any) -> Any:
+    def _plain(cls, fields: Any) -> Any:
         if not isinstance(fields, dict):
             return fields
-        return {name: value for name, value in fields.items() if value is not None}
+        return {name: _integral(value) for name, value in fields.items() if value is not None}
 
     @classmethod
     def __get_pydantic_json_schema__(

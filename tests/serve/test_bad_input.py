@@ -47,11 +47,9 @@ def operations(document: dict[str, Any], *, briefly: bool) -> list[Any]:
         schema = narrowed["components"]["schemas"][name]
         schema["properties"]["model"] = {"enum": ["bare", "adapted", "adapted@v1"]}
         if briefly:
-            bias = {"type": "object", "propertyNames": {"pattern": "^[0-9]{1,2}$"}}
-            schema["properties"]["logit_bias"] = {
-                **bias,
-                "additionalProperties": {"maximum": 5, "minimum": -5},
-            }
+            names, values = {"pattern": "^[0-9]{1,2}$"}, {"type": "number", "maximum": 5, "minimum": -5}
+            bias = {"type": "object", "propertyNames": names, "additionalProperties": values}
+            schema["properties"]["logit_bias"] = bias
             schema["properties"]["max_tokens"] = {"type": "integer", "minimum": 1, "maximum": 3}
             schema["required"] = [*schema["required"], "max_tokens"]
             schema["properties"].pop("max_completion_tokens", None)

@@ -164,5 +164,7 @@ def test_openapi_says_that_null_is_absent_and_which_values_ask_for_nothing():
     schema = ChatRequest.model_json_schema()
     assert {"type": "null"} in schema["properties"]["temperature"]["anyOf"]
     assert schema["properties"]["tools"]["enum"] == [[], None]
+    assert {"minimum": 1, "maximum": 8}.items() <= schema["properties"]["n"]["anyOf"][0].items()
+    assert [one["type"] for one in schema["properties"]["stop"]["anyOf"][0]["anyOf"]] == ["string", "array"]
     assert schema["required"] == ["model", "messages"]
     assert schema["additionalProperties"] is False
