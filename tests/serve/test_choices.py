@@ -46,7 +46,7 @@ def steps(tokens: tuple[int, ...], size: int, version: str = "v1") -> list[Progr
             version,
             cut,
             "length" if at == len(cuts) - 1 else None,
-            tuple(TokenLogprob(token, -float(token), ((token, -0.5),)) for token in cut),
+            logprobs=tuple(TokenLogprob(token, -float(token), ((token, -0.5),)) for token in cut),
         )
         for at, cut in enumerate(cuts)
     ]
