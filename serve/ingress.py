@@ -134,7 +134,8 @@ class ModelList(PydanticModel):
 def _card(hosted: Hosted) -> Model:
     """OpenAI's model object. Ours are `version`, the adapter that serves, "base" or "plain", and its `canary`."""
     fields = {"id": hosted.target, "created": STARTED, "object": "model", "owned_by": "farm"}
-    return Model.model_validate({**fields, "version": hosted.version, "canary": hosted.canary})
+    canary = None if hosted.canary is None else {"version": hosted.canary, "share": 1 - hosted.share}
+    return Model.model_validate({**fields, "version": hosted.version, "canary": canary})
 
 
 def _json(answer: BaseModel | dict[str, Any]) -> Response:

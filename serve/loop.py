@@ -256,7 +256,8 @@ class EngineLoop:
             return next(taking, None), None
         if canary is None:
             return current, None
-        return canary if takes(canary.route, canary.share, request_id) else current, canary.test
+        asked = request_id.partition("/")[0]  # all choices of a request go the same way
+        return canary if takes(canary.route, canary.share, asked) else current, canary.test
 
     def _cancel(self, request_id: str) -> None:
         admitted = self._admitted.pop(request_id, None)

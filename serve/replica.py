@@ -194,16 +194,15 @@ def _decode(target: LoadedTarget, tokens: Sequence[int]) -> str:
 
 
 def _describe(reason: Callable[[str], str], lanes: list[Lane], current: Mapping[str, Lane]) -> list[Hosted]:
-    tried = {lane.target: lane.share for lane in lanes if lane.test is not None}
-    return [
-        _hosted(lane, current[lane.target] is lane, tried.get(lane.target, 0.0), reason) for lane in lanes
-    ]
+    canaries = {lane.target: lane for lane in lanes if lane.test is not None}
+    return [_hosted(lane, current[lane.target] is lane, canaries.get(lane.target), reason) for lane in lanes]
 
 
-def _hosted(lane: Lane, is_current: bool, tried: float, reason: Callable[[str], str]) -> Hosted:
-    """`tried` is the share of the target's canary."""
+def _hosted(lane: Lane, is_current: bool, canary: Lane | None, reason: Callable[[str], str]) -> Hosted:
+    """`canary` is that of the lane's target."""
     stats = lane.engine.stats_of.get(lane.route, DecodeStats())
-    share = 1 - tried if is_current else tried if lane.test is not None else 0.0
+    tried = 0.0 if canary is None else canary.share
+    share = 1 - tried if is_current else tried if lane is canary else 0.0
     said = reason(lane.target) if is_current else ""
     if not said and lane.plain_in_a_row >= PLAIN_AFTER:
         said = f"{PLAIN}: drafting does not pay at this load"
@@ -219,4 +218,5 @@ def _hosted(lane: Lane, is_current: bool, tried: float, reason: Callable[[str], 
         rounds=stats.rounds,
         emitted=stats.emitted,
         pid=os.getpid(),
+        canary=canary.version if is_current and canary is not None else None,
     )

@@ -105,7 +105,7 @@ class Chaos:
         return [
             one.pid
             for one in self.child.processes()
-            if one.title.startswith(f"ray::ServeReplica:default:{REPLICA}")
+            if one.title.startswith("ray::ServeReplica:") and f":{REPLICA}" in one.title
         ]
 
     def _event(self, what: str, **fields: Any) -> None:
