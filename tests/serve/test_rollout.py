@@ -5,6 +5,7 @@ import queue
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from farm.store import FileStore, open_store
 from serve.canary import WorseTest
 from serve.family import Family
 from serve.loop import EngineLoop, Lane, Progress
+from serve.replica import _describe
 from serve.rollout import Rollout
 from tests.serve.family import TRUNK_KEY, build_family, loud_expert, publish, silent_expert
 
@@ -161,6 +163,21 @@ def test_a_canary_gets_its_share_and_a_named_version_is_what_was_named(replica):
     assert {replica.version_of("a", f"r{n}") for n in range(20)} == {"v2"}
     assert replica.version_of("a", "old", "v1") == "a@v1"
     assert replica.lanes()["a@v2"].test is None
+
+
+def test_all_choices_of_a_request_come_from_one_version_and_the_current_one_names_its_canary(replica):
+    publish(replica.store, "a", silent_expert())
+    assert replica.registry.rollback("a")
+    assert replica.registry.start_canary("a", "v2", 0.5)
+    replica.rollout.poll()
+    served = [{replica.version_of("a", f"{name}/{index}") for index in range(3)} for name in range(12)]
+    assert {len(versions) for versions in served} == {1}
+    assert set.union(*served) == {"v1", "v2"}
+    hosted = replica.loop.inspect(partial(_describe, replica.rollout.reason)).result(timeout=10)
+    assert {(one.version, one.canary, one.share) for one in hosted if one.target == "a"} == {
+        ("v1", "v2", 0.5),
+        ("v2", None, 0.5),
+    }
 
 
 def test_a_bad_canary_is_rolled_back_by_what_its_requests_show(replica, caplog):
