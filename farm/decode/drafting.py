@@ -13,8 +13,9 @@ from torch import Tensor
 
 from farm.decode.control import Control, Load
 from farm.decode.drafts import Drafts
-from farm.decode.propose import ChainReader, DraftProposal, Pending, propose, run_draft
-from farm.decode.propose_tree import TreeProposal, propose_tree
+from farm.decode.proposal import Proposal
+from farm.decode.propose import ChainReader, Pending, propose, run_draft
+from farm.decode.propose_tree import propose_tree
 from farm.decode.routes import Route, Routes
 from farm.decode.sampling import SamplingBatch
 from farm.decode.scheduler import Move
@@ -28,7 +29,8 @@ READ_TOKENS = 256  # of a row that one forward reads at most when a draft has fa
 class Drafting:
     """The drafts of `routes` for `num_slots` sequences of at most `capacity` positions; memory is taken here, once.
 
-    `first` is the first route that has a draft; all others' are over its trunk.
+    `first` is the first route that has a draft; all others' are over its trunk. With a `tree` that is what they
+    propose, else chains.
     """
 
     def __init__(
@@ -39,8 +41,9 @@ class Drafting:
         num_slots: int,
         capacity: int,
         max_drafted: int,
+        tree: TreeShape | None = None,
     ) -> None:
-        self.max_drafted = max_drafted
+        self.max_drafted, self._tree = max_drafted, tree
         assert first.draft is not None
         self._drafts = Drafts(first.draft, routes)
         like, config = first.forward, first.draft.config
@@ -95,18 +98,12 @@ class Drafting:
 
     def propose(
         self, load: Load, lengths: Sequence[int], limit: int, control: Control, batch: SamplingBatch
-    ) -> DraftProposal:
-        """Reads what is unread and extends each row, of `lengths` tokens, by at most `limit` > 0 tokens."""
-        pending = self._pending(load, lengths)
-        reader = ChainReader(*self._drafts.bind(load.targets), pending, self._cache, limit - 1)
-        return propose(reader, limit, control, batch)
-
-    def propose_tree(
-        self, load: Load, lengths: Sequence[int], shape: TreeShape, batch: SamplingBatch
-    ) -> TreeProposal:
-        """Reads what is unread and extends each row, of `lengths` tokens, by a tree."""
-        pending = self._pending(load, lengths)
-        return propose_tree(TreeReader(*self._drafts.bind(load.targets), pending, self._cache), shape, batch)
+    ) -> Proposal:
+        """Reads what is unread and extends rows of `lengths` tokens by at most `limit` > 0 tokens each, or a tree."""
+        pending, bound = self._pending(load, lengths), self._drafts.bind(load.targets)
+        if self._tree is not None:
+            return propose_tree(TreeReader(*bound, pending, self._cache), self._tree, batch)
+        return propose(ChainReader(*bound, pending, self._cache, limit - 1), limit, control, batch)
 
     def _pending(self, load: Load, lengths: Sequence[int]) -> Pending:
         """What is unread, and counted as read from now on; of a row that drafts nothing the last token, for company."""

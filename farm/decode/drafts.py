@@ -16,7 +16,7 @@ from farm.draft.lean import ExpertSum, LeanDraft, LeanExpert, LeanHead, LeanTrun
 from farm.draft.model import Draft, DraftHead
 from farm.draft.routed import ExpertStack, FlatExpert, RoutedDeltas, RoutedExperts
 from farm.layers.lora import Lora, stack_loras
-from farm.target.forward import TargetForward
+from farm.target.model import TargetModel
 
 KEPT_STACKS = 4  # mixtures of experts whose weights stay stacked in memory
 KEPT_TRUNKS = 2  # trunks with one target's changes in them, for batches of that target alone
@@ -136,7 +136,7 @@ class Drafts:
             self._flats[id(expert), width] = FlatExpert.of(expert, width)
         return self._flats[id(expert), width]
 
-    def _head(self, forward: TargetForward) -> LeanHead:
+    def _head(self, forward: TargetModel) -> LeanHead:
         if id(forward) not in self._heads:
             pruned = DraftHead.of(forward.embedding, forward.head_weight, self._trunk.trunk.vocabulary_C)
             self._heads[id(forward)] = LeanHead(pruned, forward.head)

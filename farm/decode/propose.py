@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from farm.decode.chain import ChainProposal
 from farm.decode.control import Control, Signal
 from farm.decode.sampling import DRAFT, SamplingBatch, distribution, draw
 from farm.draft.lean import LeanDraft
@@ -53,25 +54,6 @@ class Pending:
     rows: Rows
     count: tuple[int, ...]
     limits: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class DraftProposal:
-    """Drafted chains of K columns, of which row b has `lengths[b]`; the rest of a row is padding.
-
-    `q_BKV` are the distributions that sampled tokens were drawn from, over the full vocabulary. `forwards` counts the
-    draft forwards, 0 when the draft has read nothing.
-    """
-
-    tokens_BK: Tensor
-    q_BKV: Tensor | None
-    lengths: tuple[int, ...]
-    forwards: int
-
-    @classmethod
-    def none(cls, num_rows: int, device: torch.device) -> DraftProposal:
-        """Nothing drafted and nothing read."""
-        return cls(torch.empty(num_rows, 0, dtype=torch.int64, device=device), None, (0,) * num_rows, 0)
 
 
 def run_draft(
@@ -141,7 +123,7 @@ class ChainReader:
 
 
 @torch.inference_mode()
-def propose(reader: ChainReader, limit: int, control: Control, batch: SamplingBatch) -> DraftProposal:
+def propose(reader: ChainReader, limit: int, control: Control, batch: SamplingBatch) -> ChainProposal:
     """A chain of at most `limit` tokens a row behind what `reader` has read, as long as `control` lets it grow."""
     chain = _Chain(reader.head, control, batch, reader.limits)
     for index in range(limit):
@@ -185,11 +167,11 @@ class _Chain:
             self._probabilities.append(expand(q_BC, self._head))
         return True
 
-    def proposal(self, forwards: int, device: torch.device) -> DraftProposal:
+    def proposal(self, forwards: int, device: torch.device) -> ChainProposal:
         if not self.tokens:
-            return replace(DraftProposal.none(len(self._lengths), device), forwards=forwards)
+            return replace(ChainProposal.none(len(self._lengths), device), forwards=forwards)
         q_BKV = torch.stack(self._probabilities, dim=1) if self._probabilities else None
-        return DraftProposal(torch.stack(self.tokens, dim=1), q_BKV, tuple(self._lengths), forwards)
+        return ChainProposal(torch.stack(self.tokens, dim=1), q_BKV, tuple(self._lengths), forwards)
 
 
 def _signal(logits_BC: Tensor, q_BC: Tensor | None, batch: SamplingBatch, what: Signal) -> list[float]:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,16 +14,8 @@ from farm.decode.propose import expand
 from farm.decode.sampling import DRAFT, SamplingBatch, distribution, draw
 from farm.decode.tree import Tree, TreeShape, depths_of, static_parents
 from farm.decode.tree_reader import TreeReader
+from farm.decode.tree_round import TreeProposal
 from farm.decode.verify_tree import Drawn
-
-
-@dataclass(frozen=True)
-class TreeProposal:
-    """A tree a row, how its siblings were drawn (None: all are point masses), and the draft forwards it took."""
-
-    tree: Tree
-    drawn: Drawn | None
-    forwards: int
 
 
 @torch.inference_mode()

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from farm.draft.model import Draft
 from farm.layers.lora import Lora, LoraRows, stack_loras
-from farm.target.forward import TargetForward
+from farm.target.model import TargetModel
 
 Owner = TypeVar("Owner", bound=Hashable)
 KEPT_STACKS = 16  # mixtures of LoRAs whose deltas stay side by side in memory
@@ -25,7 +25,7 @@ class Route:
     are verified together, whatever their LoRAs.
     """
 
-    forward: TargetForward
+    forward: TargetModel
     stop_ids: frozenset[int]
     draft: Draft | None = None
     lora: Lora | None = None
@@ -36,7 +36,7 @@ class Route:
 class Group:
     """Neighbouring rows that one forward serves: rows `first` to `last` - 1 of the batch."""
 
-    forward: TargetForward
+    forward: TargetModel
     first: int
     last: int
     loras: Lora | None  # of the group's targets side by side; None when none of them has one
@@ -121,7 +121,7 @@ def arrange(owners: Sequence[Owner | None]) -> tuple[tuple[Owner, ...], tuple[in
     return present, tuple(-1 if owner is None else index[owner] for owner in owners)
 
 
-def shape(forward: TargetForward) -> tuple[object, ...]:
+def shape(forward: TargetModel) -> tuple[object, ...]:
     """What forwards must have in common to share the slots of one engine."""
     cache = (len(forward.layers), forward.num_kv_heads, forward.head_dim, forward.max_positions)
     return (*cache, forward.hidden_size, forward.vocab_size, forward.dtype, forward.device)

@@ -12,20 +12,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from farm.decode.chain import ChainProposal
 from farm.decode.control import Control, Load, RoundResult
 from farm.decode.drafting import Drafting
 from farm.decode.logprobs import TokenLogprob, committed_logprobs, rows_that_ask
 from farm.decode.penalties import Penalties, Said
-from farm.decode.propose import DraftProposal
-from farm.decode.propose_tree import TreeProposal
+from farm.decode.proposal import Proposal, ToVerify
 from farm.decode.routes import Group, Route, Routes
-from farm.decode.sampling import ACCEPT, NEXT, SamplingBatch, distribution, draw
+from farm.decode.sampling import NEXT, SamplingBatch, distribution, draw
 from farm.decode.scheduler import LiveRequest, Move, Prefill
 from farm.decode.tree import TreeShape
-from farm.decode.tree_round import branches, decide_tree, in_line
-from farm.decode.verify import Verdict, verify_greedy, verify_sampled
-from farm.layers.cache import Branches, Rows
-from farm.target.forward import TargetForward
+from farm.layers.cache import Rows
+from farm.target.model import TargetModel
 
 
 @dataclass
@@ -69,7 +67,7 @@ class Runner:
 
     def __init__(
         self,
-        like: TargetForward,
+        like: TargetModel,
         *,
         num_slots: int,
         max_length: int,
@@ -96,7 +94,7 @@ class Runner:
         """Adds a target. Raises ValueError when it does not go with those that are hosted."""
         self.routes.host(route)
         if route.draft is not None and self.drafting is None:
-            self.drafting = Drafting(route, self.routes, **self._sizes)
+            self.drafting = Drafting(route, self.routes, **self._sizes, tree=self.tree)
 
     def drop(self, target: str) -> None:
         """Forgets a target that no sequence needs any more."""
@@ -138,7 +136,7 @@ class Runner:
         return Prefilled(hidden_BTH, first, logprobs)
 
     def run(self, rows: Sequence[LiveRequest], batch: SamplingBatch, control: Control) -> Round:
-        """One round for the sequences in slots 0..B-1: propose, verify, and remember what the draft has to read next.
+        """One round for the sequences in slots 0..B-1: propose, verify, commit.
 
         The caches hold all tokens of a sequence but the last.
         """
@@ -146,53 +144,43 @@ class Runner:
         targets = tuple(row.request.target for row in rows)
         groups = self.routes.groups(targets)
         load = Load(targets, self._limits(rows), len(groups))
-        drafted: DraftProposal | TreeProposal = DraftProposal.none(len(rows), self.device)
-        limit, nodes_BT = 0, None
-        if self.drafting is not None:
-            limit = min(max(load.limits), control.limit(load)) if any(load.limits) else 0
-            if limit > 0:
-                self.drafting.catch_up(load, lengths)
+        limit = self._catch_up(load, lengths, control)
         times.append(time.perf_counter())
+        proposal: Proposal = ChainProposal.none(len(rows), self.device)
         if self.drafting is not None and limit > 0:
-            if self.tree is None:
-                drafted = self.drafting.propose(load, lengths, limit, control, batch)
-            else:
-                drafted = self.drafting.propose_tree(load, lengths, self.tree, batch)
+            proposal = self.drafting.propose(load, lengths, limit, control, batch)
         times.append(time.perf_counter())
-        last_B1 = torch.tensor([[row.tokens[-1]] for row in rows], device=self.device)
-        if isinstance(drafted, TreeProposal):
-            tree = branches(drafted.tree)
-            hidden_BTH, logits_BTV = self._verify(groups, drafted.tree.tokens_BM, lengths, tree)
-        else:
-            tokens_BT = torch.cat((last_B1, drafted.tokens_BK), dim=1)
-            hidden_BTH, logits_BTV = self._verify(groups, tokens_BT, lengths)
+        last_B = torch.tensor([row.tokens[-1] for row in rows], device=self.device)
+        hidden_BTH, logits_BTV = self._verify(groups, proposal.to_verify(last_B), lengths)
         times.append(time.perf_counter())
-        if isinstance(drafted, TreeProposal):
-            found = decide_tree(drafted, logits_BTV, batch)
-            self.cache.keep(Rows([length - 1 for length in lengths]), found.path.nodes_BP)
-            nodes_BT = found.path.nodes_BP
-            drafted, verdict, hidden_BTH = in_line(drafted, found, hidden_BTH)
-        else:
-            verdict = _decide(drafted, logits_BTV, batch)
-        committed_BT = torch.cat((drafted.tokens_BK, verdict.next_B[:, None]), dim=1)
-        committed_BT.scatter_(1, verdict.num_accepted_B[:, None], verdict.next_B[:, None])
-        committed, accepted = committed_BT.tolist(), verdict.num_accepted_B.tolist()
+        settled = proposal.settle(hidden_BTH, logits_BTV, batch)
+        if settled.nodes_BT is not None:
+            self.cache.keep(Rows([length - 1 for length in lengths]), settled.nodes_BT)
+        committed, accepted = settled.tokens_BT.tolist(), settled.num_accepted_B.tolist()
         logprobs = dict[int, list[TokenLogprob]]()
         if asked := rows_that_ask([row.request.params for row in rows]):
             kept = [tokens[: num + 1] for tokens, num in zip(committed, accepted, strict=True)]
-            logprobs = committed_logprobs(logits_BTV, kept, asked, nodes_BT)
+            logprobs = committed_logprobs(logits_BTV, kept, asked, settled.nodes_BT)
         times.append(time.perf_counter())
         if self.drafting is not None:
-            self.drafting.committed(committed_BT, hidden_BTH, lengths)
+            self.drafting.committed(settled.tokens_BT, settled.hidden_BTH, lengths)
         catch_up_s, draft_s, verify_s, sample_s = (b - a for a, b in itertools.pairwise(times))
         self.seconds.draft += catch_up_s + draft_s
         self.seconds.verify += verify_s
         self.seconds.sample += sample_s
         # Catching up is left out of what a control learns: it pays for rounds that have passed.
-        result = RoundResult(
-            load, drafted.lengths, tuple(accepted), drafted.forwards, draft_s, time.perf_counter() - times[2]
-        )
-        return Round(committed, hidden_BTH, result, logprobs)
+        rest_s = time.perf_counter() - times[2]
+        result = RoundResult(load, settled.lengths, tuple(accepted), proposal.forwards, draft_s, rest_s)
+        return Round(committed, settled.hidden_BTH, result, logprobs)
+
+    def _catch_up(self, load: Load, lengths: Sequence[int], control: Control) -> int:
+        """Most tokens that this round drafts; where that is not 0 the draft has read all but what it reads along."""
+        if self.drafting is None or not any(load.limits):
+            return 0
+        limit = min(max(load.limits), control.limit(load))
+        if limit > 0:
+            self.drafting.catch_up(load, lengths)
+        return limit
 
     def _limits(self, rows: Sequence[LiveRequest]) -> tuple[int, ...]:
         """Most tokens that each row may draft."""
@@ -212,20 +200,17 @@ class Runner:
             self.drafting.move(move)
 
     def _verify(
-        self,
-        groups: Sequence[Group],
-        tokens_BT: Tensor,
-        lengths: Sequence[int],
-        tree: Branches | None = None,
+        self, groups: Sequence[Group], read: ToVerify, lengths: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         """Hidden states and logits of each row's last token and drafted ones, group by group."""
         hidden, logits = [], []
         for group in groups:
             of_group = slice(group.first, group.last)
             starts = [length - 1 for length in lengths[of_group]]
-            rows = Rows(starts, group.first, None if tree is None else tree.of_rows(of_group))
-            loras = group.lora_rows(tokens_BT.shape[1])
-            hidden.append(group.forward.forward(tokens_BT[of_group], rows, self.cache, loras))
+            branches = None if read.branches is None else read.branches.of_rows(of_group)
+            loras = group.lora_rows(read.tokens_BT.shape[1])
+            rows = Rows(starts, group.first, branches)
+            hidden.append(group.forward.forward(read.tokens_BT[of_group], rows, self.cache, loras))
             logits.append(group.forward.logits(hidden[-1]))
         if len(groups) == 1:
             return hidden[0], logits[0]
@@ -238,20 +223,6 @@ def _first_tokens(logits_BV: Tensor, batch: SamplingBatch) -> Tensor:
     if batch.greedy:
         return logits_BV.argmax(dim=-1)
     return draw(distribution(logits_BV, batch), batch.uniform(0, NEXT))
-
-
-def _decide(drafted: DraftProposal, logits_BTV: Tensor, batch: SamplingBatch) -> Verdict:
-    lengths_B = torch.tensor(drafted.lengths, device=logits_BTV.device)
-    if batch.penalties is not None:
-        logits_BTV = batch.penalties.apply(logits_BTV, drafted.tokens_BK.tolist())
-    if batch.greedy:
-        return verify_greedy(drafted.tokens_BK, logits_BTV.argmax(dim=-1), lengths_B)
-    p_BTV = distribution(logits_BTV.flatten(0, 1), batch.repeat(logits_BTV.shape[1])).view_as(logits_BTV)
-    k = drafted.tokens_BK.shape[1]
-    q_BKV = p_BTV[:, :0] if drafted.q_BKV is None else drafted.q_BKV
-    accept_BK = torch.stack([batch.uniform(i, ACCEPT) for i in range(k)], dim=1) if k else p_BTV[:, :0, 0]
-    next_B = batch.uniform(0, NEXT)
-    return verify_sampled(drafted.tokens_BK, p_BTV, q_BKV, accept_BK, next_B, lengths_B)
 
 
 def sampling_batch(rows: Sequence[LiveRequest]) -> SamplingBatch:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,8 +61,7 @@ class Walk:
     ratio_BM: Tensor
 
 
-@dataclass(frozen=True)
-class TreeVerdict:
+class TreeVerdict(NamedTuple):
     """What one verification decided: the accepted nodes, and the token that follows them."""
 
     path: TreePath

@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,10 +19,8 @@ from farm.layers.lora import Lora
 from farm.sections import Dtype, TargetSpec
 from farm.store import local_copy
 from farm.target.forward import TargetForward, unsupported_reason
+from farm.target.model import TargetModel
 from farm.target.weights import read_weights
-
-if TYPE_CHECKING:
-    from farm.target.reference import ReferenceForward
 
 WEIGHT_SUFFIXES = (".safetensors", ".gguf")
 ENDS = ("model.embed_tokens.weight", "lm_head.weight")
@@ -34,7 +32,7 @@ class LoadedTarget:
     """A target ready to run, with what is needed to talk to it."""
 
     name: str
-    forward: TargetForward | ReferenceForward
+    forward: TargetModel
     tokenizer: Any  # a transformers PreTrainedTokenizerBase
     stop_ids: frozenset[int]
     num_bytes: int  # of weights in memory
@@ -86,9 +84,7 @@ def load_target(spec: TargetSpec, *, dtype: str = "float32", device: str = "cpu"
     )
 
 
-def _config_and_forward(
-    spec: TargetSpec, dtype: torch.dtype, device: str
-) -> tuple[Any, TargetForward | ReferenceForward]:
+def _config_and_forward(spec: TargetSpec, dtype: torch.dtype, device: str) -> tuple[Any, TargetModel]:
     """The lean forward where it computes the architecture, else the model of `transformers`.
 
     Weights are read from the files where they say everything, else through the libraries' own models.

@@ -7,7 +7,6 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -20,10 +19,8 @@ from farm.sections import TargetSpec
 from farm.store import local_copy
 from farm.target.forward import TargetForward
 from farm.target.load import LoadedTarget, check_folder, stop_ids
+from farm.target.model import TargetModel
 from farm.target.weights import LoraFactors, read_factors
-
-if TYPE_CHECKING:
-    from farm.target.reference import ReferenceForward
 
 # The projections that are fused in each product of a layer (farm/target/forward.py).
 PROJECTIONS: dict[Part, tuple[str, ...]] = {
@@ -56,7 +53,7 @@ def open_beside(spec: TargetSpec, base: LoadedTarget) -> LoadedTarget | None:
     )  # fmt: skip
 
 
-def open_lora(folder: Path, base: TargetForward | ReferenceForward) -> Lora | None:
+def open_lora(folder: Path, base: TargetModel) -> Lora | None:
     """A PEFT adapter's deltas for the base's forward; None if it changes more than the products of the layers.
 
     None as well for a base whose layers are not fused here. Raises SafetensorError or OSError when a file cannot be

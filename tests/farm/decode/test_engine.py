@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from farm.decode.chain import ChainProposal
 from farm.decode.control import Fixed, Load
 from farm.decode.controls import make_control
 from farm.decode.engine import Completion, Engine, Request, Route
-from farm.decode.propose import DraftProposal
 from farm.decode.sampling import SamplingParams
 from farm.decode.tree import TreeShape
 from farm.draft.model import Draft
@@ -160,13 +160,13 @@ def test_a_prompt_that_cannot_be_answered_is_refused(ids: tuple[int, ...]) -> No
 def test_proposals_of_a_pruned_draft_stay_inside_its_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     target, draft = tiny_pair()
     draft.trunk.vocabulary_C = vocabulary = torch.tensor([2, 3, 5, 7, 11])
-    seen: list[DraftProposal] = []
+    seen: list[ChainProposal] = []
     engine = Engine([Route(target, NO_STOP, draft)], num_slots=2, max_length=64, k=3)
     drafting = engine.runner.drafting
     assert drafting is not None
     real = drafting.propose
 
-    def recording(*args: Any) -> DraftProposal:
+    def recording(*args: Any) -> ChainProposal:
         seen.append(real(*args))
         return seen[-1]
 

@@ -10,8 +10,8 @@ import torch
 from scipy.stats import chi2
 from torch import Tensor
 
+import farm.decode.chain as chain_module
 import farm.decode.propose as propose_module
-import farm.decode.runner as runner_module
 import farm.decode.verify as verify_module
 from farm.decode.controls import make_control
 from farm.decode.engine import Engine, Request, Route
@@ -156,7 +156,7 @@ def unprocessed_bonus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def token_dependent_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """A drawn token that the draft finds unlikely is dropped unverified and drawn again from p."""
-    real = runner_module.verify_sampled
+    real = chain_module.verify_sampled
 
     def verify(
         drafted: Tensor, p: Tensor, q: Tensor, accept: Tensor, following: Tensor, of: Tensor
@@ -168,7 +168,7 @@ def token_dependent_cut(monkeypatch: pytest.MonkeyPatch) -> None:
         cut = (verdict.num_accepted_B < drafted.shape[1]) & unlikely[rows, at]
         return Verdict(verdict.num_accepted_B, torch.where(cut, draw(p[rows, at], following), verdict.next_B))
 
-    monkeypatch.setattr(runner_module, "verify_sampled", verify)
+    monkeypatch.setattr(chain_module, "verify_sampled", verify)
 
 
 def control_reads_what_was_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,7 +206,7 @@ def test_acceptance_at_the_first_position_is_the_overlap_of_p_and_q(
     """Within 4 sigma of mean sum_v min(p, q)."""
     _, target, draft, _ = small
     overlaps: list[Tensor] = []
-    real = runner_module.verify_sampled
+    real = chain_module.verify_sampled
 
     def verify(
         drafted: Tensor, p: Tensor, q: Tensor, accept: Tensor, following: Tensor, of: Tensor
@@ -214,7 +214,7 @@ def test_acceptance_at_the_first_position_is_the_overlap_of_p_and_q(
         overlaps.append(p[:, 0].minimum(q[:, 0]).sum(dim=-1))
         return real(drafted, p, q, accept, following, of)
 
-    monkeypatch.setattr(runner_module, "verify_sampled", verify)
+    monkeypatch.setattr(chain_module, "verify_sampled", verify)
     engine = Engine(
         [Route(target, frozenset(), draft)], num_slots=BATCH, max_length=8, k=2, prefill_tokens=2 * BATCH
     )

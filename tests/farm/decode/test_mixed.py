@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from farm.decode.chain import ChainProposal
 from farm.decode.engine import Completion, Engine, Request, Route
-from farm.decode.propose import DraftProposal
 from farm.decode.routes import arrange
 from farm.decode.sampling import SamplingParams
 from farm.draft.model import Draft
@@ -51,7 +51,7 @@ class Watched:
             self._real = drafting.propose
             drafting.propose = self._propose  # type: ignore[method-assign]
 
-    def _propose(self, *args: Any) -> DraftProposal:
+    def _propose(self, *args: Any) -> ChainProposal:
         proposal = self._real(*args)
         rows = zip(self.engine.scheduler.live, proposal.tokens_BK.tolist(), proposal.lengths, strict=True)
         for sequence, tokens, length in rows:

@@ -17,9 +17,9 @@ import farm.decode.verify_tree as verify_tree_module
 from farm.decode.adaedl import AdaEDL
 from farm.decode.control import Fixed, Load
 from farm.decode.engine import Engine, Request, Route
-from farm.decode.propose_tree import TreeProposal
 from farm.decode.sampling import SamplingParams
 from farm.decode.tree import TreeShape
+from farm.decode.tree_round import TreeProposal
 from farm.draft.model import Draft
 from farm.layers.cache import Rows
 from farm.target.forward import TargetForward

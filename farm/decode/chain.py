@@ -1,0 +1,55 @@
+# B rows, K drafted tokens, T = K + 1, H hidden, V vocabulary
+"""Chains in a round: what was drafted, what the target reads of it and what it decides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from farm.decode.proposal import Settled, ToVerify, with_next
+from farm.decode.sampling import ACCEPT, NEXT, SamplingBatch, distribution
+from farm.decode.verify import Verdict, verify_greedy, verify_sampled
+
+
+@dataclass(frozen=True)
+class ChainProposal:
+    """Drafted chains of K columns, of which row b has `lengths[b]`; the rest of a row is padding.
+
+    `q_BKV` are the distributions that sampled tokens were drawn from, over the full vocabulary. `forwards` counts the
+    draft forwards, 0 when the draft has read nothing.
+    """
+
+    tokens_BK: Tensor
+    q_BKV: Tensor | None
+    lengths: tuple[int, ...]
+    forwards: int
+
+    @classmethod
+    def none(cls, num_rows: int, device: torch.device) -> ChainProposal:
+        """Nothing drafted and nothing read."""
+        return cls(torch.empty(num_rows, 0, dtype=torch.int64, device=device), None, (0,) * num_rows, 0)
+
+    def to_verify(self, last_B: Tensor) -> ToVerify:
+        """The last committed token and the drafted ones, in line."""
+        return ToVerify(torch.cat((last_B[:, None], self.tokens_BK), dim=1), None)
+
+    def settle(self, hidden_BTH: Tensor, logits_BTV: Tensor, batch: SamplingBatch) -> Settled:
+        """Verifies every position that was drafted."""
+        verdict = self._verdict(logits_BTV, batch)
+        tokens_BT = with_next(self.tokens_BK, verdict.num_accepted_B, verdict.next_B)
+        return Settled(tokens_BT, verdict.num_accepted_B, self.lengths, hidden_BTH)
+
+    def _verdict(self, logits_BTV: Tensor, batch: SamplingBatch) -> Verdict:
+        lengths_B = torch.tensor(self.lengths, device=logits_BTV.device)
+        if batch.penalties is not None:
+            logits_BTV = batch.penalties.apply(logits_BTV, self.tokens_BK.tolist())
+        if batch.greedy:
+            return verify_greedy(self.tokens_BK, logits_BTV.argmax(dim=-1), lengths_B)
+        p_BTV = distribution(logits_BTV.flatten(0, 1), batch.repeat(logits_BTV.shape[1])).view_as(logits_BTV)
+        k = self.tokens_BK.shape[1]
+        q_BKV = p_BTV[:, :0] if self.q_BKV is None else self.q_BKV
+        accept_BK = torch.stack([batch.uniform(i, ACCEPT) for i in range(k)], dim=1) if k else p_BTV[:, :0, 0]
+        next_B = batch.uniform(0, NEXT)
+        return verify_sampled(self.tokens_BK, p_BTV, q_BKV, accept_BK, next_B, lengths_B)
