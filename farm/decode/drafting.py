@@ -14,11 +14,12 @@ from torch import Tensor
 from farm.decode.control import Control, Load
 from farm.decode.drafts import Drafts
 from farm.decode.proposal import Proposal
-from farm.decode.propose import ChainReader, Pending, propose, run_draft
+from farm.decode.propose import Pending, propose, run_draft
 from farm.decode.propose_tree import propose_tree
 from farm.decode.routes import Route, Routes
 from farm.decode.sampling import SamplingBatch
 from farm.decode.scheduler import Move
+from farm.decode.steps import Steps
 from farm.decode.tree import TreeShape
 from farm.decode.tree_reader import TreeReader
 from farm.layers.cache import Rows, SlotCache
@@ -41,9 +42,10 @@ class Drafting:
         num_slots: int,
         capacity: int,
         max_drafted: int,
+        steps: Steps,
         tree: TreeShape | None = None,
     ) -> None:
-        self.max_drafted, self._tree = max_drafted, tree
+        self.max_drafted, self._tree, self._steps = max_drafted, tree, steps
         assert first.draft is not None
         self._drafts = Drafts(first.draft, routes)
         like, config = first.forward, first.draft.config
@@ -100,10 +102,12 @@ class Drafting:
         self, load: Load, lengths: Sequence[int], limit: int, control: Control, batch: SamplingBatch
     ) -> Proposal:
         """Reads what is unread and extends rows of `lengths` tokens by at most `limit` > 0 tokens each, or a tree."""
-        pending, bound = self._pending(load, lengths), self._drafts.bind(load.targets)
+        pending = self._pending(load, lengths)
         if self._tree is not None:
-            return propose_tree(TreeReader(*bound, pending, self._cache), self._tree, batch)
-        return propose(ChainReader(*bound, pending, self._cache, limit - 1), limit, control, batch)
+            reader = TreeReader(*self._drafts.bind(load.targets), pending, self._cache)
+            return propose_tree(reader, self._tree, batch)
+        chains = self._steps.chain_reader(self._drafts, load.targets, pending, self._cache, limit)
+        return propose(chains, limit, control, batch)
 
     def _pending(self, load: Load, lengths: Sequence[int]) -> Pending:
         """What is unread, and counted as read from now on; of a row that drafts nothing the last token, for company."""

@@ -69,6 +69,7 @@ class Engine:
         control: how many it does draft; None: always `k`.
         tree: drafted in place of a chain in every round for which the control's limit is above 0.
         prefill_tokens: prompt tokens processed in one step beside its round.
+        buckets: forwards of rounds come in a few shapes, which on CUDA are captured as graphs; None: on CUDA.
         capture: keep the target's hidden states of every processed token.
 
     Raises ValueError when the targets cannot share an engine (see Routes.host), and for a tree beside a control that
@@ -85,6 +86,7 @@ class Engine:
         control: Control | None = None,
         tree: TreeShape | None = None,
         prefill_tokens: int = PREFILL_TOKENS,
+        buckets: bool | None = None,
         capture: bool = False,
     ) -> None:
         self.capture = capture
@@ -94,7 +96,9 @@ class Engine:
                 f"{type(self.control).__name__} cuts chains by what it sees of them; it cannot cut trees"
             )
         like = routes[0].forward
-        self.runner = Runner(like, num_slots=num_slots, max_length=max_length, max_drafted=k, tree=tree)
+        self.runner = Runner(
+            like, num_slots=num_slots, max_length=max_length, max_drafted=k, tree=tree, buckets=buckets
+        )
         self.scheduler = Scheduler(
             lambda target: self.runner.routes[target].stop_ids, self.runner.routes.group_of,
             num_slots=num_slots, max_length=max_length, prefill_tokens=prefill_tokens,

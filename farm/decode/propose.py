@@ -15,7 +15,7 @@ from farm.decode.control import Control, Signal
 from farm.decode.sampling import DRAFT, SamplingBatch, distribution, draw
 from farm.draft.lean import LeanDraft
 from farm.draft.model import Draft
-from farm.layers.cache import Rows, SlotCache
+from farm.layers.cache import AnyRows, Rows, SlotCache
 
 
 class Head(Protocol):
@@ -56,12 +56,37 @@ class Pending:
     limits: tuple[int, ...]
 
 
+class Reader(Protocol):
+    """A draft at work on a batch of chains; it has read what was pending."""
+
+    @property
+    def head(self) -> Head: ...
+
+    @property
+    def limits(self) -> tuple[int, ...]:
+        """Most tokens that each row may draft."""
+        ...
+
+    @property
+    def forwards(self) -> int:
+        """Draft forwards so far."""
+        ...
+
+    def read(self, tokens_B: Tensor) -> None:
+        """Reads the next drafted token of each row."""
+        ...
+
+    def logits(self) -> Tensor:
+        """[B, C] after what was read last."""
+        ...
+
+
 def run_draft(
     draft: Draft | LeanDraft,
     head: Head,
     tokens_BT: Tensor,
     hidden_BTH: Tensor,
-    rows: Rows,
+    rows: AnyRows,
     cache: SlotCache,
 ) -> Tensor:
     """Predicted hidden states [B, T, H]; the draft's cache is extended at the rows' positions."""
@@ -121,9 +146,13 @@ class ChainReader:
         self.hidden_BH = self._draft.read(embedded_B1H, self.hidden_BH[:, None], tables, remember)[:, 0]
         self.forwards += 1
 
+    def logits(self) -> Tensor:
+        """[B, C] after what was read last."""
+        return self.head.logits(self.hidden_BH)
+
 
 @torch.inference_mode()
-def propose(reader: ChainReader, limit: int, control: Control, batch: SamplingBatch) -> ChainProposal:
+def propose(reader: Reader, limit: int, control: Control, batch: SamplingBatch) -> ChainProposal:
     """A chain of at most `limit` tokens a row behind what `reader` has read, as long as `control` lets it grow."""
     chain = _Chain(reader.head, control, batch, reader.limits)
     for index in range(limit):
@@ -131,9 +160,10 @@ def propose(reader: ChainReader, limit: int, control: Control, batch: SamplingBa
             if not control.more(index):
                 break
             reader.read(chain.tokens[-1])
-        if not chain.extend(reader.head.logits(reader.hidden_BH)):
+        logits_BC = reader.logits()
+        if not chain.extend(logits_BC):
             break
-    return chain.proposal(reader.forwards, reader.hidden_BH.device)
+    return chain.proposal(reader.forwards, logits_BC.device)
 
 
 class _Chain:

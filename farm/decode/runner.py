@@ -12,15 +12,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from farm.decode.buckets import Buckets
 from farm.decode.chain import ChainProposal
 from farm.decode.control import Control, Load, RoundResult
 from farm.decode.drafting import Drafting
+from farm.decode.graphs import StepGraphs
 from farm.decode.logprobs import TokenLogprob, committed_logprobs, rows_that_ask
 from farm.decode.penalties import Penalties, Said
 from farm.decode.proposal import Proposal, ToVerify
 from farm.decode.routes import Group, Route, Routes
 from farm.decode.sampling import NEXT, SamplingBatch, distribution, draw
 from farm.decode.scheduler import LiveRequest, Move, Prefill
+from farm.decode.steps import EagerSteps, StaticSteps, Steps
 from farm.decode.tree import TreeShape
 from farm.layers.cache import Rows
 from farm.target.model import TargetModel
@@ -73,10 +76,12 @@ class Runner:
         max_length: int,
         max_drafted: int,
         tree: TreeShape | None = None,
+        buckets: bool | None = None,
     ) -> None:
         """`like` is a forward of the shape that all have; targets are hosted by `host`.
 
-        Drafts propose chains of at most `max_drafted` tokens, or where there is a `tree`, that.
+        Drafts propose chains of at most `max_drafted` tokens, or where there is a `tree`, that. Forwards come in the
+        shapes of `buckets` and, on CUDA, as graphs; None: on CUDA.
         """
         if max_length > like.max_positions:
             raise ValueError(f"max_length {max_length} exceeds the target's {like.max_positions} positions")
@@ -87,6 +92,11 @@ class Runner:
         capacity = max_length + max_drafted + 1  # a verification may write past the last token it keeps
         self.cache = like.new_cache(num_slots, capacity)
         self._sizes = {"num_slots": num_slots, "capacity": capacity, "max_drafted": max_drafted}
+        self.steps: Steps = EagerSteps()
+        if like.device.type == "cuda" if buckets is None else buckets:
+            self.steps = StaticSteps(
+                Buckets(num_slots, max_drafted), StepGraphs.on(like.device), spare=max_length
+            )
         self.drafting: Drafting | None = None
         self.seconds = Seconds()
 
@@ -94,11 +104,12 @@ class Runner:
         """Adds a target. Raises ValueError when it does not go with those that are hosted."""
         self.routes.host(route)
         if route.draft is not None and self.drafting is None:
-            self.drafting = Drafting(route, self.routes, **self._sizes, tree=self.tree)
+            self.drafting = Drafting(route, self.routes, **self._sizes, steps=self.steps, tree=self.tree)
 
     def drop(self, target: str) -> None:
         """Forgets a target that no sequence needs any more."""
         self.routes.drop(target)
+        self.steps.forget()
         if self.drafting is not None:
             self.drafting.forget()
 
@@ -208,10 +219,10 @@ class Runner:
             of_group = slice(group.first, group.last)
             starts = [length - 1 for length in lengths[of_group]]
             branches = None if read.branches is None else read.branches.of_rows(of_group)
-            loras = group.lora_rows(read.tokens_BT.shape[1])
-            rows = Rows(starts, group.first, branches)
-            hidden.append(group.forward.forward(read.tokens_BT[of_group], rows, self.cache, loras))
-            logits.append(group.forward.logits(hidden[-1]))
+            of_rows = ToVerify(read.tokens_BT[of_group], branches)
+            hidden_BTH, logits_BTV = self.steps.verify(group, of_rows, starts, self.cache)
+            hidden.append(hidden_BTH)
+            logits.append(logits_BTV)
         if len(groups) == 1:
             return hidden[0], logits[0]
         return torch.cat(hidden), torch.cat(logits)

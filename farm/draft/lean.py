@@ -79,6 +79,16 @@ class LeanDraft:
         self.config = trunk.trunk.config
         self._lean, self._experts, self._deltas = trunk, experts, deltas
 
+    @property
+    def parts(self) -> tuple[object, ...]:
+        """What it is made of; drafts of the same parts compute the same."""
+        return self._lean, self._experts, self._deltas
+
+    @property
+    def changed_by_row(self) -> bool:
+        """Whether rows change the trunk."""
+        return self._deltas is not None
+
     @classmethod
     def of(cls, draft: Draft) -> LeanDraft:
         """One draft for all rows; its changes to the trunk are folded into a trunk of its own."""

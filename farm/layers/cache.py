@@ -32,6 +32,10 @@ class Branches:
     depths_BT: Tensor  # int64
     seen_BTE: Tensor  # boolean
 
+    def ahead(self, num_tokens: int) -> int:
+        """Nodes that the cache holds before the call's."""
+        return self.seen_BTE.shape[2] - num_tokens
+
     def of_rows(self, rows: slice) -> Branches:
         return Branches(self.depths_BT[rows], self.seen_BTE[rows])
 
@@ -50,10 +54,25 @@ class Rows:
     branches: Branches | None = None
     counts: Sequence[int] | None = None
 
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def end(self, num_tokens: int) -> int:
+        """The number of entries that attention has to read."""
+        ahead = 0 if self.branches is None else self.branches.ahead(num_tokens)
+        return max(self.starts) + ahead + num_tokens
+
     def entries(self, num_tokens: int, device: torch.device | str = "cpu") -> Tensor:
         """Where in its slot the entry of each of `num_tokens` tokens lies, [B, T] int64; trees have other positions."""
         starts_B = torch.tensor(self.starts, dtype=torch.int64, device=device)
         return starts_B[:, None] + torch.arange(num_tokens, device=device)
+
+    def mask(self, positions_BT: Tensor, context: int, group: int, dtype: torch.dtype) -> Tensor | None:
+        """What the tokens see of `context` entries, for `attend` with `group` query heads a key/value head."""
+        if self.branches is None:
+            return causal_mask(positions_BT, context, group, dtype)
+        starts_B = torch.tensor(self.starts, device=positions_BT.device)
+        return tree_mask(starts_B, self.branches.seen_BTE, context, group, dtype)
 
     def real(self, num_tokens: int, device: torch.device | str = "cpu") -> Tensor | None:
         """Indices [M] of the real ones among B x T tokens; None where leaving the others out would not pay."""
@@ -64,12 +83,49 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class StaticRows:
+    """As `Rows`, with starts that only the device knows: the same operators and shapes whatever they are.
+
+    Attention reads `context` entries of every slot; no token that counts may stand at or beyond that.
+    """
+
+    starts_B: Tensor  # int64
+    context: int
+    first: int = 0
+    branches: Branches | None = None
+
+    def __len__(self) -> int:
+        return self.starts_B.shape[0]
+
+    def end(self, num_tokens: int) -> int:  # noqa: ARG002
+        """The number of entries that attention reads."""
+        return self.context
+
+    def entries(self, num_tokens: int, device: torch.device | str = "cpu") -> Tensor:
+        """As those of `Rows`."""
+        return self.starts_B[:, None] + torch.arange(num_tokens, device=device)
+
+    def mask(self, positions_BT: Tensor, context: int, group: int, dtype: torch.dtype) -> Tensor:
+        """As that of `Rows`, and never None: a chain is the tree in which a token sees all before it."""
+        b, t = positions_BT.shape
+        in_line_TT = torch.ones(t, t, dtype=torch.bool, device=positions_BT.device).tril()
+        seen_BTE = in_line_TT.expand(b, t, t) if self.branches is None else self.branches.seen_BTE
+        return tree_mask(self.starts_B, seen_BTE, context, group, dtype)
+
+    def real(self, num_tokens: int, device: torch.device | str = "cpu") -> None:
+        """All tokens take part in products."""
+
+
+AnyRows = Rows | StaticRows
+
+
+@dataclass(frozen=True)
 class Window:
     """What one forward call reads and writes of a cache, worked out once for all layers."""
 
     positions_BT: Tensor  # of the call's tokens, int64
     context: int  # S: the number of entries that attention has to read
-    rows: Rows
+    rows: AnyRows
     entries_BTP: Tensor  # where the tokens' keys and values lie, in a layer seen as [N * P * capacity, D]
     flat: tuple[Tensor, ...]  # a layer each
     keys: tuple[Tensor, ...]  # [B, G, S, D] a layer
@@ -77,11 +133,7 @@ class Window:
 
     def mask(self, group: int, dtype: torch.dtype) -> Tensor | None:
         """What the tokens see, for `attend` with `group` query heads a key/value head."""
-        branches = self.rows.branches
-        if branches is None:
-            return causal_mask(self.positions_BT, self.context, group, dtype)
-        starts_B = torch.tensor(self.rows.starts, device=self.positions_BT.device)
-        return tree_mask(starts_B, branches.seen_BTE, self.context, group, dtype)
+        return self.rows.mask(self.positions_BT, self.context, group, dtype)
 
     def write(self, layer: int, kv_BTPD: Tensor, entries_BTP: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Keeps the tokens' keys and values; returns all that they may read, keys and values [B, G, S, D].
@@ -136,14 +188,14 @@ class SlotCache:
     def num_bytes(self) -> int:
         return self.buffer.nbytes
 
-    def window(self, rows: Rows, num_tokens: int) -> Window:
+    def window(self, rows: AnyRows, num_tokens: int) -> Window:
         """The part of the cache that a call with `num_tokens` tokens a row works on."""
-        ahead = 0 if rows.branches is None else rows.branches.seen_BTE.shape[2] - num_tokens
-        end, num_rows = max(rows.starts) + ahead + num_tokens, len(rows.starts)
+        end, num_rows = rows.end(num_tokens), len(rows)
         assert end <= self.capacity, f"position {end} exceeds the cache of {self.capacity}"
         entries_BT = positions_BT = rows.entries(num_tokens, self.buffer.device)
         if rows.branches is not None:
-            entries_BT, positions_BT = entries_BT + ahead, entries_BT[:, :1] + rows.branches.depths_BT
+            positions_BT = entries_BT[:, :1] + rows.branches.depths_BT
+            entries_BT = entries_BT + rows.branches.ahead(num_tokens)
         slots = slice(rows.first, rows.first + num_rows)
         readable = self.buffer[:, slots, :, :end]
         return Window(

@@ -24,7 +24,7 @@ from farm.layers.attention import (
     signed,
     spare_values,
 )
-from farm.layers.cache import Rows, SlotCache, Window
+from farm.layers.cache import AnyRows, SlotCache, Window
 from farm.layers.dense import Dense, RmsNorm, swiglu
 from farm.layers.lora import LoraRows, Part
 
@@ -67,6 +67,8 @@ class TargetForward:
 
     Attributes: `embedding` [V, H], `head_weight` [V, H], sizes, `dtype`, `device`.
     """
+
+    capturable = True
 
     def __init__(self, config: Any, weights: Mapping[str, Tensor], device: str = "cpu") -> None:
         """`config` is a `transformers` config of a supported type, `weights` its checkpoint's tensors by name.
@@ -120,7 +122,7 @@ class TargetForward:
 
     @torch.inference_mode()
     def forward(
-        self, tokens_BT: Tensor, rows: Rows, cache: SlotCache, loras: LoraRows | None = None
+        self, tokens_BT: Tensor, rows: AnyRows, cache: SlotCache, loras: LoraRows | None = None
     ) -> Tensor:
         """Post-norm hidden states [B, T, H] of the tokens, each at its row's start + index; the cache is extended.
 

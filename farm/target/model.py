@@ -9,13 +9,18 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from farm.layers.cache import Rows, SlotCache
+from farm.layers.cache import AnyRows, SlotCache
 from farm.layers.dense import Dense
 from farm.layers.lora import LoraRows
 
 
 class TargetModel(Protocol):
     """Post-norm hidden states out of a slot cache, logits out of hidden states, and the sizes of both."""
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a call with StaticRows never waits for the host, so that it can be captured as a CUDA graph."""
+        ...
 
     @property
     def layers(self) -> Sized: ...
@@ -66,7 +71,7 @@ class TargetModel(Protocol):
         ...
 
     def forward(
-        self, tokens_BT: Tensor, rows: Rows, cache: SlotCache, loras: LoraRows | None = None
+        self, tokens_BT: Tensor, rows: AnyRows, cache: SlotCache, loras: LoraRows | None = None
     ) -> Tensor:
         """Post-norm hidden states [B, T, H] of the tokens, each at its row's start + index; the cache is extended.
 

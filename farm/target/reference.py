@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from farm.layers.cache import Rows, SlotCache, Window
+from farm.layers.cache import AnyRows, Rows, SlotCache, Window
 from farm.layers.dense import Dense
 from farm.layers.lora import LoraRows
 
@@ -32,6 +32,8 @@ class ReferenceForward:
     Attributes: `embedding` [V, H], `head_weight` [V, H], `head` (its linear part, for drafts), sizes, `dtype`,
     `device`. `max_positions` ends where a sliding window or a RoPE that depends on the length would begin to matter.
     """
+
+    capturable = False
 
     def __init__(self, model: Any) -> None:
         """`model` is a `transformers` causal LM in eval mode on its device.
@@ -73,7 +75,7 @@ class ReferenceForward:
 
     @torch.inference_mode()
     def forward(
-        self, tokens_BT: Tensor, rows: Rows, cache: SlotCache, loras: LoraRows | None = None
+        self, tokens_BT: Tensor, rows: AnyRows, cache: SlotCache, loras: LoraRows | None = None
     ) -> Tensor:
         """Post-norm hidden states [B, T, H] of the tokens, each at its row's start + index; the cache is extended.
 
