@@ -165,6 +165,15 @@ class EvaluateSettings(Strict):
     min_gain: float = 0.0  # lower bound of tau_adapted - tau_live that promotes
 
 
+class TreeSettings(Strict):
+    """A tree that a round drafts in place of a chain (docs/method.md, Trees)."""
+
+    kind: Literal["top-k", "sampled"] = "top-k"
+    width: Positive = 4  # children of a node; of a top-k tree also the nodes of a level that go on
+    depth: int = Field(default=5, ge=1, le=32)
+    nodes: Positive = 12  # drafted tokens that are verified, at most
+
+
 class ServeSettings(Strict):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
@@ -172,6 +181,7 @@ class ServeSettings(Strict):
     max_length: Positive = 1024
     k: Positive = 8  # most tokens that a round drafts
     control: str = Field(default="cost", pattern=CONTROL_PATTERN)
+    tree: TreeSettings | None = None  # drafted in place of chains; None: chains
     # In a slot or in the engine's own queue. What waits in Serve's router instead is looked at every half second, and
     # slots would stay empty meanwhile.
     max_ongoing_requests: Positive = 96
@@ -194,6 +204,14 @@ class ServeSettings(Strict):
         _, _, length = self.control.partition("-")
         if length.isdigit() and int(length) > self.k:
             raise ValueError(f"control {self.control} drafts more than k = {self.k} tokens; raise k")
+        return self
+
+    @model_validator(mode="after")
+    def _tree_or_chain(self) -> Self:
+        if self.tree is not None and self.control not in ("fixed", "off"):
+            raise ValueError(
+                f"control {self.control} sets the length of chains; beside a tree set control to fixed or off"
+            )
         return self
 
 

@@ -13,7 +13,7 @@ from ray.util import metrics as ray_metrics
 
 from farm.config import UserError
 from farm.data.chat import encode_chat
-from farm.decode.controls import make_control
+from farm.decode.controls import drafting_options
 from farm.decode.engine import Engine, Request, Route
 from farm.decode.sampling import SamplingParams
 from farm.decode.stats import DecodeStats
@@ -173,13 +173,15 @@ class EngineHost:
             [route],
             num_slots=settings.num_slots,
             max_length=min(settings.max_length, route.forward.max_positions),
-            k=settings.k,
-            control=make_control(settings.control, settings.k),
+            **drafting_options(settings),
         )
 
     def _new_test(self, share: float) -> WorseTest:
         settings = self._settings
-        return WorseTest(share, settings.k, settings.canary_margin, settings.canary_alpha)
+        most_drafted = (
+            settings.k if settings.tree is None else settings.tree.depth
+        )  # that one round can accept
+        return WorseTest(share, most_drafted, settings.canary_margin, settings.canary_alpha)
 
 
 def _choice(request: Request, index: int) -> Request:

@@ -15,6 +15,7 @@ import torch
 from farm.config import Refused, UserError
 from farm.decode import drafts, routes
 from farm.decode.drafting import READ_TOKENS
+from farm.decode.tree import TreeShape
 from farm.draft.checkpoint import EXPERT_FILE, TRUNK_FILE, VOCABULARY, read_config
 from farm.draft.config import DraftConfig
 from farm.layers.dense import PACKED_ABOVE_BYTES
@@ -102,8 +103,9 @@ class Sizes:
     def _cache_bytes(self, config: Any) -> int:
         """Of `farm.decode.runner.Runner`'s slots."""
         layers, heads, head_dim, positions, hidden, _ = _shape(config)
-        k, slots = self.settings.k, self.settings.num_slots
-        capacity = min(self.settings.max_length, positions) + k + 1
+        tree, slots = self.settings.tree, self.settings.num_slots
+        drafted = self.settings.k if tree is None else TreeShape.of(tree).num_entries
+        capacity = min(self.settings.max_length, positions) + drafted + 1
         found = layers * slots * 2 * heads * capacity * head_dim * self.item_bytes
         if self.draft is None:
             return found

@@ -30,7 +30,7 @@ from farm.evaluate.bench import PromptIds
 Workload = Literal["equal", "ragged"]
 MAX_DRAFTED = 8
 EQUAL_TOKENS, EQUAL_PROMPTS = 64, 4  # at least this many prompts: one alone may be easy or hard to draft
-TREES = {"tree-12": TreeShape("top-k", width=4, depth=5, num_nodes=12)}
+TREES = ("tree-2x4", "tree-4x5-12")
 RAGGED_REQUESTS, RAGGED_SHORTEST, RAGGED_LONGEST, RAGGED_SLOTS = 64, 16, 256, 8
 
 
@@ -39,7 +39,7 @@ class Arm:
     """One way to decode. `batch` counts requests side by side."""
 
     engine: Literal["transformers", "transformers-assisted", "farm", "vllm"]
-    control: str  # of the draft length; ngram: vLLM drafts by looking its context up
+    control: str  # of the draft length, or a tree's name; ngram: vLLM drafts by looking its context up
     draft: Literal["none", "base", "adapted"]
     batch: int
     workload: Workload = "equal"
@@ -142,10 +142,31 @@ def chosen(arms: Sequence[Arm], pattern: str) -> list[Arm]:
 
 def with_vllm(arms: Sequence[Arm]) -> list[Arm]:
     """The arms, and behind those of each batch size and workload vLLM's, plain and with its n-gram proposer."""
+    return _beside(
+        arms, lambda batch, workload: [Arm("vllm", one, "none", batch, workload) for one in VLLM_CONTROLS]
+    )
+
+
+def _beside(arms: Sequence[Arm], more: Callable[[int, Workload], list[Arm]]) -> list[Arm]:
+    """The arms, and behind those of each batch size and workload some more that are not among them yet."""
     out: list[Arm] = []
     for (batch, workload), group in itertools.groupby(arms, key=lambda arm: (arm.batch, arm.workload)):
-        out += [*group, *(Arm("vllm", control, "none", batch, workload) for control in VLLM_CONTROLS)]
+        out += group
+        out += [arm for arm in more(batch, workload) if arm not in out]
     return out
+
+
+def with_trees(arms: Sequence[Arm], names: Sequence[str]) -> list[Arm]:
+    """The arms, and behind those of each batch size and workload one for each tree of the adapted draft.
+
+    Raises ValueError for a name that is no tree's.
+    """
+    for name in names:
+        if TreeShape.named(name) is None:
+            raise ValueError(f"{name!r} is no tree: tree-WxD-N or tree-sampled-WxD-N, N nodes or W D of them")
+    return _beside(
+        arms, lambda batch, workload: [Arm("farm", name, "adapted", batch, workload) for name in names]
+    )
 
 
 def largest(member: Member, arms: Sequence[Arm]) -> tuple[int, int]:
@@ -216,11 +237,11 @@ def _runner(member: Member, arm: Arm, vllm: Mapping[str, VllmEngine]) -> Callabl
 def _engine_run(member: Member, arm: Arm, draft: Draft | None, task: Task) -> Callable[[Task], Measured]:
     """One engine for all repeats, as a server has one: what its control has learned stays."""
     longest = max(len(ids) + new for ids, new in zip(task.prompts, task.num_new, strict=True))
+    tree = TreeShape.named(arm.control)
     engine = Engine(
         [Route(member.target.forward, frozenset(), draft)],
         num_slots=arm.batch, max_length=min(longest, member.target.max_positions), k=MAX_DRAFTED,
-        control=None if arm.control in TREES else make_control(arm.control, MAX_DRAFTED),
-        tree=TREES.get(arm.control),
+        control=None if tree else make_control(arm.control, MAX_DRAFTED), tree=tree,
     )  # fmt: skip
 
     def run(task: Task) -> Measured:

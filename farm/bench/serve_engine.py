@@ -12,7 +12,7 @@ import torch
 from farm.bench.serve_client import Ask
 from farm.config import Manifest
 from farm.data.chat import encode_chat
-from farm.decode.controls import make_control
+from farm.decode.controls import drafting_options
 from farm.decode.engine import Engine, Request, Route
 from farm.decode.sampling import SamplingParams
 from farm.evaluate.published import Published
@@ -89,7 +89,7 @@ def _engine(manifest: Manifest, targets: dict[str, LoadedTarget]) -> Engine:
         routes.append(Route(target.forward, target.stop_ids, draft, target.lora, name))
     return Engine(
         routes, num_slots=settings.num_slots, max_length=min(settings.max_length, routes[0].forward.max_positions),
-        k=settings.k, control=make_control(settings.control, settings.k),
+        **drafting_options(settings),
     )  # fmt: skip
 
 

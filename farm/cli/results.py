@@ -75,12 +75,16 @@ def bench_decode(  # noqa: PLR0913 - the options of a command
     only: Annotated[
         str, typer.Option("--arms", help="Regular expression over batch/workload/engine/control/draft.")
     ] = "",
+    tree: Annotated[
+        list[str] | None,
+        typer.Option(help="A tree beside, repeatable: tree-2x4, or with kind and nodes tree-sampled-3x4-10."),
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Speed of `generate`, plain decoding, both drafts and every control of the draft length, in one run."""
     from rich.progress import track
 
-    from farm.bench.decode import chosen, full_arms, largest, measure, quick_arms, with_vllm
+    from farm.bench.decode import chosen, full_arms, largest, measure, quick_arms, with_trees, with_vllm
     from farm.bench.family import members
     from farm.bench.floor import measure_floor
     from farm.bench.report import table, write
@@ -88,7 +92,11 @@ def bench_decode(  # noqa: PLR0913 - the options of a command
 
     source, settled = _source(), load_family(manifest, overrides)
     try:
-        arms = chosen(quick_arms() if quick else full_arms(), only)
+        arms = with_trees(quick_arms() if quick else full_arms(), tree or ())
+    except ValueError as error:
+        raise UserError(f"--tree {error}") from None
+    try:
+        arms = chosen(arms, only)
     except ValueError as error:
         raise UserError(f"--arms {error}") from None
     specs = {spec.name: spec for spec in settled.targets}

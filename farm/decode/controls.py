@@ -1,13 +1,15 @@
-"""The controls of the draft length by name."""
+"""The controls of the draft length by name, and what an engine drafts by the settings of a deployment."""
 
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from farm.decode.adaedl import AdaEDL
 from farm.decode.control import Control, Fixed
 from farm.decode.renewal import Cost
-from farm.sections import CONTROL_PATTERN
+from farm.decode.tree import TreeShape
+from farm.sections import CONTROL_PATTERN, ServeSettings
 
 DEFAULT_LENGTH = 4
 
@@ -28,3 +30,9 @@ def make_control(name: str, max_length: int = 8) -> Control:
     if kind == "adaedl":
         return AdaEDL(max_length, published=variant == "published")
     return Cost(max_length) if kind == "cost" else Fixed(0)
+
+
+def drafting_options(settings: ServeSettings) -> dict[str, Any]:
+    """What an engine drafts, as a manifest says it: the arguments `k`, `control` and `tree`."""
+    tree = None if settings.tree is None else TreeShape.of(settings.tree)
+    return {"k": settings.k, "control": make_control(settings.control, settings.k), "tree": tree}

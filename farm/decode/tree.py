@@ -7,6 +7,7 @@ allow; a sampled tree has its shape before anything is drawn, or what is verifie
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -15,9 +16,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from farm.sections import TreeSettings
+
 MOST_LEVELS = 32  # a target's rotary tables end not far behind its last position
 # A static shape expects the first child of a node to be accepted this often, and each later one so much more rarely.
 FIRST_CHILD, NEXT_CHILD = 0.6, 0.3
+NAME = re.compile(r"tree-(?P<sampled>sampled-)?(?P<width>\d+)x(?P<depth>\d+)(-(?P<nodes>\d+))?")
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,25 @@ class TreeShape:
             raise ValueError(f"tree kind {self.kind!r} is neither top-k nor sampled")
         if min(self.width, self.depth, self.num_nodes) < 1 or self.depth > MOST_LEVELS:
             raise ValueError(f"{self}: every size is at least 1, depth at most {MOST_LEVELS}")
+
+    @classmethod
+    def of(cls, settings: TreeSettings) -> TreeShape:
+        """As a manifest says it."""
+        return cls(settings.kind, settings.width, settings.depth, settings.nodes)
+
+    @classmethod
+    def named(cls, name: str) -> TreeShape | None:
+        """`tree-WxD-N`, `tree-sampled-WxD-N`, N = W D where it is left out; None for what is no such name.
+
+        Raises ValueError for sizes that no tree has.
+        """
+        found = NAME.fullmatch(name)
+        if found is None:
+            return None
+        width, depth = int(found["width"]), int(found["depth"])
+        return cls(
+            "sampled" if found["sampled"] else "top-k", width, depth, int(found["nodes"] or width * depth)
+        )
 
     @property
     def num_entries(self) -> int:

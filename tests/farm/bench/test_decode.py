@@ -45,7 +45,7 @@ def test_every_arm_answers_every_request_with_as_many_tokens_as_were_asked_for(
     monkeypatch.setattr(decode, "EQUAL_TOKENS", 12)
     arms = [*quick_arms(), Arm("transformers-assisted", "off", "none", 1)]
     arms += [
-        Arm("farm", "tree-12", "adapted", 2),
+        Arm("farm", "tree-2x4", "adapted", 2),
         Arm("farm", "cost", "adapted", 8, "ragged"),
         Arm("transformers", "off", "none", 8, "ragged"),
     ]
