@@ -1,6 +1,5 @@
 import hashlib
 import multiprocessing
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -13,8 +12,8 @@ from hypothesis import strategies as st
 from farm.config import UserError
 from farm.registry import Canary, Registry
 from farm.store import CorruptObject, FileStore, open_store
+from tests.farm.killed import run_until
 
-ROOT = Path(__file__).parents[2]
 SPAWN = multiprocessing.get_context("spawn")
 
 
@@ -129,13 +128,7 @@ registry.promote("legal", version.version, "v1")
 def test_a_publisher_killed_before_the_pointer_moved_leaves_the_old_version_live(registry, before, left):
     registry.publish("legal", {"expert": b"old"}, {})
     assert registry.promote("legal", "v1", None)
-    command = [sys.executable, "-c", STOPS, registry.store.uri, before]
-    publisher = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert publisher.stdout is not None
-    assert publisher.stdout.readline() == "here\n"
-    publisher.kill()
-    publisher.wait()
-    publisher.stdout.close()
+    run_until("here", STOPS, registry.store.uri, before)
     live = registry.live("legal")
     assert live is not None
     assert registry.path(live, "expert").read_bytes() == b"old"
