@@ -80,9 +80,8 @@ class RmsNorm:
     weight_H: Tensor
     eps: float
     of_few: Tensor | None = None  # the weight twice, [2 H], in bfloat16 on the CPU
-    under_root: Tensor | None = (
-        None  # H eps in float32 on the CPU; a Python number would be cast in every call
-    )
+    # H eps in float32 on the CPU; a Python number would be cast in every call.
+    under_root: Tensor | None = None
 
     @classmethod
     def of(cls, weight_H: Tensor, eps: float) -> RmsNorm:

@@ -78,9 +78,7 @@ def test_outputs_that_a_kept_card_the_family_or_a_kept_output_names_stay(store):
         (TRUNK, "trunk0", {}),
     ):
         finish(store, stage, key, **named)
-    Artifacts(store).finish(
-        "probe", "probe1", {"tau": 2.0}
-    )  # a figure: there is nothing to gain by deleting it
+    Artifacts(store).finish("probe", "probe1", {"tau": 2.0})  # a figure: nothing to gain by deleting it
     Artifacts(store).put_file("answers", "half", "shard", b"of a run that was killed")
     store.put("train/adapt-math-half/checkpoint_1/state", b"z")
     publish(store, promoted=False, adapt_key="adapt2")
