@@ -223,7 +223,7 @@ VERSIONS = ("v1", "v2", "v3")
 Operation = tuple[str, str, str | None]
 OPERATIONS = st.one_of(
     st.tuples(st.just("promote"), st.sampled_from(VERSIONS), st.sampled_from((None, *VERSIONS))),
-    st.tuples(st.sampled_from(("start", "end")), st.sampled_from(VERSIONS), st.none()),
+    st.tuples(st.sampled_from(("start", "end", "delete")), st.sampled_from(VERSIONS), st.none()),
     st.just(("rollback", "", None)),
 )
 
@@ -234,6 +234,7 @@ class Model:
     def __init__(self) -> None:
         self.history: tuple[str, ...] = ()
         self.canary: str | None = None
+        self.deleted: set[str] = set()
 
     def apply(self, operation: Operation) -> str:
         """What its own moment does not allow about a success; empty where it does."""
@@ -252,12 +253,15 @@ class Model:
         elif name == "end":
             broken = f"canary {version} ended, there was {self.canary}" if self.canary != version else ""
             self.canary = None
+        elif name == "delete":
+            self.deleted.add(version)
         else:
             broken = "rolled back to nothing" if len(self.history) < 2 else ""
             self.history = self.history[:-1]
         if self.history and self.history[-1] == self.canary:
             self.canary = None
-        return broken
+        lost = self.deleted & {*self.history[-2:], self.canary}
+        return broken or (f"{name} {version}: {lost} is deleted and needed" if lost else "")
 
 
 def attempt(registry: Registry, operation: Operation) -> bool:
@@ -269,6 +273,11 @@ def attempt(registry: Registry, operation: Operation) -> bool:
             return registry.start_canary("legal", version, 0.5)
         if name == "end":
             return registry.end_canary("legal", version)
+        if name == "delete":
+            retired = registry.retire("legal", version)
+            if retired:
+                registry.store.delete(f"registry/legal/{version}/card.json")
+            return retired
         return bool(registry.rollback("legal"))
     except UserError:
         return False
@@ -305,8 +314,16 @@ def test_two_actors_that_interleave_are_as_if_one_came_after_the_other(tmp_path_
     assert interleave(tmp_path_factory.mktemp("registry"), operations, blind=False) == []
 
 
-def test_a_store_that_does_not_compare_loses_an_update(tmp_path):
+@pytest.mark.parametrize(
+    ("mine", "theirs", "seen"),
+    [
+        (("start", "v2", None), ("promote", "v3", "v1"), "the pointer is (('v1',), 'v2'), it must be"),
+        (("promote", "v2", "v1"), ("delete", "v2", None), "promote v2: {'v2'} is deleted and needed"),
+        (("delete", "v2", None), ("promote", "v2", "v1"), "delete v2: {'v2'} is deleted and needed"),
+    ],
+)
+def test_a_store_that_does_not_compare_breaks_a_promise(tmp_path, mine, theirs, seen):
     first = (("promote", "v1", None), ("end", "v1", None))
-    lost = (("start", "v2", None), ("promote", "v3", "v1"))
-    (promise,) = interleave(tmp_path, [first, lost], blind=True)
-    assert promise == "the pointer is (('v1',), 'v2'), it must be (('v1', 'v3'), 'v2')"
+    broken = interleave(tmp_path, [first, (mine, theirs)], blind=True)
+    assert broken[0].startswith(seen)
+    assert interleave(tmp_path / "compares", [first, (mine, theirs)], blind=False) == []
