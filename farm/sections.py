@@ -1,5 +1,6 @@
 """The sections of a manifest: what can be set for each stage, strict and frozen. Needs neither torch nor Ray."""
 
+import json
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -24,6 +25,11 @@ CACHED_TIERS = ("low-rank", "expert")  # what the trunk puts out stays the same 
 def _listed(value: object) -> object:
     """A list as a command line gives it, with commas."""
     return tuple(part for part in value.split(",") if part) if isinstance(value, str) else value
+
+
+def _from_json(value: object) -> object:
+    """A section as a command line gives it."""
+    return json.loads(value) if isinstance(value, str) else value
 
 
 class Strict(BaseModel):
@@ -181,7 +187,8 @@ class ServeSettings(Strict):
     max_length: Positive = 1024
     k: Positive = 8  # most tokens that a round drafts
     control: str = Field(default="cost", pattern=CONTROL_PATTERN)
-    tree: TreeSettings | None = None  # drafted in place of chains; None: chains
+    # Drafted in place of chains; None: chains.
+    tree: Annotated[TreeSettings | None, BeforeValidator(_from_json)] = None
     # In a slot or in the engine's own queue. What waits in Serve's router instead is looked at every half second, and
     # slots would stay empty meanwhile.
     max_ongoing_requests: Positive = 96

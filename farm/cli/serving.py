@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -55,9 +56,11 @@ def serve(
 
 
 def _arguments(fields: Mapping[str, object]) -> Iterator[str]:
-    """Settings as `name=value`, lists with commas; what is not set is left out."""
+    """Settings as `name=value`, lists with commas, sections as JSON; what is not set is left out."""
     for name, value in fields.items():
-        if value is not None and value != ():
+        if isinstance(value, dict):
+            yield f"{name}={json.dumps(value)}"
+        elif value is not None and value != ():
             yield f"{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farm.config import Manifest, UserError, check_placeable, dump, load_manifest, rows_overlap
-from farm.sections import AdaptSettings
+from farm.sections import AdaptSettings, TreeSettings
 
 
 @pytest.fixture
@@ -306,6 +306,17 @@ def test_config_and_store_load_without_torch_or_ray():
 
 def test_a_fixed_length_beyond_k_is_refused(folder):
     assert "raise k" in mistake(folder, tree(serve={"control": "fixed-9"}))
+
+
+def test_a_tree_goes_with_no_control_that_cuts_chains(folder):
+    fixed = load_manifest(write(folder, tree()), ["serve.tree.width=2", "serve.control=fixed"])
+    assert fixed.serve.tree == TreeSettings(kind="top-k", width=2, depth=5, nodes=12)
+    assert Manifest.model_validate(dump(fixed)) == fixed
+    for control in ("cost", "adaedl", "fixed-3"):
+        named = mistake(folder, tree(serve={"tree": {"width": 2}, "control": control}))
+        assert f"control {control}" in named
+        assert "set control to fixed or off" in named
+    assert "serve.tree.kind" in mistake(folder, tree(serve={"tree": {"kind": "beam"}, "control": "off"}))
 
 
 def test_a_tier_that_changes_the_trunk_is_refused_where_targets_share_it(folder):

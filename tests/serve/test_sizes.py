@@ -1,6 +1,7 @@
 """What a target is expected to take, against what it takes once it is loaded."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ from farm.artifacts import TRUNK, Artifacts
 from farm.config import Refused, UserError
 from farm.decode.engine import Route
 from farm.decode.runner import Runner
+from farm.decode.tree import TreeShape
 from farm.registry import Registry
-from farm.sections import ServeSettings, TargetSpec
+from farm.sections import ServeSettings, TargetSpec, TreeSettings
 from farm.store import open_store
 from serve.family import Family
 from serve.plan import BuildArgs, groups, plan
@@ -71,10 +73,14 @@ def test_a_loaded_target_takes_what_was_measured(root, sizes):
     assert merged.checkpoint != beside.checkpoint == str(root / "alpha")
 
 
-def test_slots_take_what_the_engine_takes_for_them(root, sizes):
+@pytest.mark.parametrize("tree", [None, TreeSettings(width=3, depth=4, nodes=9)])
+def test_slots_take_what_the_engine_takes_for_them(root, sizes, tree):
+    settings = SETTINGS.model_copy(update={"tree": tree, "control": "fixed"})
+    sizes = replace(sizes, settings=settings)
+    shape = None if tree is None else TreeShape.of(tree)
     family = Family(str(root / "store"))
     target = next(one for one in family.targets() if one.name == "beta")
-    runner = Runner(target.forward, num_slots=3, max_length=100, max_drafted=4)
+    runner = Runner(target.forward, num_slots=3, max_length=100, max_drafted=4, tree=shape)
     runner.host(Route(target.forward, target.stop_ids, family.draft(target, None).draft, target="beta"))
     need = sizes.need(spec(root, "beta"), beside=False)
     assert need.cache_bytes == runner.num_bytes

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from farm.bench import decode
-from farm.bench.decode import Arm, Row, chosen, full_arms, largest, measure, quick_arms, with_vllm
+from farm.bench.decode import Arm, Row, chosen, full_arms, largest, measure, quick_arms, with_trees, with_vllm
 from farm.bench.family import Member
 from farm.bench.floor import Floor
 from farm.bench.report import against, grouped, key_of, origin, predicted, table, write
@@ -124,6 +124,19 @@ def test_an_engine_is_made_for_the_longest_request_of_any_arm(member: Member) ->
     )
     assert longest + 200 < positions <= longest + 256
     assert slots == 8
+
+
+def test_a_tree_that_is_named_is_an_arm_of_every_batch_size_and_workload() -> None:
+    arms = with_trees(full_arms(), ["tree-sampled-3x4-10", "tree-2x4"])
+    named = [arm for arm in arms if arm.control == "tree-sampled-3x4-10"]
+    assert [(arm.batch, arm.workload) for arm in named] == [
+        *((batch, "equal") for batch in (1, 2, 4, 8, 16)),
+        (8, "ragged"),
+    ]
+    assert {(arm.engine, arm.draft) for arm in named} == {("farm", "adapted")}
+    assert len(arms) == len(set(arms)), "those of the full run are not doubled"
+    with pytest.raises(ValueError, match="'tree-2' is no tree: tree-WxD-N"):
+        with_trees(quick_arms(), ["tree-2"])
 
 
 def test_arms_are_chosen_by_their_label() -> None:

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from farm.cli.main import app
 from farm.keys import digest, read_keys
+from farm.sections import TreeSettings
 from serve.plan import parse
 from tests.serve.family import build_family
 
@@ -39,18 +40,22 @@ def test_the_settings_of_a_manifest_reach_the_server_as_they_are(
         "serve.cors": "[https://a.example,https://b.example]",
         "serve.max_new_tokens": "50",
         "serve.num_slots": "3",
+        "serve.control": "fixed",
+        "serve.tree.kind": "sampled",
+        "serve.tree.width": "2",
     }
     sets = [part for name, value in overrides.items() for part in ("--set", f"{name}={value}")]
     args = parse(served_with(monkeypatch, str(manifest), *sets))
     assert args.keys == str(tmp_path / "keys.jsonl")
     assert args.cors == ("https://a.example", "https://b.example")
     assert (args.max_new_tokens, args.max_prompt_tokens, args.num_slots) == (50, None, 3)
+    assert args.settings.tree == TreeSettings(kind="sampled", width=2)
 
 
 def test_a_store_alone_leaves_every_setting_at_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
     args = parse(served_with(monkeypatch, "--store", "s3://bucket/farm"))
     assert args.store == "s3://bucket/farm"
-    assert (args.keys, args.cors) == (None, ())
+    assert (args.keys, args.cors, args.tree) == (None, (), None)
 
 
 def test_a_key_is_printed_once_and_its_hash_kept(tmp_path: Path) -> None:

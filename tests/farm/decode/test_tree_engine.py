@@ -16,12 +16,14 @@ import farm.decode.propose_tree as propose_tree_module
 import farm.decode.verify_tree as verify_tree_module
 from farm.decode.adaedl import AdaEDL
 from farm.decode.control import Fixed, Load
+from farm.decode.controls import drafting_options
 from farm.decode.engine import Engine, Request, Route
 from farm.decode.sampling import SamplingParams
-from farm.decode.tree import TreeShape
+from farm.decode.tree import MOST_LEVELS, TreeShape
 from farm.decode.tree_round import TreeProposal
 from farm.draft.model import Draft
 from farm.layers.cache import Rows
+from farm.sections import ServeSettings, TreeSettings
 from farm.target.forward import TargetForward
 from tests.farm.decode.caches import fresh_caches
 from tests.farm.decode.family import family
@@ -237,6 +239,36 @@ def test_a_control_that_reads_distributions_is_refused() -> None:
         Engine(
             [Route(target, NO_STOP, draft)], num_slots=1, max_length=64, k=3, tree=TOP_K, control=AdaEDL(3)
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("tree-2x4", TreeShape("top-k", 2, 4, 8)),
+        ("tree-4x5-12", TreeShape("top-k", 4, 5, 12)),
+        ("tree-sampled-3x2", TreeShape("sampled", 3, 2, 6)),
+        ("fixed-4", None),
+        ("tree-4", None),
+    ],
+)
+def test_a_tree_is_what_its_name_says(name: str, shape: TreeShape | None) -> None:
+    assert TreeShape.named(name) == shape
+
+
+def test_a_deployment_drafts_the_tree_of_its_settings() -> None:
+    """The least and the deepest that a manifest may ask for are trees, too; a length of chains is refused by name."""
+    settings = ServeSettings(
+        control="fixed", tree=TreeSettings(kind="sampled", width=2, depth=MOST_LEVELS, nodes=4)
+    )
+    with pytest.raises(ValueError, match="depth"):
+        TreeSettings(depth=MOST_LEVELS + 1)
+    target, draft = tiny_pair()
+    engine = Engine([Route(target, NO_STOP, draft)], num_slots=1, max_length=64, **drafting_options(settings))
+    assert engine.runner.tree == TreeShape("sampled", 2, MOST_LEVELS, 4)
+    with pytest.raises(ValueError, match="max_drafted is for chains; with trees it can only be 0"):
+        engine.add(Request("0", (1, 2), SamplingParams(max_drafted=2)))
+    plain = settings.model_copy(update={"tree": None})
+    assert drafting_options(plain)["tree"] is None
 
 
 Small = tuple[Any, TargetForward, Draft]
