@@ -23,9 +23,8 @@ def plain_frequencies(head_dim: int, theta: float) -> Tensor:
 
 def rotate(x_BTND: Tensor, cos_BT1D: Tensor, sin_BT1D: Tensor) -> Tensor:
     """x rotated by its position; `sin` is negated in its first half (see `signed`), which saves a negation here."""
-    half = x_BTND.shape[-1] // 2
-    first, second = x_BTND[..., :half], x_BTND[..., half:]
-    return torch.addcmul(x_BTND * cos_BT1D, torch.cat((second, first), dim=-1), sin_BT1D)
+    halves_swapped = x_BTND.roll(x_BTND.shape[-1] // 2, -1)
+    return torch.addcmul(x_BTND * cos_BT1D, halves_swapped, sin_BT1D)
 
 
 def spare_values(table_BT1D: Tensor, num_rotated: int, num_values: int, fill: float) -> Tensor:
@@ -84,6 +83,10 @@ def attend(q_BTND: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask: Tensor | None) 
     b, t, n, d = q_BTND.shape
     g = k_BGSD.shape[1]
     r = n // g
+    if t == 1:  # heads stand by group already
+        q_BGRD = q_BTND.view(b, g, r, d)
+        out_BGRD = functional.scaled_dot_product_attention(q_BGRD, k_BGSD, v_BGSD, attn_mask=mask)
+        return out_BGRD.reshape(b, 1, n * d)
     q_BGRTD = q_BTND.view(b, t, g, r, d).permute(0, 2, 3, 1, 4)
     out_BGND = functional.scaled_dot_product_attention(
         q_BGRTD.reshape(b, g, r * t, d), k_BGSD, v_BGSD, attn_mask=mask

@@ -127,6 +127,7 @@ class Window:
     context: int  # S: the number of entries that attention has to read
     rows: AnyRows
     entries_BTP: Tensor  # where the tokens' keys and values lie, in a layer seen as [N * P * capacity, D]
+    entries_M: Tensor  # the same, flat
     flat: tuple[Tensor, ...]  # a layer each
     keys: tuple[Tensor, ...]  # [B, G, S, D] a layer
     values: tuple[Tensor, ...]
@@ -140,8 +141,8 @@ class Window:
 
         `entries_BTP` are some of the window's, where a call is for some of its tokens.
         """
-        entries_M = (self.entries_BTP if entries_BTP is None else entries_BTP).view(-1)
-        self.flat[layer].index_copy_(0, entries_M, kv_BTPD.reshape(len(entries_M), -1))
+        entries_M = self.entries_M if entries_BTP is None else entries_BTP.view(-1)
+        self.flat[layer].index_copy_(0, entries_M, kv_BTPD.reshape(-1, kv_BTPD.shape[-1]))
         return self.keys[layer], self.values[layer]
 
 
@@ -197,12 +198,14 @@ class SlotCache:
             positions_BT = entries_BT[:, :1] + rows.branches.depths_BT
             entries_BT = entries_BT + rows.branches.ahead(num_tokens)
         slots = slice(rows.first, rows.first + num_rows)
+        entries_BTP = entries_BT[..., None] + self._starts_NP[slots, None]
         readable = self.buffer[:, slots, :, :end]
         return Window(
             positions_BT=positions_BT,
             context=end,
             rows=rows,
-            entries_BTP=entries_BT[..., None] + self._starts_NP[slots, None],
+            entries_BTP=entries_BTP,
+            entries_M=entries_BTP.view(-1),
             flat=self._flat,
             keys=readable[:, :, : self.num_kv_heads].unbind(0),
             values=readable[:, :, self.num_kv_heads :].unbind(0),
