@@ -161,7 +161,9 @@ def stacked_bytes() -> int:
 def test_many_mixtures_hold_no_more_than_the_stacks_that_placement_counts(routes: Family) -> None:
     """64 batches once kept 64 stacks alive beside the 16 that were meant: an endpoint grew by 0.5 GB under load."""
     lora, draft = routes[0][4].lora, routes[0][4].draft
-    assert lora is not None and draft is not None and draft.delta is not None
+    assert lora is not None
+    assert draft is not None
+    assert draft.delta is not None
     names = [f"lora{version % 2}@{version}" for version in range(8)]
     engine = Engine(
         [replace(routes[0][3 + version % 2], target=name) for version, name in enumerate(names)],
