@@ -50,6 +50,10 @@ class Artifacts:
         """Write one file of an artifact, atomically; a repeated write must have the same content."""
         self.store.put(_name(stage, key, name), data)
 
+    def copy_file(self, stage: str, key: str, path: Path) -> None:
+        """`put_file` with a file and its own name, read in chunks: weights need not fit into memory."""
+        self.store.put_file(_name(stage, key, path.name), path)
+
     def path(self, artifact: Artifact, name: str) -> Path:
         """A local, read-only copy of one of the artifact's files; UserError if it is not what was written."""
         path = self._uncut(artifact, name)

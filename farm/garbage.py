@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
+from farm.registry import Registry
 from farm.status import unfinished_runs
 from farm.store import Entry, NotFound, ObjectStore
 
@@ -52,7 +53,8 @@ def find_garbage(store: ObjectStore, grace_s: float, now: float) -> list[Garbage
     """
     versions = {(group.folder.split("/")[1], group.folder.split("/")[2]): group for group in _versions(store)}
     targets = {target for target, _ in versions}
-    kept = {(target, version) for target in targets for version in _wanted(store, target)}
+    registry = Registry(store)
+    kept = {(name, version) for name in targets for version in registry.needed(name, registry.pointer(name))}
     kept |= {key for key, group in versions.items() if group.age_s(now) < grace_s}
     found = [
         group.garbage(f"version {target}@{version}", CARD, now)
@@ -69,9 +71,9 @@ def find_garbage(store: ObjectStore, grace_s: float, now: float) -> list[Garbage
 
 
 def delete_garbage(store: ObjectStore, garbage: Garbage) -> bool:
-    """Delete it, unless it is a version that went live meanwhile; whether it is gone."""
-    folder, target, version = (garbage.keys[0].split("/") + ["", ""])[:3]
-    if folder == "registry" and version in _wanted(store, target):
+    """Delete it, unless it is a version that is needed by now; whether it is gone."""
+    area, target, version = garbage.keys[0].split("/")[:3]
+    if area == "registry" and not Registry(store).retire(target, version):
         return False
     for key in garbage.keys:
         store.delete(key)
@@ -81,17 +83,6 @@ def delete_garbage(store: ObjectStore, garbage: Garbage) -> bool:
 def _versions(store: ObjectStore) -> list[_Group]:
     entries = [entry for entry in store.entries("registry/") if entry.key.count("/") == 3]
     return _grouped(entries, 3)
-
-
-def _wanted(store: ObjectStore, target: str) -> set[str]:
-    """Versions of a target that its pointer needs: live, the one before, the canary, and what the live one beat."""
-    pointer = _read(store, f"registry/{target}/live.json")
-    history = list(pointer.get("history") or [])
-    canary = pointer.get("canary") or {}
-    wanted = {*history[-2:], pointer.get("version"), canary.get("version")}
-    if history:
-        wanted.add(_read(store, f"registry/{target}/{history[-1]}/{CARD}").get("opponent"))
-    return {version for version in wanted if version is not None}
 
 
 def _outputs(store: ObjectStore, named: set[str], grace_s: float, now: float) -> list[Garbage]:

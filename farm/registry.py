@@ -44,6 +44,8 @@ class Pointer:
     history: tuple[str, ...] = ()  # versions that were live, the live one last; empty: the base draft serves
     canary: Canary | None = None
     rolled_back: RolledBack | None = None  # the last one, until another canary is tried
+    # Given up, to be deleted; they stay here for ever, so that the pointer never looks as it did before.
+    retired: tuple[str, ...] = ()
     etag: str | None = None
 
     @property
@@ -73,8 +75,10 @@ class Registry:
         return Version(target, version, whole)
 
     def versions(self, target: str) -> list[Version]:
-        """The published versions, oldest first; one without a card was never finished and is not there."""
-        found = (self._find(target, f"v{number}") for number in sorted(self._taken(target)))
+        """The published versions, oldest first; without those that were never finished (no card) or are retired."""
+        retired = self.pointer(target).retired
+        names = (f"v{number}" for number in sorted(self._taken(target)))
+        found = (self._find(target, name) for name in names if name not in retired)
         return [version for version in found if version is not None]
 
     def live(self, target: str) -> Version | None:
@@ -93,28 +97,27 @@ class Registry:
         except NotFound:
             return Pointer()
         record = json.loads(data)
-        # Records of before there were canaries, or reasons, have none.
+        # Records of before there were canaries, retired versions or reasons have none.
         canary, ended = record.get("canary"), record.get("rolled_back")
         return Pointer(
-            tuple(record["history"]), canary and Canary(**canary), ended and RolledBack(**ended), etag
+            tuple(record["history"]),
+            canary and Canary(**canary),
+            ended and RolledBack(**ended),
+            tuple(record.get("retired", ())),
+            etag,
         )
 
     def version(self, target: str, version: str) -> Version:
-        """A published version; UserError if it was never published."""
-        found = self._find(target, version)
-        if found is None:
-            raise UserError(
-                f"registry: {target} has no version {version}; publish it, or choose another"
-            ) from NotFound(f"{target}@{version}")
-        return found
+        """A published version; UserError if it was never published, or is retired."""
+        return self._of(target, version, self.pointer(target))
 
     def promote(self, target: str, version: str, expected: str | None) -> bool:
         """Make `version` live if the live one is still `expected`; whether it did. Ends its being the canary.
 
-        UserError if the version was never published.
+        UserError if the version was never published, or is retired.
         """
-        self.version(target, version)
         pointer = self.pointer(target)
+        self._of(target, version, pointer)
         if pointer.live != expected:
             return False
         return self._move(target, replace(pointer, history=(*pointer.history, version)))
@@ -123,12 +126,12 @@ class Registry:
         """Try `version` on a share of the requests, or change its share; whether it did.
 
         It does not while another version is tried, or when the pointer moved meanwhile. UserError for a version that
-        was never published or is live, and for a share that is not between 0 and 1.
+        was never published, is retired or live, and for a share that is not between 0 and 1.
         """
         if not 0 < share < 1:
             raise UserError(f"registry: a canary's share is between 0 and 1, not {share:g}; promote for all")
-        self.version(target, version)
         pointer = self.pointer(target)
+        self._of(target, version, pointer)
         if pointer.live == version:
             raise UserError(f"registry: {target}@{version} is live already; try another version")
         if pointer.canary is not None and pointer.canary.version != version:
@@ -162,6 +165,29 @@ class Registry:
             )
         return previous
 
+    def needed(self, target: str, pointer: Pointer) -> set[str]:
+        """Versions that a pointer needs: live, the one before, the canary, and what the live one was compared with."""
+        needed = {*pointer.history[-2:]}
+        if pointer.canary is not None:
+            needed.add(pointer.canary.version)
+        live = None if pointer.live is None else self._find(target, pointer.live)
+        opponent = None if live is None else live.card.get("opponent")
+        return needed if opponent is None else needed | {opponent}
+
+    def retire(self, target: str, version: str) -> bool:
+        """Give a version up for ever, unless it is needed; whether it may be deleted.
+
+        The pointer itself says so: who read it before, to make the version live or a canary, cannot write it any more.
+        """
+        while True:
+            pointer = self.pointer(target)
+            if version in self.needed(target, pointer):
+                return False
+            if version in pointer.retired:
+                return True
+            if self._move(target, replace(pointer, retired=(*pointer.retired, version))):
+                return True
+
     def path(self, version: Version, name: str) -> Path:
         """A local, read-only copy of one of the version's files; CorruptObject if it is not what was published."""
         path = self.store.local_path(f"{_folder(version.target)}/{version.version}/{name}")
@@ -193,6 +219,15 @@ class Registry:
         numbers = (key.removeprefix(prefix).partition("/") for key in self.store.list(prefix))
         return {int(number) for number, slash, _ in numbers if slash and number.isdigit()}
 
+    def _of(self, target: str, version: str, pointer: Pointer) -> Version:
+        """A version as it is where the pointer is this one; read after it, so that a swap of this pointer proves it."""
+        found = None if version in pointer.retired else self._find(target, version)
+        if found is None:
+            raise UserError(
+                f"registry: {target} has no version {version}; publish it, or choose another"
+            ) from NotFound(f"{target}@{version}")
+        return found
+
     def _find(self, target: str, version: str) -> Version | None:
         try:
             return Version(
@@ -205,9 +240,13 @@ class Registry:
         """Write the pointer if it is still the one whose etag `to` has; what is live is not tried any more."""
         tried = None if to.canary is None or to.canary.version == to.live else asdict(to.canary)
         ended = None if to.rolled_back is None else asdict(to.rolled_back)
-        record = {"version": to.live, "history": to.history, "canary": tried, "rolled_back": ended}
-        data = json.dumps(record).encode()
-        return self.store.compare_and_swap(f"{_folder(target)}/live.json", data, to.etag)
+        record = {
+            "version": to.live, "history": to.history, "canary": tried,
+            "rolled_back": ended, "retired": to.retired,
+        }  # fmt: skip
+        return self.store.compare_and_swap(
+            f"{_folder(target)}/live.json", json.dumps(record).encode(), to.etag
+        )
 
 
 def _folder(target: str) -> str:

@@ -139,9 +139,8 @@ class S3Store(ObjectStore):
         )
         with self._explained(prefix):
             found = [listed for page in pages for listed in page.get("Contents", ())]
-        return [
-            each for each in found if not each["Key"].endswith("/")
-        ]  # those stand for folders in some tools
+        # Keys that end with a slash stand for folders in some tools.
+        return [each for each in found if not each["Key"].endswith("/")]
 
     def _cached(self, key: str, etag: str) -> Path:
         def download(to: Path) -> CachedObject:

@@ -1,8 +1,8 @@
 """A client of S3, and what its errors mean.
 
 Endpoint, region and credentials come from the usual environment (AWS_ENDPOINT_URL, AWS_DEFAULT_REGION, AWS_PROFILE...).
-Requests are tried again with growing pauses, for at most ATTEMPTS times: a server that refuses connections is given up
-after 51 s, one that does not answer after 5 minutes; AWS_MAX_ATTEMPTS changes the number.
+Requests are tried ATTEMPTS times with growing pauses, of 0.05 s x 2^i at most: a server that refuses connections is
+given up within 51 s, one that does not answer after 5 minutes; AWS_MAX_ATTEMPTS changes the number.
 """
 
 import functools

@@ -179,13 +179,10 @@ class ServeSettings(Strict):
     max_body_bytes: Positive = 4 * 2**20
     max_prompt_tokens: Positive | None = None  # None: what fits into max_length
     max_new_tokens: Positive | None = None  # of one answer; None: what fits into max_length
-    keys: str | None = (
-        None  # file of bearer keys (`farm key new`); None: whoever reaches the endpoint may ask
-    )
+    # File of bearer keys (`farm key new`); None: whoever reaches the endpoint may ask.
+    keys: str | None = None
     cors: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()  # origins of pages that may ask; "*": any
-    drain_s: float = Field(
-        default=30.0, ge=0
-    )  # how long open answers may go on once the server is told to end
+    drain_s: float = Field(default=30.0, ge=0)  # how long open answers may go on once it is told to end
     canary_margin: float = Field(default=0.05, ge=0, lt=1)  # share of the live tau that a canary may lose
     canary_alpha: float = Field(default=0.01, gt=0, lt=1)  # bound of rolling one back that does not lose more
 
@@ -214,18 +211,16 @@ class AdaptResources(Strict):
     workers: Positive = 1
     gpus_per_worker: float = Field(default=0, ge=0)
     parallel: Positive = 2  # runs at the same time
-    pack: Positive | None = (
-        None  # targets that a run takes one after the other; None: many where they are small
-    )
+    # Targets that a run takes one after the other; None: many where they are small.
+    pack: Positive | None = None
 
 
 class ServeResources(Strict):
     replicas: Positive = 1  # of each group of targets; the least where they are scaled
     max_replicas: Positive | None = None  # more of them while requests wait; None: always `replicas`
     num_gpus: float = Field(default=0, ge=0)
-    memory_gib: float | None = Field(
-        default=None, gt=0
-    )  # of a replica: weights, caches. None: all targets in one
+    # Of a replica: weights, caches. None: all targets in one.
+    memory_gib: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _at_least_the_least(self) -> Self:

@@ -17,7 +17,6 @@ from farm.decode import drafts, routes
 from farm.decode.drafting import READ_TOKENS
 from farm.draft.checkpoint import DELTA, EXPERT_FILE, TRUNK_FILE, VOCABULARY, read_config
 from farm.draft.config import DraftConfig
-from farm.layers.dense import PACKED_ABOVE_BYTES
 from farm.sections import ServeSettings, TargetSpec
 from farm.store import local_copy
 from farm.target.load import check_folder
@@ -98,10 +97,10 @@ class Sizes:
 
     def _checkpoint_bytes(self, config: Any, weights: int) -> int:
         head = config.vocab_size * config.hidden_size * self.item_bytes
-        packed = head if self.device == "cpu" and head > PACKED_ABOVE_BYTES else 0  # beside the plain one
+        laid_out = head if self.device == "cpu" else 0  # anew, beside the plain one
         kept = self.draft.vocabulary if self.draft else None
         pruned = 0 if kept is None else kept * config.hidden_size * self.item_bytes
-        return weights * self.item_bytes + packed + pruned
+        return weights * self.item_bytes + laid_out + pruned
 
     def _cache_bytes(self, config: Any) -> int:
         """Of `farm.decode.runner.Runner`'s slots."""

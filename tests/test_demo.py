@@ -39,7 +39,7 @@ def farm(*arguments: str, timeout_s: int = 1200) -> subprocess.CompletedProcess[
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where one whole demo was run."""
-    out = tmp_path_factory.mktemp("demo")
+    out = tmp_path_factory.mktemp("a demo")
     done = farm("demo", "--out", str(out))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "everything" in done.stdout

@@ -8,14 +8,8 @@ from typing import Any, Final
 
 from farm.bench.adapt import Row, grouped
 
-DRAFTS: Final = (
-    "base-draft",
-    "default",
-    "eda",
-    "eda-original",
-    "full-retrain",
-    "lora",
-)  # whose survival is shown
+# Whose survival is shown.
+DRAFTS: Final = ("base-draft", "default", "eda", "eda-original", "full-retrain", "lora")
 
 
 def seconds(rows: Sequence[Row]) -> Any:

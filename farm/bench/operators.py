@@ -39,9 +39,8 @@ FILTERS = (
     SamplingParams(temperature=0.7, top_p=0.95),
     SamplingParams(temperature=0.7, top_p=0.95, top_k=50),
 )
-COLD_BYTES = (
-    2**28
-)  # weights of one shape beyond this much are more than a cache holds; no further copy is made
+# Weights of one shape beyond this much are more than a cache holds; no further copy is made.
+COLD_BYTES = 2**28
 
 
 def model_pairs(manifest: Manifest) -> Iterator[Pair]:

@@ -36,9 +36,8 @@ class Load:
     duration_s: float = 120.0
     warm_up_s: float = 10.0
     open_s: float = 15.0
-    open_factor: float = (
-        2.0  # arrivals of the open loop, over the requests a second that the closed loop completed
-    )
+    # Arrivals of the open loop, over the requests a second that the closed loop completed.
+    open_factor: float = 2.0
     engine_s: float = 20.0
 
     @classmethod

@@ -65,9 +65,8 @@ class ServeChild:
 def serving(arguments: Sequence[str], log: Path) -> Iterator[ServeChild]:
     """`farm serve ARGUMENTS` from the checkout, in a Ray of its own; ended when the block is left."""
     environment = {"RAY_AUTH_MODE": "disabled", **os.environ, "RAY_ADDRESS": "local"}
-    before = signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(143)
-    )  # or the child would outlive this process
+    # Or the child would outlive this process.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with log.open("wb") as out:
         process = subprocess.Popen(
             [*COMMAND, *arguments],

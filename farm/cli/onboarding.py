@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -30,8 +29,9 @@ def demo(
     report, report_folder = _onboard(load_manifest(manifest))
     folder = out / "runs" / report.run_id
     folder.mkdir(parents=True, exist_ok=True)
-    for file in Path(report_folder.removeprefix("file://")).iterdir():
-        shutil.copy(file, folder / file.name)
+    reports = open_store(report_folder)
+    for name in reports.list(""):
+        (folder / name).write_bytes(reports.get(name))
     total = time.perf_counter() - start
     console.print(f"zoo {zoo_seconds:.0f} s, everything {total:.0f} s", highlight=False)
     console.print(f"look at it:  {folder / 'report.html'}", markup=False, soft_wrap=True)

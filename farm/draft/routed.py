@@ -56,9 +56,8 @@ class RoutedExperts:
 
     stack: ExpertStack
     num_rows: int
-    gather_N: (
-        Tensor | None
-    )  # E * R row numbers: the rows of each expert in turn, padded with any row; None: as they are
+    # E * R row numbers: the rows of each expert in turn, padded with any row; None: as they are.
+    gather_N: Tensor | None
     scatter_B: Tensor  # where row b is among those
 
     @classmethod

@@ -107,9 +107,8 @@ class Report(Strict):
     hardware: dict[str, str | int | float] = Field(default_factory=dict)
     base: str | None = None
     trunk_key: str | None = None
-    stage_seconds: dict[str, Figure] = Field(
-        default_factory=dict
-    )  # stages that all targets share, such as the trunk's
+    # Of stages that all targets share, such as the trunk's.
+    stage_seconds: dict[str, Figure] = Field(default_factory=dict)
     curves: dict[str, tuple[tuple[int, Figure], ...]] = Field(default_factory=dict)  # target -> (step, loss)
 
     def count(self, decision: Decision) -> int:

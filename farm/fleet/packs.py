@@ -25,9 +25,8 @@ from farm.store import open_store
 if TYPE_CHECKING:
     from farm.train.loop import FitResult
 
-SMALL_BYTES = (
-    64 * 2**20
-)  # of a private expert: its training takes about as long as a run's processes take to start
+# Of a private expert: its training takes about as long as a run's processes take to start.
+SMALL_BYTES = 64 * 2**20
 
 
 def divide(

@@ -48,7 +48,7 @@ def prepare_trunk(run: Run) -> Artifact:
     found = run.artifacts.find(TRUNK, run.trunk.key)
     if found is None and run.trunk.folder is not None:
         for name in TRUNK_FILES:
-            run.artifacts.put_file(TRUNK, run.trunk.key, name, (run.trunk.folder / name).read_bytes())
+            run.artifacts.copy_file(TRUNK, run.trunk.key, run.trunk.folder / name)
         found = run.artifacts.finish(TRUNK, run.trunk.key, {"copied_from": str(run.trunk.folder)})
     if found is None:
         for target in run.remaining:

@@ -169,7 +169,7 @@ def publish_fitted(job: TrainJob, folder: Path, fitted: Mapping[str, Any]) -> Ar
     """The artifact of a run whose last checkpoint is in `folder`; `fitted` has the fields of a FitResult, and more."""
     artifacts = Artifacts(open_store(job.store))
     for name in (EXPERT_FILE,) if job.stage == ADAPT else TRUNK_FILES:
-        artifacts.put_file(job.stage, job.key, name, (folder / name).read_bytes())
+        artifacts.copy_file(job.stage, job.key, folder / name)
     artifacts.put_file(job.stage, job.key, CURVE_FILE, json.dumps(fitted["curve"]).encode())
     rest = {name: value for name, value in fitted.items() if name != "curve"}
     return artifacts.finish(job.stage, job.key, {**job.record, **rest})

@@ -110,7 +110,7 @@ class TargetForward:
         ends = self.embedding.nbytes
         if self.head_weight is not self.embedding:
             ends += self.head_weight.nbytes
-        if self.head.packed:  # beside the plain one, which drafts prune to their vocabulary
+        if self.device.type == "cpu":  # beside the plain one, which drafts prune to their vocabulary
             ends += self.head.num_bytes
         return ends + sum(layer.num_bytes for layer in self.layers)
 

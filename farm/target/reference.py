@@ -65,7 +65,7 @@ class ReferenceForward:
     def num_bytes(self) -> int:
         """Of weights in memory."""
         unique = {parameter.data_ptr(): parameter.nbytes for parameter in self._model.parameters()}
-        return sum(unique.values()) + (self.head.num_bytes if self.head.packed else 0)
+        return sum(unique.values()) + (self.head.num_bytes if self.device.type == "cpu" else 0)
 
     def new_cache(self, num_slots: int, capacity: int) -> SlotCache:
         """A cache for `num_slots` sequences of at most `capacity` positions."""

@@ -1,4 +1,5 @@
 import hashlib
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,19 @@ def test_an_artifact_exists_only_when_it_is_finished(artifacts):
     }
     assert artifacts.files("regenerate", "k") == ["tokens-0"]
     assert artifacts.path(finished, "tokens-0").read_bytes() == b"abc"
+
+
+def test_a_file_is_copied_under_its_own_name_without_being_held_in_memory(artifacts, tmp_path):
+    source, num_bytes = tmp_path / "weights", 64 * 2**20
+    with source.open("wb") as file:
+        file.truncate(num_bytes)
+    tracemalloc.start()
+    artifacts.copy_file("adapt", "k", source)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    finished = artifacts.finish("adapt", "k", {})
+    assert finished.manifest["files"]["weights"]["bytes"] == num_bytes
+    assert most < num_bytes / 8
 
 
 def test_who_finishes_second_gets_what_the_first_one_finished(artifacts):

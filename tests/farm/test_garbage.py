@@ -7,6 +7,7 @@ import time
 import pytest
 
 from farm.artifacts import TRUNK, Artifacts
+from farm.errors import UserError
 from farm.garbage import delete_garbage, find_garbage
 from farm.registry import Registry
 from farm.status import StatusBoard
@@ -78,9 +79,7 @@ def test_outputs_that_a_kept_card_the_family_or_a_kept_output_names_stay(store):
         (TRUNK, "trunk0", {}),
     ):
         finish(store, stage, key, **named)
-    Artifacts(store).finish(
-        "probe", "probe1", {"tau": 2.0}
-    )  # a figure: there is nothing to gain by deleting it
+    Artifacts(store).finish("probe", "probe1", {"tau": 2.0})  # a figure: nothing to gain by deleting it
     Artifacts(store).put_file("answers", "half", "shard", b"of a run that was killed")
     store.put("train/adapt-math-half/checkpoint_1/state", b"z")
     publish(store, promoted=False, adapt_key="adapt2")
@@ -137,6 +136,51 @@ def test_a_version_that_went_live_after_it_was_found_stays(store):
     assert Registry(store).live("math") is not None
 
 
+class PromotedMeanwhile(FileStore):
+    """Somebody promotes the version at the worst moment: the first deletion is decided and not yet done."""
+
+    promoted: bool | None = None
+    retires = True  # a store whose garbage is deleted after a look at the pointer, without more
+
+    def compare_and_swap(self, key: str, data: bytes, expected_etag: str | None) -> bool:
+        return not self.retires or super().compare_and_swap(key, data, expected_etag)
+
+    def delete(self, key: str) -> None:
+        if self.promoted is None:
+            try:
+                self.promoted = Registry(FileStore(self.root)).promote("math", "v2", "v1")
+            except UserError:
+                self.promoted = False
+        super().delete(key)
+
+
+@pytest.mark.parametrize("retires", [True, False])
+def test_a_version_that_is_being_deleted_cannot_go_live_any_more(tmp_path, retires):
+    store = PromotedMeanwhile(tmp_path)
+    publish(store, promoted=True)
+    publish(store, promoted=False)
+    store.retires = retires
+    (garbage,) = find_garbage(store, 7 * DAY, time.time() + LATER)
+    assert delete_garbage(store, garbage)
+    live = Registry(FileStore(tmp_path)).live("math")
+    assert store.promoted is not retires
+    assert (live is not None) is retires  # where nothing was retired, what is live is gone
+
+
+def test_a_deletion_that_was_killed_half_way_is_finished_by_the_next(store):
+    publish(store, promoted=True)
+    publish(store, promoted=False)
+    registry = Registry(store)
+    assert registry.retire("math", "v2")
+    assert [version.version for version in registry.versions("math")] == ["v1"]
+    with pytest.raises(UserError, match="no version v2"):
+        registry.start_canary("math", "v2", 0.5)
+    assert found(store) == ["version math@v2"]
+    collect(store)
+    assert found(store) == []
+    assert not registry.retire("math", "v1")
+
+
 def test_the_card_goes_first_so_that_a_half_deleted_version_is_none(store):
     publish(store, promoted=False)
     (garbage,) = find_garbage(store, 7 * DAY, time.time() + LATER)
@@ -145,4 +189,4 @@ def test_the_card_goes_first_so_that_a_half_deleted_version_is_none(store):
     store.delete(garbage.keys[0])
     assert Registry(store).versions("math") == []
     collect(store)
-    assert store.list("") == ["registry/math/v1/claim"]
+    assert store.list("") == ["registry/math/live.json", "registry/math/v1/claim"]

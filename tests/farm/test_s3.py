@@ -54,9 +54,8 @@ def test_a_store_that_does_not_check_would_hand_the_corrupt_object_out(store, s3
 
 def test_an_object_that_another_tool_uploaded_is_read(store, s3_server):
     s3_server.client.put_object(Bucket=BUCKET, Key=full_key(store, "model/config.json"), Body=b"{}")
-    s3_server.client.put_object(
-        Bucket=BUCKET, Key=full_key(store, "model/"), Body=b""
-    )  # a folder of its console
+    folder = full_key(store, "model/")  # as its console writes one
+    s3_server.client.put_object(Bucket=BUCKET, Key=folder, Body=b"")
     assert store.get("model/config.json") == b"{}"
     assert store.digest("model/config.json") == (2, bytes_sha256(b"{}"))
     assert [path.name for path in local_copy(f"{store.uri}/model").iterdir()] == ["config.json"]

@@ -4,7 +4,6 @@ import errno
 import multiprocessing
 import os
 import secrets
-import signal
 import stat
 import subprocess
 import sys
@@ -17,9 +16,9 @@ import pytest
 
 from farm.config import UserError
 from farm.store import FileStore, NotFound, ObjectStore, local_copy, open_store
+from tests.farm.killed import ROOT, run_until
 
 SPAWN = multiprocessing.get_context("spawn")
-ROOT = Path(__file__).parents[2]
 RACERS = 6
 
 
@@ -278,17 +277,7 @@ getattr(FileStore(Path(sys.argv[1])), sys.argv[2])("shard", b"x" * 100_000)
 
 @pytest.mark.parametrize("action", ["put", "put_if_absent"])
 def test_a_writer_killed_before_the_end_leaves_nothing_visible_and_a_second_one_succeeds(folder, action):
-    writer = subprocess.Popen(
-        [sys.executable, "-c", STOP_BEFORE_RENAME, str(folder.root), action],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert writer.stdout is not None
-    assert writer.stdout.readline() == "written\n"
-    writer.send_signal(signal.SIGKILL)
-    writer.wait()
-    writer.stdout.close()
+    run_until("written", STOP_BEFORE_RENAME, str(folder.root), action)
     assert folder.list("") == []
     assert not folder.exists("shard")
     assert folder.put_if_absent("shard", b"whole")
@@ -310,11 +299,5 @@ store.compare_and_swap("pointer", b"new", store.get_with_etag("pointer")[1])
 
 def test_a_swapper_killed_while_it_holds_the_lock_blocks_nobody(folder):
     etag = folder.put("pointer", b"old")
-    command = [sys.executable, "-c", HOLD_LOCK, str(folder.root)]
-    holder = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert holder.stdout is not None
-    assert holder.stdout.readline() == "locked\n"
-    holder.kill()
-    holder.wait()
-    holder.stdout.close()
+    run_until("locked", HOLD_LOCK, str(folder.root))
     assert folder.compare_and_swap("pointer", b"new", etag)

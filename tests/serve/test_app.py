@@ -6,9 +6,8 @@ Every answer is compared with what its target says alone: a wrong model would sh
 import asyncio
 import os
 import signal
-import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +19,11 @@ from farm.registry import Registry
 from farm.store import open_store
 from serve.records import Hosted
 from tests.serve.family import TRUNK_KEY, build_family, loud_expert, publish, silent_expert
+from tests.serve.served import HELLO, free_port, wait_until
 
 pytestmark = pytest.mark.ray
 
 TARGETS = ("a", "b", "c")
-HELLO = [{"role": "user", "content": "the quick brown fox"}]
 SWAP_S = 5  # within which a moved pointer is followed
 
 
@@ -65,17 +64,14 @@ def served(ray_cluster, tmp_path_factory) -> Iterator[Served]:
     root = tmp_path_factory.mktemp("app")
     store = build_family(root, TARGETS, predictable=True)
     publish(store, "a", silent_expert())
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     args = BuildArgs(
-        store=store, port=port, num_slots=4, max_length=2000, k=3, control="fixed-3",
+        store=store, port=free_port(), num_slots=4, max_length=2000, k=3, control="fixed-3",
         max_ongoing_requests=8, max_queued_requests=64,
     )  # fmt: skip
     (whole,) = plan(args).groups
     args = args.model_copy(update={"memory_gib": (whole.num_bytes - 1) / 2**30})
     serve.run(build(args), name="farm", route_prefix="/")
-    served = Served(root, store, f"http://127.0.0.1:{port}", groups(args), {})
+    served = Served(root, store, f"http://127.0.0.1:{args.port}", groups(args), {})
     served.solo.update({name: content(served.ask(name)) for name in TARGETS})
     yield served
     serve.shutdown()
@@ -120,15 +116,6 @@ class Load:
                 assert int(response.headers["Retry-After"]) >= 1
             else:
                 assert content(response) == self._served.solo[target]
-
-
-def wait_until(condition: Callable[[], bool], seconds: float) -> float:
-    """Seconds until it was so."""
-    start = time.monotonic()
-    while not condition():
-        assert time.monotonic() - start < seconds, "did not happen in time"
-        time.sleep(0.05)
-    return time.monotonic() - start
 
 
 def test_a_small_budget_makes_two_deployments_and_each_hosts_its_own_targets(served):

@@ -42,9 +42,8 @@ def test_an_answer_is_of_another_target_when_it_goes_on_as_that_ones(text, expec
 
 def test_requests_count_by_their_start_and_tokens_by_when_they_came():
     answers = [
-        answer(
-            started_s=9.0, ended_s=11.0, event_s=[9.5, 9.9, 10.5, 10.6, 10.7]
-        ),  # began before: 3 of its 5 tokens
+        # Began before: 3 of its 5 tokens count.
+        answer(started_s=9.0, ended_s=11.0, event_s=[9.5, 9.9, 10.5, 10.6, 10.7]),
         answer(started_s=11.0, ended_s=21.0, event_s=[20.5]),  # comes after: it counts, its tokens do not
         answer("the dog ran", started_s=12.0, ended_s=13.0, event_s=[12.5]),
         answer(started_s=14.0, status=429, error="busy", retry_after="1"),

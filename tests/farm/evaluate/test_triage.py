@@ -54,10 +54,9 @@ def test_what_past_runs_won_back_replaces_the_guess() -> None:
     assert recovery("expert", "lora", poor) == GUESSED_RECOVERY["expert"]
     assert recovery("low-rank", "full", poor) < 0.3  # a guess beside measured targets is scaled by them
     assert recovery("low-rank", "full", poor) < recovery("full", "full", poor)
-    assert (
-        recovery("expert", "full", [past(3.96, before=3.95)]) == GUESSED_RECOVERY["expert"]
-    )  # nothing was lost
-    assert past(3.96, before=3.95).recovery is None
+    nothing_lost = past(3.96, before=3.95)
+    assert recovery("expert", "full", [nothing_lost]) == GUESSED_RECOVERY["expert"]
+    assert nothing_lost.recovery is None
 
 
 def test_a_tier_that_was_never_measured_is_not_preferred_to_one_that_was() -> None:

@@ -21,6 +21,7 @@ def test_a_dense_map_is_the_linear_map_of_its_weight(
     bias = torch.randn(shape[0], generator=generator).to(dtype) if biased else None
     dense = Dense.of(weight, bias)
     assert dense.packed == (weight.nbytes > PACKED_ABOVE_BYTES and can_pack(dtype))
+    assert dense.packed or dense.weight.is_contiguous(), "a small weight is read inputs first"
     assert dense.num_bytes == weight.nbytes
     for num_rows in (1, 3, 8, 33):
         x = torch.randn(num_rows, shape[1], generator=generator).to(dtype)

@@ -36,9 +36,8 @@ def test_rows_of_three_targets_in_one_forward_equal_three_merged_models(
         assert weights is not None
         merged = TargetForward(model.config, weights)
         expected = merged.forward(tokens[row : row + 1], Rows([0]), merged.new_cache(1, 8))
-        torch.testing.assert_close(
-            got[row : row + 1], expected, atol=1e-5, rtol=1e-5
-        )  # merging is done in float32
+        # Merging is done in float32.
+        torch.testing.assert_close(got[row : row + 1], expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("change", ["head", "embedding", "dora", "rank_pattern"])
