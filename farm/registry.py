@@ -30,11 +30,20 @@ class Canary:
 
 
 @dataclass(frozen=True)
+class RolledBack:
+    """A canary that a replica has ended."""
+
+    version: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Pointer:
     """What serves a target: `registry/<target>/live.json`. `etag` None: nothing was ever live or tried."""
 
     history: tuple[str, ...] = ()  # versions that were live, the live one last; empty: the base draft serves
     canary: Canary | None = None
+    rolled_back: RolledBack | None = None  # the last one, until another canary is tried
     # Given up, to be deleted; they stay here for ever, so that the pointer never looks as it did before.
     retired: tuple[str, ...] = ()
     etag: str | None = None
@@ -88,9 +97,15 @@ class Registry:
         except NotFound:
             return Pointer()
         record = json.loads(data)
-        canary = record.get("canary")  # records of before there were canaries have none
-        retired = tuple(record.get("retired", ()))  # likewise
-        return Pointer(tuple(record["history"]), canary and Canary(**canary), retired, etag)
+        # Records of before there were canaries, retired versions or reasons have none.
+        canary, ended = record.get("canary"), record.get("rolled_back")
+        return Pointer(
+            tuple(record["history"]),
+            canary and Canary(**canary),
+            ended and RolledBack(**ended),
+            tuple(record.get("retired", ())),
+            etag,
+        )
 
     def version(self, target: str, version: str) -> Version:
         """A published version; UserError if it was never published, or is retired."""
@@ -121,15 +136,19 @@ class Registry:
             raise UserError(f"registry: {target}@{version} is live already; try another version")
         if pointer.canary is not None and pointer.canary.version != version:
             return False
-        return self._move(target, replace(pointer, canary=Canary(version, share)))
+        return self._move(target, replace(pointer, canary=Canary(version, share), rolled_back=None))
 
-    def end_canary(self, target: str, version: str) -> bool:
-        """End the canary if it is still `version`; whether this call did. Repeating it changes nothing."""
+    def end_canary(self, target: str, version: str, reason: str | None = None) -> bool:
+        """End the canary if it is still `version`; whether this call did. Repeating it changes nothing.
+
+        `reason` is why it is rolled back, and is kept; None: somebody wants it no more.
+        """
         while True:
             pointer = self.pointer(target)
             if pointer.canary is None or pointer.canary.version != version:
                 return False
-            if self._move(target, replace(pointer, canary=None)):
+            ended = None if reason is None else RolledBack(version, reason)
+            if self._move(target, replace(pointer, canary=None, rolled_back=ended)):
                 return True
 
     def rollback(self, target: str) -> Version:
@@ -220,7 +239,11 @@ class Registry:
     def _move(self, target: str, to: Pointer) -> bool:
         """Write the pointer if it is still the one whose etag `to` has; what is live is not tried any more."""
         tried = None if to.canary is None or to.canary.version == to.live else asdict(to.canary)
-        record = {"version": to.live, "history": to.history, "canary": tried, "retired": to.retired}
+        ended = None if to.rolled_back is None else asdict(to.rolled_back)
+        record = {
+            "version": to.live, "history": to.history, "canary": tried,
+            "rolled_back": ended, "retired": to.retired,
+        }  # fmt: skip
         return self.store.compare_and_swap(
             f"{_folder(target)}/live.json", json.dumps(record).encode(), to.etag
         )

@@ -15,9 +15,10 @@ from farm.data.chat import read_template
 from farm.draft.checkpoint import EXPERT_FILE, TRUNK_FILE, load_adapter, load_draft
 from farm.draft.delta import TrunkDelta
 from farm.draft.expert import Expert
+from farm.draft.lean import FusedExpert
 from farm.draft.model import Draft
 from farm.draft.trunk import Trunk
-from farm.registry import Pointer, Registry, Version
+from farm.registry import Pointer, Registry, RolledBack, Version
 from farm.sections import Dtype, TargetSpec
 from farm.store import open_store
 from farm.target.load import LoadedTarget, load_target, resolve_dtype, stop_ids
@@ -102,9 +103,9 @@ class Family:
         """A published version; UserError when the store has none of that name."""
         return self._registry.version(target, version)
 
-    def end_canary(self, target: str, version: str) -> bool:
-        """Roll a canary back; whether this call did."""
-        return self._registry.end_canary(target, version)
+    def roll_back(self, target: str, canary: RolledBack) -> bool:
+        """Roll a canary back for all replicas; whether this call did."""
+        return self._registry.end_canary(target, canary.version, canary.reason)
 
     def fits(self, live: Version | None) -> bool:
         """Whether a version was adapted on the trunk that is served; else it is of no use here."""
@@ -128,7 +129,7 @@ class Family:
         check_fit(name, parse_card(name, live.card), here)
         expert, delta = load_adapter(config, self._registry.path(live, EXPERT_FILE))
         placed = None if delta is None else self._placed(delta)
-        return ServedDraft(live.version, Draft(self.trunk.trunk, self._placed(expert), placed))
+        return ServedDraft(live.version, Draft(self.trunk.trunk, self._fused(expert), placed))
 
     def _load_trunk(self) -> SharedTrunk | None:
         try:
@@ -151,7 +152,13 @@ class Family:
             vocab_size=draft.trunk.config.vocab_size,
             vocabulary_digest=vocabulary_digest(None if kept is None else kept.tolist()),
         )
-        return SharedTrunk(key, self._placed(draft.trunk), self._placed(draft.expert), fit)
+        return SharedTrunk(key, self._placed(draft.trunk), self._fused(draft.expert), fit)
+
+    def _fused(self, expert: Expert) -> Expert:
+        """Placed, in the forms that batches need: made here, so that no step waits for a new version's."""
+        placed = self._placed(expert)
+        placed.fused = FusedExpert.of(placed)
+        return placed
 
     def _placed(self, module: Module) -> Module:
         return module.to(device=self._device, dtype=getattr(torch, self._dtype)).requires_grad_(False).eval()

@@ -53,6 +53,10 @@ ENGINES = (
     Spec("farm_slots", "gauge", "Sequences that can decode at once.", ("replica",)),
     Spec("farm_slots_in_use", "gauge", "Sequences that decode.", ("replica",)),
     Spec("farm_current_version", "gauge", "1 for the version that takes a target's new requests.", _OF_VERSION),
+    Spec(
+        "farm_canaries_rolled_back", "counter", "Times that this replica ended a canary.",
+        ("target", "replica", "reason"),
+    ),
     Spec("farm_adapter_swaps", "counter", "Times that another version took over.", ("target", "replica")),
     Spec(
         "farm_plain_fallbacks", "counter", "Times that a target went over to plain decoding.",
@@ -176,6 +180,10 @@ class EngineMeter(Meter):
     def fell_back(self, target: str, reason: str) -> None:
         """A target is decoded plainly from now on; `reason` is one of few words."""
         self.inc("farm_plain_fallbacks", target=target, reason=reason)
+
+    def rolled_back(self, target: str, reason: str) -> None:
+        """This replica ended the target's canary; `reason` is one of few words."""
+        self.inc("farm_canaries_rolled_back", target=target, reason=reason)
 
     def read(self, lanes: Iterable[_Lane]) -> None:
         """Takes over what the lanes' engines have counted; called between two steps of them."""

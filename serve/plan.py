@@ -16,10 +16,10 @@ from farm.config import Refused, UserError
 from farm.draft.checkpoint import CONFIG_FILE, EXPERT_FILE, TRUNK_FILE
 from farm.registry import Registry
 from farm.sections import Dtype, ServeResources, ServeSettings, TargetSpec
-from farm.store import open_store
+from farm.store import NotFound, open_store
 from farm.target.load import resolve_dtype
 from serve.placement import GIB, Need, Packed, pack
-from serve.sizes import DraftSizes, Sizes
+from serve.sizes import DraftSizes, Sizes, delta_weights
 
 MIB = 2**20
 log = logging.getLogger("ray.serve")
@@ -69,9 +69,12 @@ def groups(args: BuildArgs) -> tuple[tuple[str, ...], ...]:
 def plan(args: BuildArgs) -> Packed:
     """The placement with its bytes. Raises UserError when the store holds no family."""
     store = open_store(args.store)
-    record = Registry(store).family()
+    registry = Registry(store)
+    record = registry.family()
     dtype = resolve_dtype(args.dtype or record.get("dtype", "auto"), args.device)
-    sizes = Sizes(args.settings, dtype, args.device, _draft(Artifacts(store), str(record["trunk_key"])))
+    deltas = {name: _delta_weights(registry, name) for name in record["targets"]}
+    draft = _draft(Artifacts(store), str(record["trunk_key"]))
+    sizes = Sizes(args.settings, dtype, args.device, draft, deltas)
     specs = [
         TargetSpec.model_validate({**fields, "name": name, "prompts": ""})
         for name, fields in sorted(record["targets"].items())
@@ -102,6 +105,16 @@ def _draft(artifacts: Artifacts, key: str) -> DraftSizes | None:
     for name in (CONFIG_FILE, TRUNK_FILE):  # beside the last one, wherever the store keeps local copies
         artifacts.path(artifact, name)
     return DraftSizes.of(artifacts.path(artifact, EXPERT_FILE).parent)
+
+
+def _delta_weights(registry: Registry, target: str) -> int:
+    """Of the live adapter; 0 for one that cannot be read: it is not served either."""
+    live = registry.live(target)
+    try:
+        return 0 if live is None else delta_weights(registry.path(live, EXPERT_FILE))
+    except (UserError, OSError, NotFound) as error:
+        log.warning("%s: its live adapter is not counted: %s", target, error)
+        return 0
 
 
 def table(args: BuildArgs, packed: Packed) -> Table:

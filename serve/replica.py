@@ -51,7 +51,9 @@ class EngineHost:
         self._has_trunk = family.trunk is not None
         self._engines = EngineLoop(self._new_engine)
         self._meter = EngineMeter(serve.get_replica_context().replica_id.unique_id, ray_metrics)
-        self._rollout = Rollout(family, self._engines, self._new_test, self._took_over)
+        self._rollout = Rollout(
+            family, self._engines, self._new_test, self._took_over, self._meter.rolled_back
+        )
         self._targets: dict[str, LoadedTarget] = {}
         self._spellings: dict[str, Spelling] = {}
         for target in family.targets():

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from farm.config import UserError
 from farm.decode.engine import Route
-from farm.registry import Canary, Pointer
+from farm.registry import Canary, Pointer, RolledBack
 from farm.store import NotFound
 from farm.target.load import LoadedTarget
 from serve.canary import WorseTest
@@ -35,7 +35,7 @@ class Followed:
     canary: Canary | None = None
     is_settled: bool = False  # `live` is hosted, or can never be
     reason: str = ""
-    rolled_back: str | None = None  # a canary that is still to be ended in the store
+    rolled_back: RolledBack | None = None  # a canary that is still to be ended in the store
     drafts: dict[str | None, ServedDraft] = field(default_factory=dict)  # of live and canary
 
 
@@ -51,10 +51,14 @@ class Rollout:
         engines: EngineLoop,
         new_test: Callable[[float], WorseTest],
         took_over: Callable[[str, ServedDraft], None] = lambda _target, _draft: None,
+        rolled_back: Callable[[str, str], None] = lambda _target, _why: None,
     ) -> None:
-        """`took_over` is told of each version that takes a target's requests."""
+        """`took_over` is told of each version that takes a target's requests, `rolled_back` of each canary ended here.
+
+        The latter's reason is "worse" or "unreadable".
+        """
         self._family, self._engines, self._new_test = family, engines, new_test
-        self._took_over = took_over
+        self._took_over, self._rolled_back = took_over, rolled_back
         self._followed: dict[str, Followed] = {}
         self._complaints: dict[str, str] = {}  # by what it is about, until it is over
         self._stopping = threading.Event()
@@ -150,8 +154,9 @@ class Rollout:
 
     def _go_canary(self, followed: Followed, pointer: Pointer) -> None:
         name, wanted = followed.target.name, pointer.canary
-        if wanted is not None and wanted.version == followed.rolled_back:
-            if self._family.end_canary(name, wanted.version):  # the store was away when it was decided
+        decided = followed.rolled_back
+        if wanted is not None and decided is not None and wanted.version == decided.version:
+            if self._family.roll_back(name, decided):  # the store was away when it was decided
                 followed.rolled_back = None
             return
         followed.rolled_back = None
@@ -160,21 +165,25 @@ class Rollout:
         self._engines.end_canary(name)
         if wanted is None:
             log.info("%s has no canary any more", name)
+            followed.canary = None
         else:
             self._try(followed, wanted)
-        followed.canary = wanted
 
     def _try(self, followed: Followed, canary: Canary) -> None:
+        """Give the canary its share, or roll it back if it can never be loaded. Raises what may pass."""
         name = followed.target.name
         try:
             draft = self._draft(followed, canary.version)
         except UserError as error:
             if _is_passing(error):
                 raise
-            log.error("%s: the canary %s gets no requests: %s", name, canary.version, error)
+            why = f"cannot be loaded: {error}"
+            log.error("%s: the canary %s is rolled back: it %s", name, canary.version, why)
+            self._roll_back(followed, RolledBack(canary.version, why), "unreadable")
             return
         test = self._new_test(canary.share)
         self._engines.host_canary(name, draft.version, _route(followed, draft), canary.share, test)
+        followed.canary = canary
         log.info("%s@%s is tried on %.3g of the requests", name, canary.version, canary.share)
 
     def _draft(self, followed: Followed, version: str | None, *, or_base: bool = False) -> ServedDraft:
@@ -195,21 +204,28 @@ class Rollout:
         log.info("%s@%s takes the requests from now on", followed.target.name, draft.version)
 
     def _judge(self) -> None:
-        """Roll back the canaries that are worse. First here, then for all: the store may be away."""
+        """Roll back the canaries that are worse."""
         for name, version, test in self._engines.inspect(_worse).result(timeout=VERDICT_WAIT_S):
             self._engines.end_canary(name)
-            followed = self._followed[name]
-            followed.canary, followed.rolled_back = None, version
-            log.warning(
-                "%s@%s is rolled back: tau %.3f over %d requests, live %.3f over %d; e-value %.3g, bound %.3g",
-                name, version, test.canary.tau, test.canary.requests,
-                test.live.tau, test.live.requests, test.e_value, test.threshold,
-            )  # fmt: skip
-            try:
-                if self._family.end_canary(name, version):
-                    followed.rolled_back = None  # who starts it again means it
-            except Exception as error:  # noqa: BLE001 - the next look at the pointer tries again
-                self._complain("the store", f"cannot be written, {name}@{version} is ended later: {error!r}")
+            why = (
+                f"tau {test.canary.tau:.3f} over {test.canary.requests} requests, live {test.live.tau:.3f} over "
+                f"{test.live.requests}; e-value {test.e_value:.3g}, bound {test.threshold:.3g}"
+            )
+            log.warning("%s@%s is rolled back: %s", name, version, why)
+            self._roll_back(self._followed[name], RolledBack(version, why), "worse")
+
+    def _roll_back(self, followed: Followed, canary: RolledBack, why: str) -> None:
+        """End a canary that gets no requests here any more, for all; the store may be away."""
+        name = followed.target.name
+        followed.canary, followed.rolled_back = None, canary
+        self._rolled_back(name, why)
+        try:
+            if self._family.roll_back(name, canary):
+                followed.rolled_back = None  # who starts it again means it
+        except Exception as error:  # noqa: BLE001 - the next look at the pointer tries again
+            self._complain(
+                "the store", f"cannot be written, {name}@{canary.version} is ended later: {error!r}"
+            )
 
     def _complain(self, about: str, what: str) -> None:
         if about not in self._complaints:

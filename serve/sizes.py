@@ -6,7 +6,7 @@ import json
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from farm.config import Refused, UserError
 from farm.decode import drafts, routes
 from farm.decode.drafting import READ_TOKENS
 from farm.decode.tree import TreeShape
-from farm.draft.checkpoint import EXPERT_FILE, TRUNK_FILE, VOCABULARY, read_config
+from farm.draft.checkpoint import DELTA, EXPERT_FILE, TRUNK_FILE, VOCABULARY, read_config
 from farm.draft.config import DraftConfig
 from farm.sections import ServeSettings, TargetSpec
 from farm.store import local_copy
@@ -30,6 +30,7 @@ PROCESS_BYTES = 600 * 2**20
 HOSTED_VERSIONS = 2  # of a target: live and canary
 EXPERT_FORMS = 3  # as loaded, fused for a batch of its own, flat for a mixed one
 TRUNK_FORMS = 2  # as loaded, fused
+DELTA_FORMS = 2  # of what a target changes in the trunk: as loaded, flat for a mixed batch
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -58,6 +59,7 @@ class Sizes:
     dtype: str
     device: str
     draft: DraftSizes | None
+    deltas: Mapping[str, int] = field(default_factory=dict)  # weights that live adapters change the trunk by
 
     @property
     def item_bytes(self) -> int:
@@ -69,7 +71,8 @@ class Sizes:
         """Of the process, and of the trunk with the base's private expert."""
         if self.draft is None:
             return PROCESS_BYTES
-        weights = TRUNK_FORMS * self.draft.trunk + EXPERT_FORMS * self.draft.expert
+        trunks = 1 + (drafts.KEPT_TRUNKS if any(self.deltas.values()) else 0)
+        weights = trunks * TRUNK_FORMS * self.draft.trunk + EXPERT_FORMS * self.draft.expert
         return PROCESS_BYTES + weights * self.item_bytes
 
     def need(self, spec: TargetSpec, *, beside: bool) -> Need:
@@ -81,20 +84,21 @@ class Sizes:
             raise Refused(f"{spec.name}: cannot be measured: {error}") from error
         merged = spec.lora is not None and (not beside or lora == 0)
         expert = self.draft.expert * self.item_bytes if self.draft else 0
+        delta = self.deltas.get(spec.name, 0) * self.item_bytes if self.draft else 0
         lora_bytes = 0 if merged else lora * self.item_bytes
         return Need(
             target=spec.name,
             checkpoint=f"{spec.model} + {spec.lora}" if merged else spec.model,
             checkpoint_bytes=self._checkpoint_bytes(config, weights),
-            own_bytes=lora_bytes + HOSTED_VERSIONS * EXPERT_FORMS * expert,
+            own_bytes=lora_bytes + HOSTED_VERSIONS * (EXPERT_FORMS * expert + DELTA_FORMS * delta),
             shape=_shape(config),
             cache_bytes=self._cache_bytes(config),
-            mixture_bytes=self._mixture_bytes(lora_bytes, expert),
+            mixture_bytes=self._mixture_bytes(lora_bytes, expert + delta),
         )
 
     def _checkpoint_bytes(self, config: Any, weights: int) -> int:
         head = config.vocab_size * config.hidden_size * self.item_bytes
-        laid_out = head if self.device == "cpu" else 0  # beside the plain one
+        laid_out = head if self.device == "cpu" else 0  # anew, beside the plain one
         kept = self.draft.vocabulary if self.draft else None
         pruned = 0 if kept is None else kept * config.hidden_size * self.item_bytes
         return weights * self.item_bytes + laid_out + pruned
@@ -112,10 +116,15 @@ class Sizes:
         unread = 8 + hidden * self.item_bytes  # a token and a hidden state
         return found + slots * (capacity + READ_TOKENS) * (entries * self.item_bytes + unread)
 
-    def _mixture_bytes(self, lora_bytes: int, expert_bytes: int) -> int:
-        """Of the stacks that an engine keeps for its last batches, at most: a LoRA and an expert for every slot."""
-        loras, experts = routes.KEPT_STACKS * lora_bytes, drafts.KEPT_STACKS * expert_bytes
-        return self.settings.num_slots * (loras + experts)
+    def _mixture_bytes(self, lora_bytes: int, adapter_bytes: int) -> int:
+        """Of the stacks that an engine keeps for its last batches, at most: a LoRA and an adapter for every slot."""
+        loras, adapters = routes.KEPT_STACKS * lora_bytes, drafts.KEPT_STACKS * adapter_bytes
+        return self.settings.num_slots * (loras + adapters)
+
+
+def delta_weights(file: Path) -> int:
+    """Numbers of the changes to the trunk in an adapter's file. Raises UserError when it cannot be read."""
+    return _numel({name: shape for name, shape in read_header(file).items() if name.startswith(DELTA)})
 
 
 def read_header(path: Path) -> dict[str, tuple[int, ...]]:

@@ -62,10 +62,9 @@ class Chaos:
         files = {EXPERT_FILE: registry.path(live, EXPERT_FILE).read_bytes()}
         new = registry.publish(self.target, files, live.card).version
         self._event("publish", version=new)
-        if hasattr(registry, "start_canary"):
-            registry.start_canary(self.target, new, CANARY_SHARE)
-            self._event("canary", version=new, share=CANARY_SHARE)
-            await asyncio.sleep(2 * SETTLE_S)
+        registry.start_canary(self.target, new, CANARY_SHARE)
+        self._event("canary", version=new, share=CANARY_SHARE)
+        await asyncio.sleep(2 * SETTLE_S)
         registry.promote(self.target, new, live.version)
         self._event("promote", version=new, before=live.version)
         await asyncio.sleep(2 * SETTLE_S)

@@ -34,6 +34,8 @@ def list_versions(store: StorePath = ".farm/store") -> None:
         marks = {pointer.live: " (live)"}
         if pointer.canary is not None:
             marks[pointer.canary.version] = f" (canary, {pointer.canary.share:g})"
+        if pointer.rolled_back is not None:
+            marks[pointer.rolled_back.version] = f" (canary rolled back: {pointer.rolled_back.reason})"
         versions = [
             f"[bold]{v.version}{marks[v.version]}[/bold]" if v.version in marks else v.version
             for v in registry.versions(name)

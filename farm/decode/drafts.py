@@ -56,7 +56,7 @@ Bound = tuple[LeanDraft, LeanHead | MixedHeads]
 
 
 class Drafts:
-    """Every draft of `routes` over one trunk; fused weights are made when a batch first needs them.
+    """Every draft of `routes` over one trunk; weights that are not fused yet are when a batch first needs them.
 
     A row without a draft of its own runs with the expert of `first`; nothing that it proposes is verified.
     """
@@ -102,9 +102,13 @@ class Drafts:
         present, which = arrange(of_rows)
         if len(present) > 1:
             return RoutedExperts.of(self._stack(present), which)
-        if id(present[0]) not in self._experts:
-            self._experts[id(present[0])] = LeanExpert.of(present[0])
-        return self._experts[id(present[0])]
+        (expert,) = present
+        if expert.fused is not None:
+            alone: LeanExpert = expert.fused.lean
+            return alone
+        if id(expert) not in self._experts:
+            self._experts[id(expert)] = LeanExpert.of(expert)
+        return self._experts[id(expert)]
 
     def _trunk_of(self, targets: tuple[str, ...]) -> tuple[LeanTrunk, RoutedDeltas | None]:
         """The trunk, and what each row changes in it; a batch of one target has its changes in a trunk of its own."""
@@ -132,6 +136,9 @@ class Drafts:
         return ExpertStack([self._flat(expert, width) for expert in present])
 
     def _flat(self, expert: Expert, width: int) -> FlatExpert:
+        if expert.fused is not None and width == expert.gate_proj.weight.shape[0]:
+            beside: FlatExpert = expert.fused.flat
+            return beside
         if (id(expert), width) not in self._flats:
             self._flats[id(expert), width] = FlatExpert.of(expert, width)
         return self._flats[id(expert), width]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -13,8 +13,10 @@ from farm.layers.lora import Lora, LoraRows, stack_loras
 from farm.target.model import TargetModel
 
 Owner = TypeVar("Owner", bound=Hashable)
-KEPT_STACKS = 16  # mixtures of LoRAs whose deltas stay side by side in memory
-KEPT_BATCHES = 64  # whose division into groups is remembered
+KEPT_STACKS = (
+    4  # mixtures of LoRAs whose deltas stay side by side in memory, as many bytes as their LoRAs each
+)
+KEPT_BATCHES = 64  # whose division into groups is remembered, without any tensor
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,14 @@ class Group:
     forward: TargetModel
     first: int
     last: int
-    loras: Lora | None  # of the group's targets side by side; None when none of them has one
+    loras: Callable[[], Lora] | None  # of the group's targets side by side; None when none of them has one
     which: tuple[int, ...]  # index of each row's LoRA in `loras`, -1 for none
 
     def lora_rows(self, num_tokens: int) -> LoraRows | None:
         """The deltas of this group's rows with `num_tokens` tokens each."""
         if self.loras is None:
             return None
-        return LoraRows(self.loras, self.which, num_tokens, self.forward.device)
+        return LoraRows(self.loras(), self.which, num_tokens, self.forward.device)
 
 
 class Routes:
@@ -98,14 +100,22 @@ class Routes:
             rows = list(names)
             adapted = [name if self._routes[name].lora is not None else None for name in rows]
             present, which = arrange(adapted)
-            loras = self._stack(present) if present else None
+            loras = functools.partial(self._side_by_side, present) if present else None
             found.append(Group(self._routes[rows[0]].forward, first, first + len(rows), loras, which))
             first += len(rows)
         return tuple(found)
 
+    def _side_by_side(self, present: tuple[str, ...]) -> Lora:
+        """The LoRAs of these targets, each of which has one; a single one needs no stack."""
+        return self._lora(present[0]) if len(present) == 1 else self._stack(present)
+
     def _stack_anew(self, present: tuple[str, ...]) -> Lora:
-        loras = [self._routes[name].lora for name in present]
-        return stack_loras([lora for lora in loras if lora is not None])
+        return stack_loras([self._lora(name) for name in present])
+
+    def _lora(self, target: str) -> Lora:
+        lora = self._routes[target].lora
+        assert lora is not None
+        return lora
 
 
 def arrange(owners: Sequence[Owner | None]) -> tuple[tuple[Owner, ...], tuple[int, ...]]:

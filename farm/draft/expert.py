@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -15,6 +17,7 @@ class Expert(nn.Module):
         self.gate_proj = nn.Linear(hidden_size, width, bias=False)
         self.up_proj = nn.Linear(hidden_size, width, bias=False)
         self.down_proj = nn.Linear(width, hidden_size, bias=False)
+        self.fused: Any = None  # farm.draft.lean.FusedExpert, of weights that do not change any more
 
     def forward(self, normed: Tensor) -> Tensor:
         gated = functional.silu(self.gate_proj(normed)) * self.up_proj(normed)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from farm.draft.expert import Expert
 from farm.draft.model import Draft, DraftHead
-from farm.draft.routed import RoutedDeltas
+from farm.draft.routed import FlatExpert, RoutedDeltas
 from farm.draft.trunk import Trunk
 from farm.layers.attention import attend, rotate, spare_values
 from farm.layers.dense import Dense, RmsNorm, swiglu
@@ -37,6 +37,18 @@ class LeanExpert:
     def add_to(self, residual_MH: Tensor, normed_MH: Tensor) -> Tensor:
         """residual + E(normed), the sum taken by the last product."""
         return self.down.add_to(residual_MH, swiglu(self.gate_up(normed_MH)))
+
+
+@dataclass(frozen=True)
+class FusedExpert:
+    """The two forms in which batches run an expert: of its target alone, and beside others'."""
+
+    lean: LeanExpert
+    flat: FlatExpert
+
+    @classmethod
+    def of(cls, expert: Expert) -> FusedExpert:
+        return cls(LeanExpert.of(expert), FlatExpert.of(expert, expert.gate_proj.weight.shape[0]))
 
 
 @dataclass(frozen=True)

@@ -128,11 +128,13 @@ def test_another_version_is_a_swap_and_the_first_is_none():
     assert value(samples(exposition([meter.collect()])), "farm_adapter_swaps_total") == 0
     meter.hosted("a", "v1")
     meter.fell_back("b", "trunk")
+    meter.rolled_back("b", "unreadable")
     found = samples(exposition([meter.collect()]))
     assert value(found, "farm_adapter_swaps_total", target="a") == 1
     assert value(found, "farm_current_version", target="a", version="base") == 0
     assert value(found, "farm_current_version", target="a", version="v1") == 1
     assert value(found, "farm_plain_fallbacks_total", target="b", reason="trunk") == 1
+    assert value(found, "farm_canaries_rolled_back_total", target="b", reason="unreadable") == 1
 
 
 def ask(target: str = "a") -> Ask:

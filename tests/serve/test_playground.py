@@ -53,7 +53,7 @@ def page(request, url) -> Iterator[Any]:
         yield page
         keep = os.environ.get("FARM_SCREENSHOTS")
         if keep:
-            page.screenshot(path=str(Path(keep) / f"playground-{request.param}.png"))
+            page.screenshot(path=str(Path(keep) / f"{request.node.originalname}-{request.param}.png"))
         browser.close()
         assert errors == []
 

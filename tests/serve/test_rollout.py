@@ -2,6 +2,7 @@
 
 import logging
 import queue
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ import pytest
 
 from farm.decode.engine import Engine, Request, Route
 from farm.decode.sampling import SamplingParams
+from farm.draft.lean import LeanExpert
+from farm.draft.routed import FlatExpert
 from farm.registry import Registry
 from farm.store import FileStore, open_store
 from serve.canary import WorseTest
@@ -32,6 +35,7 @@ class Replica:
     store: str
     rollout: Rollout
     loop: EngineLoop
+    ended: list[tuple[str, str]]  # targets of canaries that it rolled back, each with the metric's reason
 
     @property
     def registry(self) -> Registry:
@@ -74,11 +78,15 @@ def open_replica(root: Path, store: str) -> Replica:
         return Engine([route], num_slots=2, max_length=64, k=K)
 
     family, loop = Family(store), EngineLoop(engine)
-    rollout = Rollout(family, loop, lambda share: WorseTest(share, K, margin=0.05, alpha=0.01))
+    ended: list[tuple[str, str]] = []
+    rollout = Rollout(
+        family, loop, lambda share: WorseTest(share, K, margin=0.05, alpha=0.01),
+        rolled_back=lambda target, why: ended.append((target, why)),
+    )  # fmt: skip
     for target in family.targets():
         rollout.add(target)
     loop.start()
-    return Replica(root, store, rollout, loop)
+    return Replica(root, store, rollout, loop, ended)
 
 
 def test_a_pointer_that_moves_gives_new_requests_the_new_version_and_back(replica):
@@ -195,6 +203,10 @@ def test_a_bad_canary_is_rolled_back_by_what_its_requests_show(replica, caplog):
     assert needed is not None
     (record,) = [record for record in caplog.records if "is rolled back" in record.message]
     assert "a@v2" in record.message
+    told = replica.registry.pointer("a").rolled_back
+    assert told is not None
+    assert (told.version, told.reason in record.message) == ("v2", True)
+    assert replica.ended == [("a", "worse")]
     replica.rollout.poll()
     assert {replica.version_of("a", f"after{n}") for n in range(20)} == {"v1"}
 
@@ -236,14 +248,51 @@ def test_a_roll_back_is_decided_while_the_store_is_away_and_written_later(replic
     assert "v2" in {replica.version_of("a", f"again{n}") for n in range(20)}
 
 
-def test_a_good_canary_stays_and_one_that_cannot_be_loaded_gets_nothing(replica):
+def test_a_good_canary_stays(replica):
     replica.try_canary(silent_expert(), 0.5)
     for number in range(80):
         replica.ask("a", f"r{number}")
     replica.rollout.poll()
     assert replica.registry.canary("a") is not None
-    replica.try_canary(b"no safetensors", 0.5, "b")
+
+
+def test_a_canary_that_cannot_be_loaded_is_ended_for_all_with_its_reason_and_may_be_tried_again(
+    replica, caplog
+):
+    version = replica.try_canary(b"no safetensors", 0.5, "b")
+    ended = replica.registry.pointer("b")
+    assert ended.canary is None
+    assert ended.rolled_back is not None
+    assert ended.rolled_back.version == version
+    assert "cannot be loaded" in ended.rolled_back.reason
+    assert replica.ended == [("b", "unreadable")]
+    replica.rollout.poll()
+    assert sum("is rolled back" in record.message for record in caplog.records) == 1
     assert {replica.version_of("b", f"r{n}") for n in range(20)} == {"base"}
+    assert replica.registry.start_canary("b", version, 0.5)
+    assert replica.registry.pointer("b").rolled_back is None
+    replica.rollout.poll()
+    assert replica.ended == [("b", "unreadable")] * 2
+
+
+def test_the_experts_of_a_new_version_are_fused_where_it_is_loaded_not_between_steps(replica, monkeypatch):
+    replica.version_of("a")  # the trunk is fused by the first batch
+    threads: list[str] = []
+    for form in (LeanExpert, FlatExpert):
+        made = form.of
+
+        def noted(*args, made=made):
+            threads.append(threading.current_thread().name)
+            return made(*args)
+
+        monkeypatch.setattr(form, "of", noted)
+    publish(replica.store, "a", silent_expert())
+    replica.rollout.poll()
+    beside: queue.Queue[Progress] = queue.Queue()
+    replica.loop.submit("b", Request("long", (10, 20, 30), SamplingParams(max_new_tokens=60)), beside.put)
+    assert replica.version_of("a") == "v2"
+    replica.lanes()
+    assert threads == [threading.current_thread().name] * 2
 
 
 def test_a_version_that_takes_long_to_load_holds_up_neither_polls_caller_nor_answers(replica, monkeypatch):

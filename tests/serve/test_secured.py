@@ -16,6 +16,7 @@ import httpx
 import openai
 import pytest
 
+from farm.cli.serving import LEAN_SERVE
 from farm.keys import add_key
 from tests.serve.family import build_family
 from tests.serve.served import HELLO, free_port
@@ -59,7 +60,7 @@ def secured(tmp_path_factory) -> Iterator[Secured]:
     command = [sys.executable, "-m", "serve.foreground", *(f"{k}={v}" for k, v in arguments.items())]
     session = Path(tempfile.mkdtemp(prefix="ray"))  # short: paths of sockets have at most 107 characters
     own_ray = {"RAY_ADDRESS": "local", "RAY_TMPDIR": str(session), "RAY_AUTH_MODE": "disabled"}
-    environment = {**os.environ, **own_ray, "OMP_NUM_THREADS": "1"}
+    environment = {**LEAN_SERVE, **os.environ, **own_ray, "OMP_NUM_THREADS": "1"}  # as `farm serve` starts it
     with log.open("wb") as sink:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=sink, stderr=subprocess.STDOUT)
     served = Secured(f"http://127.0.0.1:{port}", process, keys, log, session)

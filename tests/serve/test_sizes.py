@@ -5,13 +5,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save
 from transformers import AutoModelForCausalLM
 
 from farm.artifacts import TRUNK, Artifacts
 from farm.config import Refused, UserError
+from farm.decode import drafts
 from farm.decode.engine import Route
 from farm.decode.runner import Runner
 from farm.decode.tree import TreeShape
+from farm.draft.checkpoint import adapter_state
+from farm.draft.expert import Expert
 from farm.registry import Registry
 from farm.sections import ServeSettings, TargetSpec, TreeSettings
 from farm.store import open_store
@@ -19,7 +23,8 @@ from serve.family import Family
 from serve.plan import BuildArgs, groups, plan
 from serve.sizes import DraftSizes, Sizes, read_header
 from tests.farm.decode.family import write_lora
-from tests.serve.family import TRUNK_KEY, build_family
+from tests.farm.models import random_delta
+from tests.serve.family import TRUNK_KEY, build_family, publish
 
 SETTINGS = ServeSettings(num_slots=3, max_length=100, k=4)
 
@@ -115,3 +120,19 @@ def test_a_budget_divides_a_family_and_keeps_loras_beside_their_checkpoint(root)
     assert sorted(map(sorted, groups(small))) == [["alpha", "one", "two"], ["beta"]]
     with pytest.raises(UserError, match=r"needs .* GiB in a replica, resources.serve.memory_gib is"):
         groups(args.model_copy(update={"memory_gib": 1e-6}))
+
+
+def test_what_a_live_adapter_changes_in_the_trunk_is_counted(root):
+    args = BuildArgs(store=str(root / "store"), num_slots=3, max_length=100, k=4)
+    (before,) = plan(args).groups
+    trunk = Family(str(root / "store")).trunk
+    assert trunk is not None
+    delta = random_delta(trunk.trunk.config, {"fc": 3, "out": 2}, seed=0)
+    publish(str(root / "store"), "beta", save(adapter_state(Expert(64, 128), delta)))
+    (after,) = plan(args).groups
+    num_bytes = 4 * sum(weight.numel() for weight in delta.parameters())
+    assert after.weight_bytes - before.weight_bytes == 4 * num_bytes  # live and canary, in two forms each
+    # of three slots; the largest target's mixtures count, and beta has no LoRA
+    assert 0 <= after.mixture_bytes - before.mixture_bytes <= 3 * drafts.KEPT_STACKS * num_bytes
+    folded = 4 * sum(weight.numel() for weight in trunk.trunk.parameters())
+    assert after.shared_bytes - before.shared_bytes == drafts.KEPT_TRUNKS * 2 * folded

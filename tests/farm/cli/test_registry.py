@@ -45,6 +45,11 @@ def test_versions_are_listed_promoted_and_rolled_back(store):
     assert "v1 is live again" in run("rollback", "math", "--store", store)
     run("canary", "math", "v2", "--share", "0.25", "--store", store)
     assert "v1 (live), v2 (canary, 0.25)" in run("list", "--store", store)
+    Registry(open_store(store)).end_canary("math", "v2", "worse")
+    assert "v1 (live), v2 (canary rolled back: worse)" in run("list", "--store", store)
+    run("canary", "math", "v2", "--share", "0.5", "--store", store)
+    run("canary", "math", "v2", "--end", "--store", store)
+    assert "v1 (live), v2\n" in run("list", "--store", store)
     with pytest.raises(UserError, match="no version v9"):
         run("promote", "math", "v9", "--store", store)
 
