@@ -60,6 +60,11 @@ class Manifest(Strict):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"targets: the name {twice[0]!r} is used twice; give each target its own name")
+        nowhere = [target.name for target in self.targets if not (target.url or self.regenerate.url)]
+        if self.regenerate.engine == "openai" and nowhere:
+            raise ValueError(
+                f"regenerate.url: engine openai needs one for {nowhere[0]}; set it, or the target's"
+            )
         if (
             self.regenerate.rows
             and self.evaluate.rows

@@ -1,6 +1,7 @@
 """The sections of a manifest: what can be set for each stage, strict and frozen. Needs neither torch nor Ray."""
 
 from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
@@ -26,6 +27,13 @@ def _listed(value: object) -> object:
     return tuple(part for part in value.split(",") if part) if isinstance(value, str) else value
 
 
+def _endpoint(url: str | None) -> str | None:
+    """An endpoint's URL is written to the store: it may hold no secret."""
+    if url is not None and (urlsplit(url).scheme not in ("http", "https") or "@" in urlsplit(url).netloc):
+        raise ValueError("give an endpoint such as http://host:8000/v1, its key by regenerate.api_key_env")
+    return url
+
+
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -37,6 +45,15 @@ class TargetSpec(Strict):
     revision: str | None = None
     prompts: str
     chat_template: str | None = None  # path of a jinja file, or the template's text
+    url: str | None = (
+        None  # of an endpoint that serves it, for regenerate.engine openai; None: regenerate.url
+    )
+    served_as: str | None = None  # its name there; None: `name`
+
+    @field_validator("url")
+    @classmethod
+    def _is_an_endpoint(cls, url: str | None) -> str | None:
+        return _endpoint(url)
 
     @field_validator("name")
     @classmethod
@@ -115,6 +132,19 @@ class RegenerateSettings(Strict):
     top_p: float = Field(default=0.95, gt=0, le=1)
     seed: int = 0
     memory_bytes: Positive = 8 * 2**30  # of live targets in one actor
+    engine: Literal["farm", "openai"] = "farm"  # that decodes; "openai": an endpoint that serves the targets
+    url: str | None = None  # of that endpoint, its /v1; a target may have its own
+    api_key_env: str | None = (
+        None  # environment variable, of who starts the run, that holds the endpoint's key
+    )
+    concurrency: Positive = 16  # requests at once, of one actor
+    retries: int = Field(default=8, ge=0)  # of a request, after pauses of 0.5 s to 8 s
+    timeout_s: float = Field(default=600.0, gt=0)  # of a request
+
+    @field_validator("url")
+    @classmethod
+    def _is_an_endpoint(cls, url: str | None) -> str | None:
+        return _endpoint(url)
 
 
 class SelectSettings(Strict):

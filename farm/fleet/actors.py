@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from pydantic import SecretStr
+
 from farm.artifacts import Artifacts
+from farm.config import UserError
 from farm.fleet.answers import ANSWERS, AnswersJob, card_name, decode_prompts
 from farm.sections import Dtype, TargetSpec
 from farm.store import open_store
@@ -27,6 +30,7 @@ class ActorConfig:
     memory_bytes: int  # budget of live targets in one actor
     num_threads: int  # of torch, one actor
     dtype: Dtype
+    key: SecretStr | None = None  # of an endpoint that serves the targets
 
 
 class LiveTargets:
@@ -102,8 +106,8 @@ class RegenerateActor:
                 rows = self._write(self._config.jobs[name], shard, prompts)
             except Exception as error:  # noqa: BLE001 - any failure is this target's row in the report
                 failure = f"{type(error).__name__}: {error}"
-                if name not in self._targets.names:  # it did not load, and would not for the next shard
-                    self._failures[name] = failure
+                if name not in self._targets.names or isinstance(error, UserError):
+                    self._failures[name] = failure  # it would for the next shard too
         return {
             "target": name,
             "shard": shard,
@@ -114,12 +118,17 @@ class RegenerateActor:
 
     def _write(self, job: AnswersJob, shard: int, prompts: str) -> int:
         from farm.data.features import write_shard
+        from farm.decode.endpoint import Endpoint
         from farm.decode.regenerate import prefill_rows, regenerate_rows
 
         started = time.monotonic()
-        target = self._targets.get(job.spec)
-        answer = regenerate_rows if job.mode == "regenerate" else prefill_rows
-        answers = answer(target, decode_prompts(prompts), job.settings)
+        target, rows = self._targets.get(job.spec), decode_prompts(prompts)
+        if job.mode == "dataset":
+            answers = prefill_rows(target, rows, job.settings)
+        else:
+            elsewhere = job.settings.engine == "openai"
+            endpoint = Endpoint.of(job.spec, job.settings, self._config.key) if elsewhere else None
+            answers = regenerate_rows(target, rows, job.settings, endpoint)
         write_shard(self._artifacts, ANSWERS, job.key, shard, answers)
         reasons = [answer.finish_reason for answer in answers]
         card = {

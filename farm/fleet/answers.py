@@ -6,20 +6,23 @@ them.
 """
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from pydantic import SecretStr
+
 from farm.artifacts import Artifact, Artifacts, key_of
-from farm.config import Refused, dump
+from farm.config import Refused, UserError, dump
 from farm.data.chat import read_template
 from farm.data.prompts import Prompt
 from farm.sections import Dtype, RegenerateSettings, TargetSpec
 
 ANSWERS = "answers"
 # They say where the work runs, not what comes out of it.
-_NOT_IN_KEY = ("memory_bytes", "rows")
+_NOT_IN_KEY = ("memory_bytes", "rows", "url", "api_key_env", "concurrency", "retries", "timeout_s")
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,23 @@ def answers_key(
 
 
 def settings_key(settings: RegenerateSettings) -> dict[str, Any]:
-    """The settings that decide an answer."""
-    return {name: value for name, value in dump(settings).items() if name not in _NOT_IN_KEY}
+    """The settings that decide an answer, the engine among them: each samples in its own way."""
+    decide = {name: value for name, value in dump(settings).items() if name not in _NOT_IN_KEY}
+    if settings.engine == "farm":
+        del decide["engine"]
+    return decide
+
+
+def endpoint_key(settings: RegenerateSettings) -> SecretStr | None:
+    """The key of the endpoint that answers, from this process's environment; UserError if it is not there."""
+    name = settings.api_key_env
+    if settings.engine == "farm" or name is None:
+        return None
+    if name not in os.environ:
+        raise UserError(
+            f"regenerate.api_key_env: the environment has no {name}; export it with the endpoint's key"
+        )
+    return SecretStr(os.environ[name])
 
 
 def card_name(shard: int) -> str:

@@ -14,7 +14,7 @@ from ray.util.annotations import RayDeprecationWarning
 
 from farm.artifacts import Artifacts
 from farm.fleet.actors import ActorConfig, RegenerateActor
-from farm.fleet.answers import AnswersJob, encode_prompts, missing_shards
+from farm.fleet.answers import AnswersJob, encode_prompts, endpoint_key, missing_shards
 from farm.fleet.pool import describe
 from farm.sections import RegenerateResources
 from farm.store import open_store
@@ -81,6 +81,7 @@ def _run(
         jobs={job.name: job.without_prompts() for job in jobs},
         memory_bytes=jobs[0].settings.memory_bytes,
         dtype=jobs[0].dtype,
+        key=endpoint_key(jobs[0].settings),
         num_threads=max(1, int(resources.num_cpus), (os.cpu_count() or 1) // int(pool.max_size)),
     )
     with _data_context():

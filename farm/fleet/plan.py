@@ -230,6 +230,7 @@ def _base_regenerate(manifest: Manifest) -> RegenerateSettings:
     return manifest.regenerate.model_copy(
         update={
             "rows": None,
+            "engine": "farm",
             "max_new_tokens": settings.max_new_tokens,
             "temperature": settings.temperature,
             "greedy_share": settings.greedy_share,
