@@ -15,6 +15,7 @@ from farm.sections import (
     AdaptSettings,
     DraftSettings,
     Dtype,
+    ElicitSettings,
     EvaluateSettings,
     ProbeSettings,
     RegenerateSettings,
@@ -42,6 +43,7 @@ class Manifest(Strict):
     draft: DraftSettings = DraftSettings()
     train_trunk: TrainTrunkSettings = TrainTrunkSettings()
     probe: ProbeSettings = ProbeSettings()
+    elicit: ElicitSettings = ElicitSettings()
     regenerate: RegenerateSettings = RegenerateSettings()
     select: SelectSettings = SelectSettings()
     adapt: AdaptSettings = AdaptSettings()

@@ -43,7 +43,7 @@ class TargetSpec(Strict):
     model: str
     lora: str | None = None
     revision: str | None = None
-    prompts: str
+    prompts: str = ""  # empty: it makes them up itself, see ElicitSettings
     chat_template: str | None = None  # path of a jinja file, or the template's text
     url: str | None = (
         None  # of an endpoint that serves it, for regenerate.engine openai; None: regenerate.url
@@ -145,6 +145,17 @@ class RegenerateSettings(Strict):
     @classmethod
     def _is_an_endpoint(cls, url: str | None) -> str | None:
         return _endpoint(url)
+
+
+class ElicitSettings(Strict):
+    """Prompts that a target without any makes up itself (Magpie), the held-out ones among them."""
+
+    prompts: Positive = 512
+    max_new_tokens: Positive = 128
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    attempts: Positive = 4  # draws at most, in multiples of `prompts`: some are rejected
+    seed: int = 0
 
 
 class SelectSettings(Strict):
