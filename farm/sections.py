@@ -132,6 +132,10 @@ class RegenerateSettings(Strict):
     top_p: float = Field(default=0.95, gt=0, le=1)
     seed: int = 0
     memory_bytes: Positive = 8 * 2**30  # of live targets in one actor
+    features: Literal["store", "stream"] = "store"  # "stream": kept nowhere, captured again by who needs them
+    byte_budget: Positive = (
+        2 * 2**30
+    )  # of one target's features in the store; those beyond it are captured again
     engine: Literal["farm", "openai"] = "farm"  # that decodes; "openai": an endpoint that serves the targets
     url: str | None = None  # of that endpoint, its /v1; a target may have its own
     api_key_env: str | None = (

@@ -8,8 +8,9 @@ learns from what the target itself says, partly greedy and partly sampled as in 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -22,9 +23,10 @@ from farm.decode.endpoint import Endpoint, ask_all
 from farm.decode.engine import OFFLINE_PREFILL_TOKENS, Engine, FinishReason, Request, Route
 from farm.decode.sampling import SamplingParams
 from farm.layers.cache import Rows
-from farm.sections import RegenerateSettings
-from farm.target.load import LoadedTarget
+from farm.sections import Dtype, RegenerateSettings, TargetSpec
+from farm.target.load import LoadedTarget, open_target
 
+RECAPTURED_ROWS = 16
 CHECKED_TOKENS = 32  # of a greedy answer from an endpoint, compared with what the checkpoint predicts
 LEAST_AGREEMENT = 0.9  # share of them; rounding of another engine costs a few
 
@@ -132,6 +134,24 @@ def prefill_rows(
     return [answers[index] for index in range(len(prompts))]
 
 
+class Recapture:
+    """A `farm.data.features.Capture` by prefills of a target, which is opened when it is first needed."""
+
+    def __init__(self, open_one: Callable[[], LoadedTarget], batch_rows: int = RECAPTURED_ROWS) -> None:
+        self._open, self._batch_rows = cache(open_one), batch_rows
+
+    @classmethod
+    def of(cls, spec: TargetSpec, dtype: Dtype) -> Recapture:
+        """Of the target that a manifest names, on this process's device."""
+        return cls(partial(open_target, spec, dtype))
+
+    def __call__(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        found = _prefill(self._open(), rows, self._batch_rows)
+        # A copy, since decoding's tensors cannot be trained on.
+        by_index = {index: hidden_TH.to("cpu", FEATURE_DTYPE, copy=True) for index, hidden_TH in found}
+        return [by_index[index] for index in range(len(rows))]
+
+
 def sampling_of(prompt: Prompt, settings: RegenerateSettings) -> SamplingParams:
     """Greedy for a share of the rows, sampled for the rest; which and with which seed follows from the row's id."""
     digest = hashlib.sha256(f"{settings.seed} {prompt.id}".encode()).digest()
@@ -158,7 +178,7 @@ def _encode_answer(
 
 
 def _prefill(
-    target: LoadedTarget, rows: Sequence[list[int]], batch_rows: int
+    target: LoadedTarget, rows: Sequence[Sequence[int]], batch_rows: int
 ) -> Iterator[tuple[int, Tensor]]:
     """Index and hidden states [T - 1, H] of every row of T tokens, the shortest first; a row's last token is not read.
 

@@ -31,6 +31,7 @@ class ShardResult:
     target: str
     shard: int
     rows: int
+    feature_bytes: int  # that it keeps
     loads: int  # models the actor loaded for this shard, 0 or 1
     failure: str  # empty: the shard is in the store
 
@@ -107,7 +108,8 @@ def _run(
 
 def _rows(artifacts: Artifacts, job: AnswersJob) -> Iterator[dict[str, Any]]:
     for number in missing_shards(artifacts, job):
-        yield {"target": job.name, "shard": number, "prompts": encode_prompts(job.shard(number))}
+        prompts = encode_prompts(job.shard(number))
+        yield {"target": job.name, "shard": number, "prompts": prompts, "may_keep": job.feature_bytes}
 
 
 def _pool(resources: RegenerateResources, num_rows: int) -> ActorPoolStrategy:

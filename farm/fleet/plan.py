@@ -147,7 +147,10 @@ def _plan_answers(manifest: Manifest, spec: TargetSpec, digest: str, found: Prom
     }
     if not spec.prompts:
         source["prompts_key"] = elicit_key(manifest, spec, digest)  # so that cleaning up keeps them
-    answers = AnswersJob(spec, manifest.regenerate, key, prompts, dtype=manifest.dtype, source=source)
+    selected = manifest.select.strategy != "all"
+    answers = AnswersJob(
+        spec, manifest.regenerate, key, prompts, dtype=manifest.dtype, source=source, selected=selected
+    )
     return TargetPlan(
         spec, digest, answers, kept, found.digest, adapt_key="", reused=(), origins=found.origins
     )

@@ -127,6 +127,7 @@ def _trunk_task(run: Run, shards: tuple[str, ...], vocabulary: tuple[int, ...] |
         shards=shards,
         expert=None,
         vocabulary=vocabulary,
+        dtype=run.manifest.dtype,
     )
 
 
