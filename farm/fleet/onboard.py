@@ -43,8 +43,18 @@ def plan_onboarding(manifest: Manifest) -> tuple[Table, list[str]]:
     artifacts = Artifacts(open_store(manifest.store))
     manifest = with_templates(manifest)
     plan = make_plan(manifest, artifacts, _digest, stand_in=True)
-    lines = elicitation_lines(manifest, artifacts, _digest)
+    lines = [*elicitation_lines(manifest, artifacts, _digest), *_endpoint_lines(manifest)]
     return plan_table(plan, artifacts), [*lines, *planned_lines(plan, artifacts)]
+
+
+def _endpoint_lines(manifest: Manifest) -> list[str]:
+    asked = manifest.regenerate
+    if asked.engine == "farm":
+        return []
+    return [
+        f"{spec.name}: answered by {spec.url or asked.url} as {spec.served_as or spec.name}"
+        for spec in manifest.targets
+    ]
 
 
 def onboard(
