@@ -15,6 +15,7 @@ from farm.sections import (
     AdaptSettings,
     DraftSettings,
     Dtype,
+    ElicitSettings,
     EvaluateSettings,
     ProbeSettings,
     RegenerateSettings,
@@ -42,6 +43,7 @@ class Manifest(Strict):
     draft: DraftSettings = DraftSettings()
     train_trunk: TrainTrunkSettings = TrainTrunkSettings()
     probe: ProbeSettings = ProbeSettings()
+    elicit: ElicitSettings = ElicitSettings()
     regenerate: RegenerateSettings = RegenerateSettings()
     select: SelectSettings = SelectSettings()
     adapt: AdaptSettings = AdaptSettings()
@@ -60,6 +62,11 @@ class Manifest(Strict):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"targets: the name {twice[0]!r} is used twice; give each target its own name")
+        nowhere = [target.name for target in self.targets if not (target.url or self.regenerate.url)]
+        if self.regenerate.engine == "openai" and nowhere:
+            raise ValueError(
+                f"regenerate.url: engine openai needs one for {nowhere[0]}; set it, or the target's"
+            )
         if (
             self.regenerate.rows
             and self.evaluate.rows

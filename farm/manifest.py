@@ -156,7 +156,8 @@ class PathResolver:
             target["model"] = self.model(target["model"], f"{field}.model", must_exist=False)
             if target["lora"] is not None:
                 target["lora"] = self.model(target["lora"], f"{field}.lora", must_exist=False)
-            target["prompts"] = self._prompts(target["prompts"], f"{field}.prompts")
+            if target["prompts"]:
+                target["prompts"] = self._prompts(target["prompts"], f"{field}.prompts")
             target["chat_template"] = self._template(target["chat_template"], f"{field}.chat_template")
         return tree
 

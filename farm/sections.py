@@ -2,6 +2,7 @@
 
 import json
 from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
@@ -32,6 +33,13 @@ def _from_json(value: object) -> object:
     return json.loads(value) if isinstance(value, str) else value
 
 
+def _endpoint(url: str | None) -> str | None:
+    """An endpoint's URL is written to the store: it may hold no secret."""
+    if url is not None and (urlsplit(url).scheme not in ("http", "https") or "@" in urlsplit(url).netloc):
+        raise ValueError("give an endpoint such as http://host:8000/v1, its key by regenerate.api_key_env")
+    return url
+
+
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -41,8 +49,17 @@ class TargetSpec(Strict):
     model: str
     lora: str | None = None
     revision: str | None = None
-    prompts: str
+    prompts: str = ""  # empty: it makes them up itself, see ElicitSettings
     chat_template: str | None = None  # path of a jinja file, or the template's text
+    url: str | None = (
+        None  # of an endpoint that serves it, for regenerate.engine openai; None: regenerate.url
+    )
+    served_as: str | None = None  # its name there; None: `name`
+
+    @field_validator("url")
+    @classmethod
+    def _is_an_endpoint(cls, url: str | None) -> str | None:
+        return _endpoint(url)
 
     @field_validator("name")
     @classmethod
@@ -121,6 +138,34 @@ class RegenerateSettings(Strict):
     top_p: float = Field(default=0.95, gt=0, le=1)
     seed: int = 0
     memory_bytes: Positive = 8 * 2**30  # of live targets in one actor
+    features: Literal["store", "stream"] = "store"  # "stream": kept nowhere, captured again by who needs them
+    byte_budget: Positive = (
+        2 * 2**30
+    )  # of one target's features in the store; those beyond it are captured again
+    engine: Literal["farm", "openai"] = "farm"  # that decodes; "openai": an endpoint that serves the targets
+    url: str | None = None  # of that endpoint, its /v1; a target may have its own
+    api_key_env: str | None = (
+        None  # environment variable, of who starts the run, that holds the endpoint's key
+    )
+    concurrency: Positive = 16  # requests at once, of one actor
+    retries: int = Field(default=8, ge=0)  # of a request, after pauses of 0.5 s to 8 s
+    timeout_s: float = Field(default=600.0, gt=0)  # of a request
+
+    @field_validator("url")
+    @classmethod
+    def _is_an_endpoint(cls, url: str | None) -> str | None:
+        return _endpoint(url)
+
+
+class ElicitSettings(Strict):
+    """Prompts that a target without any makes up itself (Magpie), the held-out ones among them."""
+
+    prompts: Positive = 512
+    max_new_tokens: Positive = 128
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    attempts: Positive = 4  # draws at most, in multiples of `prompts`: some are rejected
+    seed: int = 0
 
 
 class SelectSettings(Strict):

@@ -111,6 +111,7 @@ class TextStyle:
                 text=one.text,
                 finish_reason=one.finish_reason or "stop",
                 logprobs=_text_logprobs(one.logprobs),
+                **_token_ids(one),
             )
             for one in choices
         ]
@@ -123,12 +124,19 @@ class TextStyle:
             text=delta.text,
             finish_reason=delta.finish_reason,
             logprobs=_text_logprobs(delta.logprobs),
+            **_token_ids(delta),
             **said,
         )
         return {**head.fields(delta.version), "choices": [choice]}
 
     def chunk(self, fields: dict[str, Any]) -> BaseModel:
         return Completion.construct(**fields, object="text_completion")
+
+
+def _token_ids(delta: Delta) -> dict[str, Any]:
+    """vLLM's and SGLang's fields of a choice, for a request that asked for them."""
+    fields = {"token_ids": delta.token_ids, "prompt_token_ids": delta.prompt_token_ids}
+    return {name: list(ids) for name, ids in fields.items() if ids is not None}
 
 
 def _chat_logprobs(tokens: Sequence[SpelledToken]) -> dict[str, Any]:
@@ -178,7 +186,14 @@ def _joined(pieces: Sequence[Delta]) -> Delta:
     """A choice in one piece."""
     last, asked = pieces[-1], pieces[0].logprobs is not None
     tokens = tuple(token for piece in pieces for token in piece.logprobs or ())
-    return replace(last, text="".join(piece.text for piece in pieces), logprobs=tokens if asked else None)
+    ids = tuple(token for piece in pieces for token in piece.token_ids or ())
+    return replace(
+        last,
+        text="".join(piece.text for piece in pieces),
+        logprobs=tokens if asked else None,
+        token_ids=None if last.token_ids is None else ids,
+        prompt_token_ids=pieces[0].prompt_token_ids,
+    )
 
 
 async def events(

@@ -27,14 +27,24 @@ class Choice:
     """One of an answer's choices. Text that may begin a stop string is held back, and its tokens' entries with it."""
 
     def __init__(
-        self, index: int, text: TextStream, spell: Spelling | None, *, tells_rounds: bool = False
+        self,
+        index: int,
+        text: TextStream,
+        spell: Spelling | None,
+        *,
+        tells_rounds: bool = False,
+        prompt_ids: tuple[int, ...] | None = None,
     ) -> None:
         """`spell`: how tokens are written; None if no log-probabilities are wanted.
 
-        `tells_rounds`: whether a piece says which of its text was drafted.
+        `tells_rounds`: whether a piece says which of its text was drafted. `prompt_ids`: None unless pieces say which
+        tokens they are made of.
         """
         self._index, self._text, self._spell, self._tells_rounds = index, text, spell, tells_rounds
         self._spans: list[tuple[str, bool]] = []
+        self._prompt_ids = prompt_ids
+        self._tells_ids = prompt_ids is not None
+        self._ids: list[int] = []
         self._num_rounds = self._num_emitted = 0
         self._progress: Progress | None = None
         self._piece = ""
@@ -65,6 +75,10 @@ class Choice:
         self._say(self._text.push(progress.tokens[drafted:]), drafted=False)
         if progress.finish_reason is not None:
             self._say(self._text.finish(), drafted=False)
+        if self._tells_ids:
+            self._ids += progress.tokens[: self._text.num_tokens - before]  # none behind a stop string
+            if progress.stop_token is not None and not self._text.stopped:
+                self._ids.append(progress.stop_token)
         if self._spell is not None:
             offsets = self._text.offsets[before:]
             pairs = zip(progress.logprobs, offsets, strict=False)  # no offsets behind a stop string
@@ -84,10 +98,13 @@ class Choice:
             self._num_sent += len(entries)
         text, self._piece, self._told = self._piece, "", reason is not None
         spans, self._spans = tuple(self._spans), []
+        ids, self._ids = tuple(self._ids) if self._tells_ids else None, []
+        prompt_ids, self._prompt_ids = self._prompt_ids, None
         return Delta(
             text, reason, num_prompt_tokens, self._text.num_tokens, self._progress.version,
             index=self._index, logprobs=entries,
             num_rounds=self._num_rounds, num_emitted=self._num_emitted, spans=spans,
+            token_ids=ids, prompt_token_ids=prompt_ids,
         )  # fmt: skip
 
 

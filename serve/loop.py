@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, TypeVar
 
-from farm.decode.engine import Engine, Output, Request, Route
+from farm.decode.engine import Completion, Engine, Output, Request, Route
 from farm.decode.logprobs import TokenLogprob
 from farm.decode.stats import DecodeStats
 from serve.canary import WorseTest, takes
@@ -32,6 +32,7 @@ class Progress:
     refused: str | None = None  # the engine does not take this request
     failed: str | None = None  # the thread died
     logprobs: tuple[TokenLogprob, ...] = ()  # of the tokens, if they were asked for
+    stop_token: int | None = None  # that ended it, not among the tokens
 
 
 Sink = Callable[[Progress], None]
@@ -175,6 +176,7 @@ class EngineLoop:
                     num_drafted=output.num_drafted,
                     finish_reason=output.finish_reason,
                     logprobs=output.logprobs,
+                    stop_token=_stop_token(output.completion),
                 )
             )
 
@@ -283,3 +285,9 @@ class EngineLoop:
 
     def _end(self) -> None:
         self._stopping = True
+
+
+def _stop_token(completion: Completion | None) -> int | None:
+    if completion is None or completion.finish_reason != "stop":
+        return None
+    return completion.tokens[-1]

@@ -29,6 +29,7 @@ class Ask:
     num_choices: int = 1
     max_prompt_tokens: int | None = None
     include_rounds: bool = False  # whether pieces say which of their text was drafted
+    return_token_ids: bool = False  # whether pieces say which tokens they are made of
 
     @property
     def model(self) -> str:
@@ -62,6 +63,7 @@ def ask_of(
         stop=request.stop,
         num_choices=request.n,
         include_rounds=request.stream_options.include_rounds,
+        return_token_ids=isinstance(request, TextRequest) and request.return_token_ids,
     )
 
 
@@ -103,6 +105,8 @@ class Delta:
     num_rounds: int = 0
     num_emitted: int = 0  # by those rounds, a stop token among them
     spans: tuple[tuple[str, bool], ...] = ()  # the text in parts, and whether each was drafted; if asked for
+    token_ids: tuple[int, ...] | None = None  # of the piece, the stop token among them; None: not asked for
+    prompt_token_ids: tuple[int, ...] | None = None  # in the first piece, if asked for
 
 
 @dataclass(frozen=True)

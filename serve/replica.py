@@ -81,10 +81,15 @@ class EngineHost:
 
         requests = [_choice(request, index) for index in range(ask.num_choices)]
         spell = None if request.params.logprobs is None else self._spellings[ask.target]
+        told_ids = request.prompt_ids if ask.return_token_ids else None
         choices = [
             Choice(
-                index, TextStream(partial(_decode, target), ask.stop), spell, tells_rounds=ask.include_rounds
-            )
+                index,
+                TextStream(partial(_decode, target), ask.stop),
+                spell,
+                tells_rounds=ask.include_rounds,
+                prompt_ids=told_ids,
+            )  # fmt: skip
             for index in range(ask.num_choices)
         ]
         for index, one in enumerate(requests):

@@ -229,6 +229,8 @@ class TextRequest(Sampling):
         | Annotated[tuple[Annotated[Int, Field(ge=0)], ...], Field(min_length=1)]
     )
     logprobs: Int | None = Field(default=None, ge=0, le=5)
+    # vLLM's and SGLang's: a choice has `prompt_token_ids` and `token_ids`, those of its end among them.
+    return_token_ids: Bool = False
 
     @property
     def num_logprobs(self) -> int | None:

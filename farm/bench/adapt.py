@@ -137,6 +137,7 @@ def _fit(
         kind="expert", settings=settings.model_copy(update={"save_every": every}), draft=subject.config,
         target=subject.spec, shards=subject.shards[variant.data], expert=expert,
         vocabulary=None if vocabulary is None else tuple(int(token) for token in vocabulary), rows=rows,
+        dtype=subject.manifest.dtype,
     )  # fmt: skip
     drafts: list[tuple[float, Path]] = []
 

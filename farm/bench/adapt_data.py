@@ -14,7 +14,7 @@ from farm.bench.family import held_out
 from farm.config import Manifest, UserError
 from farm.data.features import Sample, local_shards, read_shards, shard_names, write_shard
 from farm.data.prompts import load_prompts, split_rows
-from farm.decode.regenerate import prefill_rows
+from farm.decode.regenerate import Recapture, prefill_rows
 from farm.decode.sampling import SamplingParams
 from farm.draft.checkpoint import (
     EXPERT_FILE,
@@ -54,7 +54,7 @@ class Subject:
         return str(self.trunk_folder / EXPERT_FILE)
 
     def samples(self, data: str) -> list[Sample]:
-        return read_shards(local_shards(self.shards[data]))
+        return read_shards(local_shards(self.shards[data]), capture=Recapture(lambda: self.target))
 
     def draft(self, folder: Path | None) -> Draft:
         """The draft that a run left in a folder: its expert, and its trunk where it changed it; None: the base's."""

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Messages = Sequence[Mapping[str, str]]
+# For a target that has none: its prompts are texts, and it goes on with them.
+TEXT_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
 def read_template(value: str | None) -> str | None:
@@ -43,8 +45,8 @@ def encode_pair(
     decoded in; the end token that the template writes after an answer belongs to it.
     """
     prompt_ids = encode_chat(tokenizer, messages, template)
-    prompt = _render(tokenizer, messages, template, add_generation_prompt=True)
-    whole = _render(
+    prompt = render_chat(tokenizer, messages, template, add_generation_prompt=True)
+    whole = render_chat(
         tokenizer,
         [*messages, {"role": "assistant", "content": answer}],
         template,
@@ -65,7 +67,7 @@ def _apply(
     *,
     add_generation_prompt: bool,
 ) -> list[int]:
-    text = _render(tokenizer, messages, template, add_generation_prompt=add_generation_prompt)
+    text = render_chat(tokenizer, messages, template, add_generation_prompt=add_generation_prompt)
     # the template writes the special tokens itself: adding them here would double the first one
     ids = [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
     if not ids:
@@ -73,13 +75,14 @@ def _apply(
     return ids
 
 
-def _render(
+def render_chat(
     tokenizer: "PreTrainedTokenizerBase",
     messages: Messages,
     template: str | None,
     *,
-    add_generation_prompt: bool,
+    add_generation_prompt: bool = False,
 ) -> str:
+    """The conversation as text, with or without the beginning of an answer; UserError as `encode_chat`."""
     from jinja2 import TemplateError
 
     if template is None and not tokenizer.chat_template:

@@ -3,12 +3,15 @@
 
 tokens  x_0 ... x_{P-1} | x_P ... x_{T-1}      prompt of P tokens, answer with its stop token
 hidden  h_0 ............. h_{T-2}              the last token was never processed by the target
+
+Tokens are the artifact. Features are kept as far as a budget goes; the others are captured again, by a prefill of the
+same tokens, whenever they are read.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +28,8 @@ from farm.config import UserError
 from farm.store import local_copy
 
 FEATURE_DTYPE = torch.bfloat16
+# Features [T - 1, H] of rows of T tokens, in order.
+Capture = Callable[[Sequence[Sequence[int]]], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -63,29 +68,45 @@ def shard_names(number: int) -> tuple[str, str]:
     return f"tokens-{number:05d}.parquet", f"features-{number:05d}.safetensors"
 
 
-def write_shard(artifacts: Artifacts, stage: str, key: str, shard_no: int, answers: Sequence[Answer]) -> None:
-    """Writes both files of a shard, each atomically; writing the same shard again does no harm."""
+def write_shard(
+    artifacts: Artifacts,
+    stage: str,
+    key: str,
+    shard_no: int,
+    answers: Sequence[Answer],
+    feature_bytes: int | None = None,
+) -> int:
+    """Writes both files of a shard, each atomically; writing the same shard again does no harm.
+
+    The features of the first rows are kept, as many as fit into `feature_bytes` (None: all); returns their bytes.
+    """
     tokens_name, features_name = shard_names(shard_no)
     columns = ("row", "id", "prompt_ids", "answer_ids", "finish_reason", "seed", "temperature", "error")
     table = pa.table({name: [_plain(getattr(answer, name)) for answer in answers] for name in columns})
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
-    features = {
-        f"{index}": answer.features.to(FEATURE_DTYPE).contiguous()
-        for index, answer in enumerate(answers)
-        if answer.features is not None
-    }
+    features, kept = dict[str, Tensor](), 0
+    for index, answer in enumerate(answers):
+        if answer.features is None:
+            continue
+        size = answer.features.numel() * FEATURE_DTYPE.itemsize
+        if feature_bytes is not None and kept + size > feature_bytes:
+            break
+        features[f"{index}"], kept = answer.features.to(FEATURE_DTYPE).contiguous(), kept + size
     artifacts.put_file(stage, key, features_name, save(features))
     artifacts.put_file(stage, key, tokens_name, buffer.getvalue())
+    return kept
 
 
-def read_shards(paths: Sequence[Path], rows: Collection[int] | None = None) -> list[Sample]:
+def read_shards(
+    paths: Sequence[Path], rows: Collection[int] | None = None, capture: Capture | None = None
+) -> list[Sample]:
     """Samples of shards, given the paths of their features files, in order; rows without an answer are left out.
 
-    `rows` are the numbers of those that are wanted; None: all. Raises UserError when a shard is truncated or its two
-    files do not belong together.
+    `rows` are the numbers of those that are wanted; None: all. Features that were not kept come from `capture`. Raises
+    UserError when a shard is truncated, its two files do not belong together, or there is no `capture`.
     """
-    return [sample for path in paths for sample in _read_shard(Path(path), rows)]
+    return [sample for path in paths for sample in _read_shard(Path(path), rows, capture)]
 
 
 def local_shards(locations: Sequence[str]) -> list[Path]:
@@ -141,18 +162,32 @@ def _unreadable(features_path: Path, error: Exception) -> UserError:
     )
 
 
-def _read_shard(features_path: Path, rows: Collection[int] | None) -> Iterator[Sample]:
+def _read_shard(
+    features_path: Path, rows: Collection[int] | None, capture: Capture | None
+) -> Iterator[Sample]:
     table = _read_tokens(features_path, ["row", "id", "prompt_ids", "answer_ids"])
-    wanted = [index for index, row in enumerate(table) if rows is None or row["row"] in rows]
-    for index, features_TH in _read_features(features_path, wanted):
-        row = table[index]
-        tokens_T = torch.tensor([*row["prompt_ids"], *row["answer_ids"]])
-        if len(features_TH) != len(tokens_T) - 1:
+    wanted = [
+        index for index, row in enumerate(table) if row["answer_ids"] and (rows is None or row["row"] in rows)
+    ]
+    tokens = {index: [*table[index]["prompt_ids"], *table[index]["answer_ids"]] for index in wanted}
+    features = dict(_read_features(features_path, wanted))
+    for index, features_TH in features.items():
+        if len(features_TH) != len(tokens[index]) - 1:
             raise UserError(
-                f"{features_path}: row {index} has {len(features_TH)} features for {len(tokens_T)} tokens; "
+                f"{features_path}: row {index} has {len(features_TH)} features for {len(tokens[index])} tokens; "
                 "delete its artifact and run again"
             )
-        yield Sample(tokens_T, features_TH, len(row["prompt_ids"]), row["row"], row["id"])
+    absent = [index for index in wanted if index not in features]
+    if absent:
+        if capture is None:
+            raise UserError(
+                f"{features_path}: the features of {len(absent)} rows were not kept; raise regenerate.byte_budget"
+            )
+        features |= zip(absent, capture([tokens[index] for index in absent]), strict=True)
+    for index in wanted:
+        row = table[index]
+        tokens_T = torch.tensor(tokens[index])
+        yield Sample(tokens_T, features[index], len(row["prompt_ids"]), row["row"], row["id"])
 
 
 def _plain(value: object) -> object:

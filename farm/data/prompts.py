@@ -43,6 +43,10 @@ def load_prompts(source: str, rows: Rows | None = None) -> PromptSet:
     A row that cannot be read becomes a RowError. UserError if the source cannot be opened or no row of the
     range is usable. Blank lines of a .jsonl file are no rows.
     """
+    if not source:
+        raise UserError(
+            "prompts: the target has none; give it a file, for instance the one that it made up itself"
+        )
     path = local_copy(source)
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path] if path.suffix == ".jsonl" else []
     if files and files[0].is_file():

@@ -1,4 +1,4 @@
-# B rows, T tokens, H hidden
+# B rows, T tokens, H hidden, M compared positions
 """The target answers its prompts; what its decoding saw is kept as features, so that no second prefill is needed.
 
 The task without the fleet: a loaded target and prompts in, answers out. EDA's regeneration (arXiv 2603.09527): a draft
@@ -8,7 +8,9 @@ learns from what the target itself says, partly greedy and partly sampled as in 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -17,45 +19,97 @@ from farm.config import UserError
 from farm.data.chat import encode_chat, encode_pair
 from farm.data.features import FEATURE_DTYPE, Answer
 from farm.data.prompts import Prompt
-from farm.decode.engine import OFFLINE_PREFILL_TOKENS, Completion, Engine, FinishReason, Request, Route
+from farm.decode.endpoint import Endpoint, ask_all
+from farm.decode.engine import OFFLINE_PREFILL_TOKENS, Engine, FinishReason, Request, Route
 from farm.decode.sampling import SamplingParams
 from farm.layers.cache import Rows
-from farm.sections import RegenerateSettings
-from farm.target.load import LoadedTarget
+from farm.sections import Dtype, RegenerateSettings, TargetSpec
+from farm.target.load import LoadedTarget, open_target
+
+RECAPTURED_ROWS = 16
+CHECKED_TOKENS = 32  # of a greedy answer from an endpoint, compared with what the checkpoint predicts
+LEAST_AGREEMENT = 0.9  # share of them; rounding of another engine costs a few
 
 
 def regenerate_rows(
-    target: LoadedTarget, prompts: Sequence[Prompt], settings: RegenerateSettings
+    target: LoadedTarget,
+    prompts: Sequence[Prompt],
+    settings: RegenerateSettings,
+    endpoint: Endpoint | None = None,
 ) -> list[Answer]:
-    """One answer a prompt, in order; a prompt that cannot be answered becomes an error row with its reason."""
-    requests, failed = [], {}
-    max_length = 0
+    """One answer a prompt, in order; a prompt that cannot be answered becomes an error row with its reason.
+
+    The target decodes here, or else at an `endpoint`, whose tokens are prefilled here for their features. Raises
+    Refused when the endpoint cannot be used, or greedy answers show that it serves another model.
+    """
+    asked: list[tuple[Prompt, Request]] = []
+    answers: dict[int, Answer] = {}
     for prompt in prompts:
         try:
-            ids = encode_chat(target.tokenizer, prompt.messages, target.chat_template)
-            _check_room(ids, target)
+            asked.append((prompt, _request(target, prompt, settings)))
         except UserError as error:
-            failed[prompt.row] = str(error)
-            continue
-        params = sampling_of(prompt, settings)
-        requests.append(Request(str(prompt.row), tuple(ids), params))
-        max_length = max(max_length, len(ids) + settings.max_new_tokens)
-    answers = {}
-    if requests:
-        num_slots = min(settings.batch_rows, len(requests))
-        engine = Engine(
-            [Route(target.forward, target.stop_ids)],
-            num_slots=num_slots, max_length=min(max_length, target.max_positions), k=0,
-            prefill_tokens=OFFLINE_PREFILL_TOKENS, capture=True,
-        )  # fmt: skip
-        for request, done in zip(requests, engine.run(requests), strict=True):
-            answers[int(request.id)] = (request, done)
-    return [
-        _failed(prompt, failed[prompt.row])
-        if prompt.row in failed
-        else _answered(prompt, *answers[prompt.row])
-        for prompt in prompts
-    ]
+            answers[prompt.row] = _failed(prompt, str(error))
+    if asked:
+        done = (
+            _decode(target, asked, settings) if endpoint is None else _ask(target, asked, settings, endpoint)
+        )
+        answers |= {answer.row: answer for answer in done}
+    return [answers[prompt.row] for prompt in prompts]
+
+
+def _request(target: LoadedTarget, prompt: Prompt, settings: RegenerateSettings) -> Request:
+    ids = encode_chat(target.tokenizer, prompt.messages, target.chat_template)
+    room = target.max_positions - len(ids)
+    if room < 2:
+        raise UserError(
+            f"{len(ids)} prompt tokens leave no room in {target.max_positions} positions; shorten the prompt"
+        )
+    params = sampling_of(prompt, settings)
+    params = replace(params, max_new_tokens=min(params.max_new_tokens, room))
+    return Request(str(prompt.row), tuple(ids), params)
+
+
+def _decode(
+    target: LoadedTarget, asked: Sequence[tuple[Prompt, Request]], settings: RegenerateSettings
+) -> Iterator[Answer]:
+    requests = [request for _, request in asked]
+    engine = Engine(
+        [Route(target.forward, target.stop_ids)],
+        num_slots=min(settings.batch_rows, len(requests)),
+        max_length=max(len(one.prompt_ids) + one.params.max_new_tokens for one in requests), k=0,
+        prefill_tokens=OFFLINE_PREFILL_TOKENS, capture=True,
+    )  # fmt: skip
+    for (prompt, request), done in zip(asked, engine.run(requests), strict=True):
+        assert done.features is not None
+        yield _answered(prompt, request, done.tokens, done.finish_reason, done.features)
+
+
+def _ask(
+    target: LoadedTarget,
+    asked: Sequence[tuple[Prompt, Request]],
+    settings: RegenerateSettings,
+    endpoint: Endpoint,
+) -> Iterator[Answer]:
+    found = ask_all(endpoint, [request for _, request in asked], target.stop_ids)
+    for (prompt, _), answered in zip(asked, found, strict=True):
+        if answered.error is not None:
+            yield _failed(prompt, answered.error)
+    told = [(*pair, one) for pair, one in zip(asked, found, strict=True) if one.error is None]
+    right = checked = 0
+    rows = [[*request.prompt_ids, *one.tokens] for _, request, one in told]
+    for index, hidden_TH in _prefill(target, rows, settings.batch_rows):
+        prompt, request, one = told[index]
+        if request.params.temperature == 0:
+            first = len(request.prompt_ids) - 1
+            said_M = torch.tensor(one.tokens[:CHECKED_TOKENS], device=hidden_TH.device)
+            meant_M = target.forward.logits(hidden_TH[first : first + len(said_M)]).argmax(dim=-1)
+            right, checked = right + int((said_M == meant_M).sum()), checked + len(said_M)
+        yield _answered(prompt, request, one.tokens, one.finish_reason, hidden_TH)
+    if right < LEAST_AGREEMENT * checked:
+        raise endpoint.trouble(
+            f"{right / checked:.0%} of its greedy tokens are those of the target's checkpoint: as {endpoint.model!r} "
+            "it serves another model; correct served_as or url, or serve this checkpoint"
+        )
 
 
 def prefill_rows(
@@ -71,15 +125,31 @@ def prefill_rows(
             encoded.append((index, *_encode_answer(target, prompt, settings)))
         except UserError as error:
             answers[index] = _failed(prompt, str(error))
-    encoded.sort(key=lambda item: len(item[1]))  # rows of one length waste no padding
-    for start in range(0, len(encoded), settings.batch_rows):
-        batch = encoded[start : start + settings.batch_rows]
-        features = _prefill(target, [ids[:-1] for _, ids, _ in batch])
-        for (index, ids, num_prompt), hidden_TH in zip(batch, features, strict=True):
-            reason: FinishReason = "stop" if ids[-1] in target.stop_ids else "length"
-            prompt, tokens = prompts[index], (tuple(ids[:num_prompt]), tuple(ids[num_prompt:]))
-            answers[index] = Answer(prompt.row, prompt.id, *tokens, reason, 0, 0.0, hidden_TH)
+    for at, hidden_TH in _prefill(target, [ids for _, ids, _ in encoded], settings.batch_rows):
+        index, ids, num_prompt = encoded[at]
+        reason: FinishReason = "stop" if ids[-1] in target.stop_ids else "length"
+        prompt, tokens = prompts[index], (tuple(ids[:num_prompt]), tuple(ids[num_prompt:]))
+        features = hidden_TH.to(FEATURE_DTYPE).cpu()
+        answers[index] = Answer(prompt.row, prompt.id, *tokens, reason, 0, 0.0, features)
     return [answers[index] for index in range(len(prompts))]
+
+
+class Recapture:
+    """A `farm.data.features.Capture` by prefills of a target, which is opened when it is first needed."""
+
+    def __init__(self, open_one: Callable[[], LoadedTarget], batch_rows: int = RECAPTURED_ROWS) -> None:
+        self._open, self._batch_rows = cache(open_one), batch_rows
+
+    @classmethod
+    def of(cls, spec: TargetSpec, dtype: Dtype) -> Recapture:
+        """Of the target that a manifest names, on this process's device."""
+        return cls(partial(open_target, spec, dtype))
+
+    def __call__(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        found = _prefill(self._open(), rows, self._batch_rows)
+        # A copy, since decoding's tensors cannot be trained on.
+        by_index = {index: hidden_TH.to("cpu", FEATURE_DTYPE, copy=True) for index, hidden_TH in found}
+        return [by_index[index] for index in range(len(rows))]
 
 
 def sampling_of(prompt: Prompt, settings: RegenerateSettings) -> SamplingParams:
@@ -107,35 +177,39 @@ def _encode_answer(
     return ids, num_prompt
 
 
-def _prefill(target: LoadedTarget, rows: Sequence[list[int]]) -> list[Tensor]:
-    """Hidden states [T, H] of every row; padding comes last, where causal attention never sees it."""
-    length = max(map(len, rows))
-    tokens_BT = torch.tensor(
-        [[*ids, *[0] * (length - len(ids))] for ids in rows], device=target.forward.device
-    )
-    cache = target.forward.new_cache(len(rows), length)
-    hidden_BTH = target.forward.forward(tokens_BT, Rows([0] * len(rows)), cache).to(FEATURE_DTYPE).cpu()
-    return [hidden_TH[: len(ids)] for hidden_TH, ids in zip(hidden_BTH, rows, strict=True)]
+def _prefill(
+    target: LoadedTarget, rows: Sequence[Sequence[int]], batch_rows: int
+) -> Iterator[tuple[int, Tensor]]:
+    """Index and hidden states [T - 1, H] of every row of T tokens, the shortest first; a row's last token is not read.
+
+    Padding comes last, where causal attention never sees it.
+    """
+    order = sorted(
+        range(len(rows)), key=lambda index: len(rows[index])
+    )  # rows of one length waste no padding
+    for start in range(0, len(rows), batch_rows):
+        batch = order[start : start + batch_rows]
+        length = len(rows[batch[-1]]) - 1
+        padded = [[*rows[index][:-1], *[0] * (length + 1 - len(rows[index]))] for index in batch]
+        tokens_BT = torch.tensor(padded, device=target.forward.device)
+        cache = target.forward.new_cache(len(batch), length)
+        hidden_BTH = target.forward.forward(tokens_BT, Rows([0] * len(batch)), cache)
+        for index, hidden_TH in zip(batch, hidden_BTH, strict=True):
+            yield index, hidden_TH[: len(rows[index]) - 1]
 
 
-def _check_room(ids: Sequence[int], target: LoadedTarget) -> None:
-    if len(ids) + 2 > target.max_positions:
-        raise UserError(
-            f"{len(ids)} prompt tokens leave no room in {target.max_positions} positions; shorten the prompt"
-        )
-
-
-def _answered(prompt: Prompt, request: Request, done: Completion) -> Answer:
-    assert done.features is not None
+def _answered(
+    prompt: Prompt, request: Request, tokens: tuple[int, ...], reason: FinishReason, features_TH: Tensor
+) -> Answer:
     return Answer(
         row=prompt.row,
         id=prompt.id,
         prompt_ids=request.prompt_ids,
-        answer_ids=done.tokens,
-        finish_reason=done.finish_reason,
+        answer_ids=tokens,
+        finish_reason=reason,
         seed=request.params.seed,
         temperature=request.params.temperature,
-        features=done.features.to(FEATURE_DTYPE).cpu(),
+        features=features_TH.to(FEATURE_DTYPE).cpu(),
     )
 
 

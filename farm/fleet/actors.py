@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from pydantic import SecretStr
+
 from farm.artifacts import Artifacts
+from farm.config import UserError
 from farm.fleet.answers import ANSWERS, AnswersJob, card_name, decode_prompts
 from farm.sections import Dtype, TargetSpec
 from farm.store import open_store
@@ -27,6 +30,7 @@ class ActorConfig:
     memory_bytes: int  # budget of live targets in one actor
     num_threads: int  # of torch, one actor
     dtype: Dtype
+    key: SecretStr | None = None  # of an endpoint that serves the targets
 
 
 class LiveTargets:
@@ -90,47 +94,57 @@ class RegenerateActor:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         rows = [
-            self._shard(str(target), int(shard), str(prompts))
-            for target, shard, prompts in zip(batch["target"], batch["shard"], batch["prompts"], strict=True)
+            self._shard(str(target), int(shard), str(prompts), int(may_keep))
+            for target, shard, prompts, may_keep in zip(
+                *(batch[name] for name in ("target", "shard", "prompts", "may_keep")), strict=True
+            )
         ]
         return {name: [row[name] for row in rows] for name in rows[0]}
 
-    def _shard(self, name: str, shard: int, prompts: str) -> dict[str, Any]:
-        loads, failure, rows = self._targets.num_loads, self._failures.get(name, ""), 0
+    def _shard(self, name: str, shard: int, prompts: str, may_keep: int) -> dict[str, Any]:
+        loads, failure, rows, kept = self._targets.num_loads, self._failures.get(name, ""), 0, 0
         if not failure:
             try:
-                rows = self._write(self._config.jobs[name], shard, prompts)
+                rows, kept = self._write(self._config.jobs[name], shard, prompts, may_keep)
             except Exception as error:  # noqa: BLE001 - any failure is this target's row in the report
                 failure = f"{type(error).__name__}: {error}"
-                if name not in self._targets.names:  # it did not load, and would not for the next shard
-                    self._failures[name] = failure
+                if name not in self._targets.names or isinstance(error, UserError):
+                    self._failures[name] = failure  # it would for the next shard too
         return {
             "target": name,
             "shard": shard,
             "rows": rows,
+            "feature_bytes": kept,
             "loads": self._targets.num_loads - loads,
             "failure": failure,
         }
 
-    def _write(self, job: AnswersJob, shard: int, prompts: str) -> int:
+    def _write(self, job: AnswersJob, shard: int, prompts: str, may_keep: int) -> tuple[int, int]:
+        """The rows of the shard and the bytes of the features that it keeps."""
         from farm.data.features import write_shard
+        from farm.decode.endpoint import Endpoint
         from farm.decode.regenerate import prefill_rows, regenerate_rows
 
         started = time.monotonic()
-        target = self._targets.get(job.spec)
-        answer = regenerate_rows if job.mode == "regenerate" else prefill_rows
-        answers = answer(target, decode_prompts(prompts), job.settings)
-        write_shard(self._artifacts, ANSWERS, job.key, shard, answers)
+        target, rows = self._targets.get(job.spec), decode_prompts(prompts)
+        if job.mode == "dataset":
+            answers = prefill_rows(target, rows, job.settings)
+        else:
+            elsewhere = job.settings.engine == "openai"
+            endpoint = Endpoint.of(job.spec, job.settings, self._config.key) if elsewhere else None
+            answers = regenerate_rows(target, rows, job.settings, endpoint)
+        kept = write_shard(self._artifacts, ANSWERS, job.key, shard, answers, may_keep)
         reasons = [answer.finish_reason for answer in answers]
         card = {
             "rows": len(answers),
             "finish_reasons": {reason: reasons.count(reason) for reason in ("stop", "length", "error")},
             "answer_tokens": sum(len(answer.answer_ids) for answer in answers),
+            "feature_bytes": kept,
             "first_error": next((answer.error for answer in answers if answer.error), None),
             "seconds": time.monotonic() - started,
         }
         self._artifacts.put_file(ANSWERS, job.key, card_name(shard), json.dumps(card).encode())
-        return len(answers)
+        return len(answers), kept
 
 
 def _release_device_memory() -> None:

@@ -6,20 +6,25 @@ them.
 """
 
 import json
+import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from pydantic import SecretStr
+
 from farm.artifacts import Artifact, Artifacts, key_of
-from farm.config import Refused, dump
+from farm.config import Refused, UserError, dump
 from farm.data.chat import read_template
 from farm.data.prompts import Prompt
 from farm.sections import Dtype, RegenerateSettings, TargetSpec
 
 ANSWERS = "answers"
-# They say where the work runs, not what comes out of it.
-_NOT_IN_KEY = ("memory_bytes", "rows")
+# They say where the work runs and what is kept of it, not which tokens come out.
+_NOT_IN_KEY = (
+    "memory_bytes", "rows", "features", "byte_budget", "url", "api_key_env", "concurrency", "retries", "timeout_s",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class AnswersJob:
     mode: Literal["regenerate", "dataset"] = "regenerate"
     dtype: Dtype = "auto"
     source: Mapping[str, Any] = field(default_factory=dict)  # goes into the manifest: digests, broken rows
+    selected: bool = False  # some of the answers are dropped: no features are kept, since theirs may not be
 
     @property
     def name(self) -> str:
@@ -41,6 +47,13 @@ class AnswersJob:
     @property
     def num_shards(self) -> int:
         return -(-len(self.prompts) // self.settings.shard_rows)
+
+    @property
+    def feature_bytes(self) -> int:
+        """Features that one shard may keep."""
+        if self.selected or self.settings.features == "stream":
+            return 0
+        return self.settings.byte_budget // max(1, self.num_shards)
 
     def shard(self, number: int) -> tuple[Prompt, ...]:
         """The prompts of one shard, in order."""
@@ -72,8 +85,23 @@ def answers_key(
 
 
 def settings_key(settings: RegenerateSettings) -> dict[str, Any]:
-    """The settings that decide an answer."""
-    return {name: value for name, value in dump(settings).items() if name not in _NOT_IN_KEY}
+    """The settings that decide an answer, the engine among them: each samples in its own way."""
+    decide = {name: value for name, value in dump(settings).items() if name not in _NOT_IN_KEY}
+    if settings.engine == "farm":
+        del decide["engine"]
+    return decide
+
+
+def endpoint_key(settings: RegenerateSettings) -> SecretStr | None:
+    """The key of the endpoint that answers, from this process's environment; UserError if it is not there."""
+    name = settings.api_key_env
+    if settings.engine == "farm" or name is None:
+        return None
+    if name not in os.environ:
+        raise UserError(
+            f"regenerate.api_key_env: the environment has no {name}; export it with the endpoint's key"
+        )
+    return SecretStr(os.environ[name])
 
 
 def card_name(shard: int) -> str:
@@ -89,16 +117,28 @@ def missing_shards(artifacts: Artifacts, job: AnswersJob) -> list[int]:
     return [number for number in range(job.num_shards) if card_name(number) not in present]
 
 
+def kept_bytes(artifacts: Artifacts, job: AnswersJob) -> int:
+    """Bytes of the features that the store holds of a job."""
+    present = set(artifacts.files(ANSWERS, job.key))
+    return sum(
+        int(_card(artifacts, job, number).get("feature_bytes", 0))
+        for number in range(job.num_shards)
+        if card_name(number) in present
+    )
+
+
 def finish_answers(artifacts: Artifacts, job: AnswersJob) -> Artifact:
     """Sum the shards' cards and write the manifest. Raises Refused when every row is an error."""
     found = artifacts.find(ANSWERS, job.key)
     if found:
         return found
     reasons: Counter[str] = Counter()
-    rows, tokens, seconds, first_error = 0, 0, 0.0, None
-    for card in _cards(artifacts, job):
+    rows, tokens, kept, seconds, first_error = 0, 0, 0, 0.0, None
+    for number in range(job.num_shards):
+        card = _card(artifacts, job, number)
         reasons.update(card["finish_reasons"])
         rows, tokens, seconds = rows + card["rows"], tokens + card["answer_tokens"], seconds + card["seconds"]
+        kept += card.get("feature_bytes", 0)
         first_error = first_error or card["first_error"]
     if reasons["error"] == rows:
         raise Refused(
@@ -113,6 +153,7 @@ def finish_answers(artifacts: Artifacts, job: AnswersJob) -> Artifact:
             "finish_reasons": dict(reasons),
             "first_error": first_error,
             "answer_tokens": tokens,
+            "feature_bytes": kept,
             "seconds": seconds,
             "settings": dump(job.settings),
             "mode": job.mode,
@@ -121,9 +162,11 @@ def finish_answers(artifacts: Artifacts, job: AnswersJob) -> Artifact:
     )
 
 
-def _cards(artifacts: Artifacts, job: AnswersJob) -> Iterator[dict[str, Any]]:
-    for number in range(job.num_shards):
-        yield json.loads(artifacts.store.get(f"artifacts/{ANSWERS}/{job.key}/{card_name(number)}"))
+def _card(artifacts: Artifacts, job: AnswersJob, number: int) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(
+        artifacts.store.get(f"artifacts/{ANSWERS}/{job.key}/{card_name(number)}")
+    )
+    return found
 
 
 def feature_shards(artifact: Artifact, artifacts: Artifacts) -> tuple[str, ...]:

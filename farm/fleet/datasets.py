@@ -14,7 +14,7 @@ from ray.util.annotations import RayDeprecationWarning
 
 from farm.artifacts import Artifacts
 from farm.fleet.actors import ActorConfig, RegenerateActor
-from farm.fleet.answers import AnswersJob, encode_prompts, missing_shards
+from farm.fleet.answers import AnswersJob, encode_prompts, endpoint_key, missing_shards
 from farm.fleet.pool import describe
 from farm.sections import RegenerateResources
 from farm.store import open_store
@@ -31,6 +31,7 @@ class ShardResult:
     target: str
     shard: int
     rows: int
+    feature_bytes: int  # that it keeps
     loads: int  # models the actor loaded for this shard, 0 or 1
     failure: str  # empty: the shard is in the store
 
@@ -81,6 +82,7 @@ def _run(
         jobs={job.name: job.without_prompts() for job in jobs},
         memory_bytes=jobs[0].settings.memory_bytes,
         dtype=jobs[0].dtype,
+        key=endpoint_key(jobs[0].settings),
         num_threads=max(1, int(resources.num_cpus), (os.cpu_count() or 1) // int(pool.max_size)),
     )
     with _data_context():
@@ -106,7 +108,8 @@ def _run(
 
 def _rows(artifacts: Artifacts, job: AnswersJob) -> Iterator[dict[str, Any]]:
     for number in missing_shards(artifacts, job):
-        yield {"target": job.name, "shard": number, "prompts": encode_prompts(job.shard(number))}
+        prompts = encode_prompts(job.shard(number))
+        yield {"target": job.name, "shard": number, "prompts": prompts, "may_keep": job.feature_bytes}
 
 
 def _pool(resources: RegenerateResources, num_rows: int) -> ActorPoolStrategy:

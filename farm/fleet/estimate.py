@@ -99,9 +99,9 @@ def estimate_answers(job: AnswersJob, rates: Rates) -> Estimate:
     rows = len(job.prompts)
     answered = rows * job.settings.max_new_tokens
     tokens = answered + rows * PROMPT_TOKENS
-    return Estimate(
-        rows, tokens, tokens * FEATURE_BYTES * (rates.hidden_size or 0), answered * rates.decode_s
-    )
+    features = tokens * FEATURE_BYTES * (rates.hidden_size or 0)
+    kept = min(features, job.feature_bytes * job.num_shards)
+    return Estimate(rows, tokens, kept, answered * rates.decode_s)
 
 
 def estimate_training(rows: int, max_new_tokens: int, epochs: int, rates: Rates) -> Estimate:

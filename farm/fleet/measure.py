@@ -10,11 +10,14 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import ray
+from pydantic import SecretStr
 from ray.exceptions import RayError
 
 from farm.artifacts import Artifact, Artifacts
 from farm.config import Manifest
+from farm.data.chat import encode_chat, read_template
 from farm.data.prompts import Prompt
+from farm.fleet.answers import AnswersJob
 from farm.fleet.plan import CHECK, EVALUATE, PROBE
 from farm.fleet.pool import cause_of
 from farm.fleet.session import cpus_of_largest_node
@@ -32,6 +35,17 @@ def check(store: str, key: str, base: TargetSpec, target: TargetSpec) -> Artifac
 
     check_target(base, target)
     return Artifacts(open_store(store)).finish(CHECK, key, {"target": target.name})
+
+
+@ray.remote(num_cpus=1, max_retries=1)
+def check_endpoint(job: AnswersJob, key: SecretStr | None) -> None:
+    """Ask the endpoint of a job for one token; raises Refused when it cannot answer the others either."""
+    from farm.decode.endpoint import Endpoint, check
+    from farm.target.load import load_tokenizer
+
+    prompt, tokenizer = job.prompts[0], load_tokenizer(job.spec.model)
+    ids = encode_chat(tokenizer, prompt.messages, read_template(job.spec.chat_template))
+    check(Endpoint.of(job.spec, job.settings, key), tuple(ids))
 
 
 @ray.remote(num_cpus=1, max_retries=1)

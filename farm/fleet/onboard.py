@@ -7,6 +7,7 @@ import secrets
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from farm.config import Manifest, UserError
 from farm.evaluate import provenance
 from farm.evaluate.records import Report
 from farm.evaluate.report import write_report
+from farm.fleet.elicit import elicit_prompts, elicitation_lines, with_templates
 from farm.fleet.estimate import plan_table
 from farm.fleet.plan import Plan, make_plan
 from farm.fleet.prepare import check_targets, measure_base, prepare_trunk, skip_good_enough
@@ -27,6 +29,7 @@ from farm.fleet.session import check_cluster
 from farm.fleet.stages import adapt, evaluate, regenerate_answers
 from farm.fleet.trainers import Attempts
 from farm.fleet.triage import planned_lines
+from farm.sections import TargetSpec
 from farm.store import ObjectStore, open_store
 
 Say = Callable[[str], None]
@@ -38,8 +41,20 @@ def plan_onboarding(manifest: Manifest) -> tuple[Table, list[str]]:
     Starts nothing, needs no Ray.
     """
     artifacts = Artifacts(open_store(manifest.store))
-    plan = _plan(manifest, artifacts)
-    return plan_table(plan, artifacts), planned_lines(plan, artifacts)
+    manifest = with_templates(manifest)
+    plan = make_plan(manifest, artifacts, _digest, stand_in=True)
+    lines = [*elicitation_lines(manifest, artifacts, _digest), *_endpoint_lines(manifest)]
+    return plan_table(plan, artifacts), [*lines, *planned_lines(plan, artifacts)]
+
+
+def _endpoint_lines(manifest: Manifest) -> list[str]:
+    asked = manifest.regenerate
+    if asked.engine == "farm":
+        return []
+    return [
+        f"{spec.name}: answered by {spec.url or asked.url} as {spec.served_as or spec.name}"
+        for spec in manifest.targets
+    ]
 
 
 def onboard(
@@ -53,7 +68,7 @@ def onboard(
     check_cluster(manifest)
     store = open_store(manifest.store)
     run_id = run_id or new_run_id()
-    run = Run(run_id, _plan(manifest, Artifacts(store)), store, say, attempts or Attempts())
+    run = Run(run_id, _plan(manifest, Artifacts(store), say), store, say, attempts or Attempts())
     run.board.open(target.name for target in manifest.targets)
     say(f"run {run_id}: {len(manifest.targets)} targets, store {store.uri}")
     for name, reason in run.plan.refused.items():
@@ -77,7 +92,7 @@ def train_trunk(manifest: Manifest, say: Say) -> tuple[Path, float | None]:
     """
     check_cluster(manifest)
     store = open_store(manifest.store)
-    run = Run("trunk", _plan(manifest, Artifacts(store)), store, say, Attempts())
+    run = Run("trunk", _plan(manifest, Artifacts(store), say), store, say, Attempts())
     trunk = prepare_trunk(run)
     measure_base(run, trunk)
     return run.artifacts.folder(trunk), run.tau_base_on_base
@@ -88,10 +103,18 @@ def exit_code(report: Report) -> int:
     return int(report.count("refused") + report.count("failed") > 0)
 
 
-def _plan(manifest: Manifest, artifacts: Artifacts) -> Plan:
+def _digest(spec: TargetSpec) -> str:
     from farm.target.load import target_digest
 
-    return make_plan(manifest, artifacts, target_digest)
+    return target_digest(spec)
+
+
+def _plan(manifest: Manifest, artifacts: Artifacts, say: Say) -> Plan:
+    """The plan, once every target has prompts."""
+    manifest = with_templates(manifest)
+    failures = elicit_prompts(manifest, artifacts, _digest, say)
+    plan = make_plan(manifest, artifacts, _digest)
+    return replace(plan, refused=plan.refused | failures)
 
 
 def _run_stages(run: Run) -> None:

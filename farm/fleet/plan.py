@@ -7,12 +7,13 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from farm.artifacts import TRUNK as TRUNK
 from farm.artifacts import Artifacts, key_of
 from farm.config import Manifest, Refused, UserError, dump
-from farm.data.prompts import Prompt, load_prompts, split_rows
+from farm.data.chat import read_template
+from farm.data.prompts import Prompt, PromptSet, load_prompts, split_rows
 from farm.fleet.answers import ANSWERS, AnswersJob, answers_key, settings_key
 from farm.sections import ProbeSettings, RegenerateSettings, TargetSpec
 from farm.store import local_copy
@@ -21,6 +22,7 @@ ADAPT: Literal["adapt"] = "adapt"
 SELECT = "select"
 CHECK, PROBE = "check", "probe"
 EVALUATE = "evaluate"
+PROMPTS, PROMPTS_FILE = "prompts", "prompts.jsonl"
 TRUNK_FILE, EXPERT_FILE = "trunk.safetensors", "expert.safetensors"
 TRUNK_FILES = ("draft.json", TRUNK_FILE, EXPERT_FILE)
 BASE = "(base)"  # no target can have this name
@@ -74,8 +76,10 @@ class Plan:
     refused: dict[str, str]  # target name -> why not
 
 
-def make_plan(manifest: Manifest, artifacts: Artifacts, digest: Digest) -> Plan:
+def make_plan(manifest: Manifest, artifacts: Artifacts, digest: Digest, *, stand_in: bool = False) -> Plan:
     """Plan the manifest against what `artifacts` holds; `digest` gives the sha256 of a checkpoint.
+
+    Prompts that a target has yet to make up are refused, or with `stand_in` planned as so many empty ones.
 
     A target whose checkpoint or prompts cannot be read is refused alone; UserError concerns the whole
     manifest.
@@ -86,7 +90,9 @@ def make_plan(manifest: Manifest, artifacts: Artifacts, digest: Digest) -> Plan:
     refused: dict[str, str] = {}
     for spec in manifest.targets:
         try:
-            drafts.append(_plan_answers(manifest, spec, digest(spec)))
+            checkpoint = digest(spec)
+            prompts = _prompts(manifest, artifacts, spec, checkpoint, stand_in=stand_in)
+            drafts.append(_plan_answers(manifest, spec, checkpoint, prompts))
         except (UserError, OSError) as error:
             refused[spec.name] = str(error)
     trunk = _plan_trunk(manifest, artifacts, base, base_digest, drafts)
@@ -94,23 +100,44 @@ def make_plan(manifest: Manifest, artifacts: Artifacts, digest: Digest) -> Plan:
     return Plan(manifest, trunk, targets, refused)
 
 
-def _plan_answers(manifest: Manifest, spec: TargetSpec, digest: str) -> TargetPlan:
+def elicit_key(manifest: Manifest, spec: TargetSpec, digest: str) -> str:
+    """The key of the prompts that a target without any makes up."""
+    config = dump(manifest.elicit) | {"dtype": manifest.dtype, "engine": manifest.regenerate.engine}
+    return key_of(PROMPTS, config | {"template": read_template(spec.chat_template)}, [digest])
+
+
+def _prompts(
+    manifest: Manifest, artifacts: Artifacts, spec: TargetSpec, digest: str, *, stand_in: bool
+) -> PromptSet:
+    """The given prompts, else those that the target has made up."""
+    if spec.prompts:
+        return load_prompts(spec.prompts)
+    made = artifacts.find(PROMPTS, elicit_key(manifest, spec, digest))
+    if made is not None:
+        return load_prompts(artifacts.location(made, PROMPTS_FILE))
+    if not stand_in:
+        raise Refused("it has no prompts; `farm onboard` has it make some up, or give it a file")
+    rows = range(manifest.elicit.prompts)
+    prompts = tuple(Prompt(row, str(row), ({"role": "user", "content": ""},), None) for row in rows)
+    return PromptSet("", "", prompts, (), len(prompts), dict.fromkeys(rows, ""))
+
+
+def _plan_answers(manifest: Manifest, spec: TargetSpec, digest: str, found: PromptSet) -> TargetPlan:
     """The target with its rows split for adapting and evaluating; keys that need the trunk are empty."""
-    found = load_prompts(spec.prompts)
     try:
         used, held_out = split_rows(
             found.num_rows, manifest.regenerate.rows, manifest.evaluate.rows, manifest.evaluate.prompts
         )
     except UserError as error:
-        raise Refused(f"{spec.prompts}: {error}") from error
+        raise Refused(f"{found.source}: {error}") from error
     prompts = tuple(prompt for prompt in found.prompts if prompt.row in used)
     kept = tuple(prompt for prompt in found.prompts if prompt.row in held_out)[: manifest.evaluate.prompts]
     if not prompts or not kept:
         raise Refused(
-            f"{spec.prompts}: no usable row {'to adapt on' if not prompts else 'held out'}; repair its rows"
+            f"{found.source}: no usable row {'to adapt on' if not prompts else 'held out'}; repair its rows"
         )
     key = answers_key(spec, manifest.regenerate, "regenerate", manifest.dtype, digest, prompts, found.digest)
-    source = {
+    source: dict[str, Any] = {
         "target_digest": digest,
         "prompts": found.source,
         "prompts_digest": found.digest,
@@ -118,7 +145,12 @@ def _plan_answers(manifest: Manifest, spec: TargetSpec, digest: str) -> TargetPl
             {"row": error.row, "reason": error.reason} for error in found.errors if error.row in used
         ],
     }
-    answers = AnswersJob(spec, manifest.regenerate, key, prompts, dtype=manifest.dtype, source=source)
+    if not spec.prompts:
+        source["prompts_key"] = elicit_key(manifest, spec, digest)  # so that cleaning up keeps them
+    selected = manifest.select.strategy != "all"
+    answers = AnswersJob(
+        spec, manifest.regenerate, key, prompts, dtype=manifest.dtype, source=source, selected=selected
+    )
     return TargetPlan(
         spec, digest, answers, kept, found.digest, adapt_key="", reused=(), origins=found.origins
     )
@@ -230,6 +262,7 @@ def _base_regenerate(manifest: Manifest) -> RegenerateSettings:
     return manifest.regenerate.model_copy(
         update={
             "rows": None,
+            "engine": "farm",
             "max_new_tokens": settings.max_new_tokens,
             "temperature": settings.temperature,
             "greedy_share": settings.greedy_share,

@@ -3,12 +3,13 @@ base.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from farm.artifacts import Artifact
 from farm.config import UserError, dump
 from farm.fleet import measure
-from farm.fleet.answers import feature_shards, finish_answers
+from farm.fleet.answers import endpoint_key, feature_shards, finish_answers, missing_shards
 from farm.fleet.datasets import regenerate
 from farm.fleet.plan import (
     CHECK,
@@ -39,6 +40,23 @@ def check_targets(run: Run) -> None:
             run.board.update(target.name, stage="check")
             specs[target.name] = (run.store.uri, key, run.trunk.base, target.spec)
     for outcome in run_bounded(specs, measure.check, CHECKS_AT_ONCE):
+        if outcome.error is not None:
+            run.fail(outcome.name, outcome.error)
+    _check_endpoints(run)
+
+
+def _check_endpoints(run: Run) -> None:
+    """Refuse every target whose answers would come from an endpoint that cannot give them, before anything costs."""
+    if run.manifest.regenerate.engine == "farm":
+        return
+    key = endpoint_key(run.manifest.regenerate)
+    jobs = [target.answers for target in run.remaining]
+    specs = {
+        job.name: (replace(job, prompts=job.prompts[:1]), key)
+        for job in jobs
+        if missing_shards(run.artifacts, job)
+    }
+    for outcome in run_bounded(specs, measure.check_endpoint, CHECKS_AT_ONCE):
         if outcome.error is not None:
             run.fail(outcome.name, outcome.error)
 
@@ -109,6 +127,7 @@ def _trunk_task(run: Run, shards: tuple[str, ...], vocabulary: tuple[int, ...] |
         shards=shards,
         expert=None,
         vocabulary=vocabulary,
+        dtype=run.manifest.dtype,
     )
 
 

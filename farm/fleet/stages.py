@@ -8,8 +8,9 @@ from farm.artifacts import Artifact, key_of
 from farm.card import Fit
 from farm.config import Refused, dump
 from farm.fleet import measure
-from farm.fleet.answers import AnswersJob, feature_shards, finish_answers, missing_shards
+from farm.fleet.answers import AnswersJob, feature_shards, finish_answers, kept_bytes, missing_shards
 from farm.fleet.datasets import ShardResult, regenerate
+from farm.fleet.footprint import Footprint
 from farm.fleet.packs import divide
 from farm.fleet.plan import ADAPT, EVALUATE, EXPERT_FILE, TRUNK_FILE, TargetPlan
 from farm.fleet.pool import run_bounded
@@ -28,17 +29,20 @@ LOW_COVERAGE = 0.99
 
 
 class _RowCounter:
-    """Keeps the rows done of each target on the status board while shards come in, in any order."""
+    """Keeps the rows done of each target on the status board, and the features' bytes, while shards come in."""
 
     def __init__(self, run: Run, jobs: list[AnswersJob]) -> None:
-        self._run, self._rows = run, {}
+        self._run, self._rows, held = run, {}, 0
         for job in jobs:
             missing = missing_shards(run.artifacts, job)
             self._rows[job.name] = len(job.prompts) - sum(len(job.shard(number)) for number in missing)
+            held += kept_bytes(run.artifacts, job)
+        self.footprint = Footprint.of(jobs, held)
 
     def __call__(self, result: ShardResult) -> None:
         self._rows[result.target] += result.rows
         self._run.board.update(result.target, rows_done=self._rows[result.target])
+        self.footprint.add(result.feature_bytes)
 
 
 def regenerate_answers(run: Run) -> None:
@@ -48,7 +52,10 @@ def regenerate_answers(run: Run) -> None:
         if missing_shards(run.artifacts, job):
             run.say(f"{job.name}: regenerating {len(job.prompts)} answers")
             run.board.update(job.name, stage="regenerate", rows_done=0, rows_total=len(job.prompts))
-    failures = regenerate(jobs, run.store.uri, run.manifest.resources.regenerate, _RowCounter(run, jobs))
+    counter = _RowCounter(run, jobs)
+    failures = regenerate(jobs, run.store.uri, run.manifest.resources.regenerate, counter)
+    if counter.footprint.peak.total:
+        run.say(counter.footprint.line())
     for target in run.remaining:
         try:
             if target.name in failures:
@@ -148,6 +155,7 @@ def _adapt_job(run: Run, target: TargetPlan, shared: _Shared) -> TrainJob:
             expert=shared.expert,
             vocabulary=shared.vocabulary,
             rows=selected_rows(run, target.name),
+            dtype=run.manifest.dtype,
         ),
         store=run.store.uri,
         trunk=(shared.revision, shared.trunk_file),

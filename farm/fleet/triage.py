@@ -23,6 +23,7 @@ from farm.evaluate.triage import (
     line,
     offers,
 )
+from farm.fleet.elicit import with_templates
 from farm.fleet.estimate import Rates, estimate_answers, estimate_training, read_rates
 from farm.fleet.plan import (
     ADAPT,
@@ -65,7 +66,7 @@ def triage(
     from farm.target.load import target_digest
 
     artifacts = Artifacts(open_store(manifest.store))
-    plan = make_plan(manifest, artifacts, target_digest)
+    plan = make_plan(with_templates(manifest), artifacts, target_digest)
     probes = _Probes(plan, artifacts, _trunk_folder(plan, artifacts), _settings(manifest, prompts))
     history, rates = read_history(artifacts.store), read_rates(plan, artifacts)
     verdicts, refused, total = [], dict(plan.refused), len(plan.targets) + 1

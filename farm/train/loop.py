@@ -17,6 +17,7 @@ from torch import Tensor, distributed
 
 from farm.config import UserError
 from farm.data.features import Sample, local_shards, read_shards, trainable
+from farm.decode.regenerate import Recapture
 from farm.draft.checkpoint import (
     EXPERT_FILE,
     adapter_state,
@@ -27,7 +28,7 @@ from farm.draft.checkpoint import (
 )
 from farm.draft.config import DraftConfig
 from farm.draft.model import DraftHead, new_draft
-from farm.sections import AdaptSettings, TargetSpec, TrainSettings
+from farm.sections import AdaptSettings, Dtype, TargetSpec, TrainSettings
 from farm.store import local_copy
 from farm.target.load import load_embedding_and_head
 from farm.train.cached import Positions, bytes_of, cache_positions
@@ -52,6 +53,7 @@ class FitTask:
     expert: str | None  # location of the expert.safetensors to start from
     vocabulary: tuple[int, ...] | None
     rows: frozenset[int] | None = None  # of the shards, that are trained on; None: all
+    dtype: Dtype = "auto"  # that the target captures features in which were not kept
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,9 @@ def fit(
     trunk changed.
     """
     world, settings = distributed.get_world_size(), task.settings
-    samples = read_shards(local_shards(task.shards), task.rows)
+    recapture = Recapture.of(task.target, task.dtype)
+    samples = read_shards(local_shards(task.shards), task.rows, recapture)
+    del recapture  # and the target with it
     numbers, held_out = split_held_out(_trainable(task, samples), settings)
     task = _within_tokens(task, [samples[number] for number in numbers])
     settings = task.settings

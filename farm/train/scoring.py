@@ -20,6 +20,7 @@ from farm.config import UserError
 from farm.data import select
 from farm.data.features import FEATURE_DTYPE, Sample, local_shards, read_shards, trainable_rows
 from farm.data.select import Moments, Scored, Threshold, Whitening
+from farm.decode.regenerate import Recapture
 from farm.draft.checkpoint import load_draft
 from farm.draft.model import Draft, DraftHead
 from farm.layers.cache import Rows
@@ -78,13 +79,13 @@ def select_rows(task: SelectTask, progress: Callable[[int, int], None] | None = 
     if not ids:
         raise UserError(f"{task.target.name}: no answer is long enough to train on; see its finish reasons")
     deciding = frozenset(ids) if settings.exact else select.pilot(ids, settings.pilot_rows)
-    scorer = _scorer(task)
+    scorer, recapture = _scorer(task), Recapture.of(task.target, task.dtype)
     if isinstance(scorer, _Whitened):
         for path in paths:
-            scorer.learn(read_shards([path], deciding))
+            scorer.learn(read_shards([path], deciding, recapture))
     scored, lengths = [], {}
     for path in paths:
-        samples = read_shards([path], ids.keys())
+        samples = read_shards([path], ids.keys(), recapture)
         for sample, score in zip(samples, scorer.score(samples), strict=True):
             length = lengths[sample.row] = len(sample.tokens_T) - sample.num_prompt_tokens
             stratum = select.stratum_of(length, task.origins.get(sample.row, ""))

@@ -68,3 +68,21 @@ def random_delta(config: DraftConfig, ranks: dict[Part, int], seed: int) -> Trun
         for parameter in delta.parameters():
             parameter.normal_(0.0, 0.3, generator=generator)
     return delta.requires_grad_(False)
+
+
+def talkative(tokenizer: Any, *, end_logit: float = 6.0) -> Any:
+    """A causal LM that says about a dozen random tokens before its end token: none depends on those before."""
+    model = tiny_model(
+        vocab=len(tokenizer), hidden=32, eos_token_id=tokenizer.eos_token_id, pad_token_id=None
+    )
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight.normal_(0.0, 0.1, generator=torch.Generator().manual_seed(5))
+        model.model.embed_tokens.weight[:, 0] = 3.0  # the same in every state, about sqrt(32) after the norm
+        model.lm_head.weight.normal_(0.0, 1.0, generator=torch.Generator().manual_seed(6))
+        model.lm_head.weight[:, 0] = 0.0
+        model.lm_head.weight[tokenizer.eos_token_id] = 0.0
+        model.lm_head.weight[tokenizer.eos_token_id, 0] = end_logit / 32**0.5
+    return model

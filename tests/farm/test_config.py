@@ -331,3 +331,12 @@ def test_a_tier_that_changes_the_trunk_is_refused_where_targets_share_it(folder)
 def test_a_cached_form_of_a_tier_that_trains_fc_is_refused():
     with pytest.raises(ValueError, match="form cached needs a trunk that stays the same"):
         AdaptSettings(tier="expert-fc", form="cached")
+
+
+def test_an_endpoint_needs_a_url_for_every_target_and_it_holds_no_secret(folder):
+    asked = {"engine": "openai"}
+    assert "regenerate.url: engine openai needs one" in mistake(folder, tree(regenerate=asked))
+    for url in ("gpu:8000/v1", "http://user:pass@gpu:8000/v1", "file:///etc"):
+        assert "api_key_env" in mistake(folder, tree(regenerate={**asked, "url": url}))
+    given = load_manifest(write(folder, tree(regenerate={**asked, "url": "http://gpu:8000/v1"})))
+    assert given.regenerate.url == "http://gpu:8000/v1"

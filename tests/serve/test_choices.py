@@ -1,6 +1,7 @@
 """The choices of an answer: pieces, stop strings, seeds, and log-probabilities that stay with their text."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -66,6 +67,25 @@ def test_streamed_entries_are_those_of_the_text_that_was_given(size, other, stop
         assert [piece.finish_reason for piece in own if piece.finish_reason] == [
             "stop" if stop == ("he w",) else "length"
         ]
+
+
+@given(size=st.integers(1, 5), stop=st.sampled_from([(), ("he w",)]), end=st.sampled_from([None, 7]))
+def test_the_ids_of_all_pieces_are_the_answers_tokens_with_the_one_that_ended_it(size, stop, end):
+    progress = steps(TOKENS, size)
+    progress[-1] = replace(progress[-1], finish_reason="length" if end is None else "stop", stop_token=end)
+
+    async def collect() -> list:
+        box: asyncio.Queue = asyncio.Queue()
+        for one in progress:
+            box.put_nowait((0, one))
+        choice = Choice(0, TextStream(BYTE_LEVEL.decode, stop), None, prompt_ids=(1, 2))
+        return [item async for item in answer(box, [choice], 2)]
+
+    found = asyncio.run(collect())
+    ids = tuple(token for piece in found for token in piece.token_ids)
+    cut = next(n for n in range(len(TOKENS)) if "he w" in BYTE_LEVEL.decode(TOKENS[: n + 1])) + 1
+    assert ids == (TOKENS[:cut] if stop else TOKENS + (() if end is None else (end,)))
+    assert [piece.prompt_token_ids for piece in found] == [(1, 2), *[None] * (len(found) - 1)]
 
 
 def test_choices_interleave_and_each_ends_on_its_own():

@@ -140,6 +140,23 @@ def test_text_completions_have_openais_older_form(served):
         complete(logprobs=6)
 
 
+@pytest.mark.parametrize("bias", [{}, {"1": 100}])  # of <|end|>
+def test_token_ids_come_with_the_stop_token_whole_and_in_pieces_when_asked_for(served, bias):
+    prompt = served.client.completions
+    asked = {
+        "model": "adapted", "prompt": [20, 21, 22], "max_tokens": 9, "temperature": 0, "logit_bias": bias,
+    }  # fmt: skip
+    choice = prompt.create(**asked, extra_body={"return_token_ids": True}).choices[0]
+    assert choice.prompt_token_ids == [20, 21, 22]
+    assert choice.finish_reason == ("stop" if bias else "length")
+    assert choice.token_ids[-1:] == [1] if bias else len(choice.token_ids) == 9
+    stream = prompt.create(**asked, stream=True, extra_body={"return_token_ids": True})
+    pieces = [piece.choices[0] for piece in stream]
+    assert [token for piece in pieces for token in piece.token_ids] == choice.token_ids
+    assert pieces[0].prompt_token_ids == [20, 21, 22]
+    assert not hasattr(prompt.create(**asked).choices[0], "token_ids")
+
+
 def test_a_pinned_version_is_served_or_refused_by_its_name(served):
     pinned = served.greedy("adapted@v1")
     assert pinned.choices == served.greedy("adapted").choices

@@ -175,3 +175,14 @@ def test_the_source_of_a_row_decides_its_stratum_and_so_the_selection(tmp_path: 
     assert set(after.origins.values()) == {"b", "c"}
     assert after.answers.key == before.answers.key
     assert after.select_key != before.select_key
+
+
+def test_where_an_endpoint_is_decides_no_key_but_that_one_answers_does(tmp_path: Path) -> None:
+    def answers(**regenerate: object) -> str:
+        manifest = _manifest(tmp_path, "a", regenerate={"shard_rows": 5, **regenerate})
+        return _plan(tmp_path, manifest).targets[0].answers.key
+
+    here, there = answers(), answers(engine="openai", url="http://a:1/v1")
+    assert here != there
+    assert answers(engine="openai", url="http://b:2/v1", api_key_env="KEY", concurrency=3) == there
+    assert answers(url="http://b:2/v1") == here

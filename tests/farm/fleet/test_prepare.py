@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from farm.artifacts import Artifacts
+from farm.config import UserError
 from farm.draft.checkpoint import load_expert, read_config, read_tensors, split_vocabulary
 from farm.fleet.plan import TRUNK, make_plan
-from farm.fleet.prepare import prepare_trunk
+from farm.fleet.prepare import check_targets, prepare_trunk
 from farm.fleet.run import Run
 from farm.fleet.trainers import Attempts
 from farm.store import open_store
@@ -44,3 +45,19 @@ def test_a_trunk_is_trained_once_and_serves_targets_that_are_added_later(
     assert later.trunk.reused
     assert prepare_trunk(later) == trunk
     assert later.artifacts.find(TRUNK, later.trunk.key) == trunk
+
+
+@pytest.mark.ray
+def test_an_endpoint_that_does_not_answer_refuses_its_target_before_a_trunk_is_made(
+    ray_cluster: object, family: Family, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"engine": "openai", "url": "http://127.0.0.1:9/v1", "api_key_env": "ENDPOINT_KEY"}
+    manifest = family.manifest("alpha", store=store, regenerate=asked)
+    opened = open_store(manifest.store)
+    run = Run("r1", make_plan(manifest, Artifacts(opened), target_digest), opened, print, Attempts(0, 0))
+    with pytest.raises(UserError, match="ENDPOINT_KEY"):
+        check_targets(run)
+    monkeypatch.setenv("ENDPOINT_KEY", "k")
+    check_targets(run)
+    assert run.ended["alpha"].decision == "refused"
+    assert "alpha: http://127.0.0.1:9/v1: no answer after 3 attempts" in run.ended["alpha"].reason

@@ -56,11 +56,20 @@ class Written:
     def hidden(self, ids_T: Tensor) -> Tensor:
         return self.forward.forward(ids_T[None], Rows([0]), self.forward.new_cache(1, 64))[0]
 
-    def task(self, settings: SelectSettings, *, shard_rows: int = 16, key: str = "k") -> SelectTask:
-        artifacts = Artifacts(open_store(self.root.as_uri()))
+    def task(
+        self,
+        settings: SelectSettings,
+        *,
+        shard_rows: int = 16,
+        key: str = "k",
+        answers: list[Answer] | None = None,
+        feature_bytes: int | None = None,
+    ) -> SelectTask:
+        artifacts, written = Artifacts(open_store(self.root.as_uri())), answers or self.answers
         cuts = range(0, NUM_ROWS, shard_rows)
         for number, start in enumerate(cuts):
-            write_shard(artifacts, "answers", key, number, self.answers[start : start + shard_rows])
+            rows = written[start : start + shard_rows]
+            write_shard(artifacts, "answers", key, number, rows, feature_bytes)
         base = TargetSpec(name="base", model=str(self.root / "base"), prompts="")
         shards = sorted((self.root / "artifacts/answers" / key).glob("features-*"))
         return SelectTask(
@@ -158,3 +167,19 @@ def test_answers_that_are_too_short_are_never_chosen(written: Written, tmp_path:
     shards = (str(tmp_path / "artifacts/answers/short/features-00000.safetensors"),)
     with pytest.raises(UserError, match="long enough"):
         select_rows(replace(written.task(EXACT), shards=shards))
+
+
+@pytest.mark.parametrize("strategy", ["shift", "failure"])
+def test_scores_do_not_need_features_in_the_store(written: Written, strategy: str) -> None:
+    settings = EXACT.model_copy(update={"strategy": strategy})
+    answers = [
+        replace(one, features=written.hidden(torch.tensor([*one.prompt_ids, *one.answer_ids])[:-1]))
+        for one in written.answers
+    ]
+    stored, streamed = (
+        scores(
+            select_rows(written.task(settings, key=f"{strategy}{kept}", answers=answers, feature_bytes=kept))
+        )
+        for kept in (None, 0)
+    )
+    assert streamed == pytest.approx(stored, abs=1e-3)
