@@ -11,9 +11,8 @@ from farm.decode.control import Load, RoundResult
 
 Bucket = tuple[int, int]  # rows, rounded up to a power of two, and groups
 LOOKS = 3  # measurements of a length before it counts as explored; the first may pay for allocations
-KEPT = (
-    15  # measurements of a length of which the median counts: another process may have the core at any time
-)
+# Measurements of a length of which the median counts: another process may have the core at any time.
+KEPT = 15
 PACE_ROUNDS = 8  # rounds by whose median the machine's present pace is told
 
 

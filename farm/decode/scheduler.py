@@ -37,9 +37,8 @@ class LiveRequest:
     tokens: list[int]
     rounds: int = 0
     stats: DecodeStats = field(default_factory=DecodeStats)
-    logprobs: list[TokenLogprob] = field(
-        default_factory=list
-    )  # of every new token, or empty if not asked for
+    # Of every new token, or empty if not asked for.
+    logprobs: list[TokenLogprob] = field(default_factory=list)
 
     @property
     def num_new(self) -> int:

@@ -1,4 +1,4 @@
-# B rows, T tokens, H hidden, V vocabulary, C draft vocabulary
+# B rows, T tokens, M of their B T positions, H hidden, V vocabulary, C draft vocabulary
 """A draft: one trunk and what is private, an expert and perhaps changes to the trunk; with the target's head."""
 
 from __future__ import annotations
@@ -36,9 +36,12 @@ class Draft(nn.Module):
         hidden_BTH: Tensor,
         positions_BT: Tensor,
         remember: Callable[[Tensor], tuple[Tensor, Tensor, Tensor | None]],
+        at_M: Tensor | None = None,
     ) -> Tensor:
-        """Predicted hidden state [B, T, H]; see Trunk.forward for the arguments."""
-        residual_BTH, normed_BTH = self.trunk(embedded_BTH, hidden_BTH, positions_BT, remember, self.delta)
+        """Predicted hidden state [B, T, H], or [M, H] of some positions; see Trunk.forward for the arguments."""
+        residual_BTH, normed_BTH = self.trunk(
+            embedded_BTH, hidden_BTH, positions_BT, remember, self.delta, at_M
+        )
         predicted: Tensor = residual_BTH + self.expert(normed_BTH)
         return predicted
 

@@ -1,4 +1,5 @@
-# B rows, T tokens, S positions read, H hidden, N query heads, G key/value heads, P = 2 G, D head size
+# B rows, T tokens, M of their B T positions, S positions read, H hidden
+# N query heads, G key/value heads, P = 2 G, D head size
 """The part of a draft that all targets of a base share: fc, attention, norm and shared expert.
 
     u_t = W_f [e(x_{t+1}) ; h_t]            embedding first, no bias
@@ -61,8 +62,11 @@ class Trunk(nn.Module):
         positions_BT: Tensor,
         remember: Callable[[Tensor], tuple[Tensor, Tensor, Tensor | None]],
         delta: Changes | None = None,
+        at_M: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Residual with the shared expert added, and its normed input, both [B, T, H].
+
+        `at_M` are indices into the B * T positions, ascending: what is put out is for them alone, [M, H]. All are read.
 
         `remember(kv_BTPD)` stores this step's keys and then values and returns what may be read: keys and values
         [B, G, S, D] and a boolean mask [B, 1, R * T, S] or None. Serving passes the slot cache, training the unrolled
@@ -79,6 +83,8 @@ class Trunk(nn.Module):
         kv_BTPD = torch.cat((rotate(k_BTGD, cos_BT1D, sin_BT1D), v_BTGD), dim=2)
         k_BGSD, v_BGSD, mask = remember(kv_BTPD)
         mixed_BTX = attend(rotate(q_BTND, cos_BT1D, sin_BT1D), k_BGSD, v_BGSD, mask)
+        if at_M is not None:
+            u_BTH, mixed_BTX = (whole.flatten(0, 1)[at_M] for whole in (u_BTH, mixed_BTX))
         a_BTH = u_BTH + _changed(self.o_proj(mixed_BTX), mixed_BTX, delta, "out")
         n_BTH = self.post_attention_layernorm(a_BTH)
         return a_BTH + self.shared_expert(n_BTH), n_BTH

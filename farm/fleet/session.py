@@ -12,9 +12,8 @@ NAMESPACE = "farm"
 AUTH_VARIABLE = "RAY_AUTH_MODE"
 # Ray starts a process for a service that a farm of short runs has no use for; it costs memory in every run.
 WORKER_VARIABLES = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
-MIN_LOGICAL_CPUS = (
-    4  # a run is a driver task, a controller and workers: fewer logical CPUs would wait for ever
-)
+# A run is a driver task, a controller and workers: fewer logical CPUs would wait for ever.
+MIN_LOGICAL_CPUS = 4
 
 
 def in_cluster() -> bool:

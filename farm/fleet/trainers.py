@@ -53,9 +53,8 @@ class TrainJob:
     attempts: Attempts
     record: Mapping[str, Any]  # goes into the artifact's manifest
     at_once: int = 1  # runs side by side
-    shown_as: tuple[str, tuple[str, ...]] | None = (
-        None  # run id and targets on whose records its steps are shown
-    )
+    # Run id and targets on whose records its steps are shown.
+    shown_as: tuple[str, tuple[str, ...]] | None = None
 
     @property
     def num_threads(self) -> int:

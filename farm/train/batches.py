@@ -1,4 +1,4 @@
-# B rows, T draft positions, L tokens, H hidden
+# B rows, T draft positions, M masked ones of B T, L tokens, H hidden
 """Batches of samples: which rows a step sees follows from seed and step alone, whatever the number of workers."""
 
 from __future__ import annotations
@@ -47,10 +47,14 @@ class Batch:
         move = (self.next_tokens_BT.to(device), self.hidden_BTH.to(device, torch.float32))
         return Batch(*move, *(rows.to(device) for rows in (self.first_B, self.last_B, self.sample_B)))
 
+    def masked(self, step: int) -> Tensor:
+        """Where `mask(step)` is true among the B * T positions, int64 [M] ascending."""
+        return self.mask(step).flatten().nonzero().squeeze(1)
+
     def where(self, step: int) -> Where:
         """Sample and index of every position of `mask(step)`, in its order."""
-        row_M, index_M = self.mask(step).nonzero(as_tuple=True)
-        return Where(self.sample_B[row_M], index_M)
+        at_M, length = self.masked(step), self.next_tokens_BT.shape[1]
+        return Where(self.sample_B[at_M // length], at_M % length)
 
 
 def collate(

@@ -18,6 +18,9 @@ from farm.draft.model import DraftHead
 from farm.train.loss import graded
 
 LOGIT_NUMBERS: Final = 2**26  # of one chunk of one model's logits: 256 MiB in float32
+# On a CPU: 512 KiB, so that the passes over a chunk stay in its caches; but the head is read once for as many rows.
+CPU_LOGIT_NUMBERS: Final = 2**17
+CPU_ROWS: Final = 128
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, predicted_MH: Tensor, hidden_MH: Tensor, head: DraftHead, wanted: Wanted
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rows = wanted.rows or max(1, LOGIT_NUMBERS // head.weight_CH.shape[0])
+        rows = wanted.rows or _chunk_rows(head.weight_CH)
         learns = bool(ctx.needs_input_grad[0])
         losses, divergences, alphas, gradients = [], [], [], []
         for x_MH, h_MH in zip(_split(predicted_MH, rows), _split(hidden_MH, rows), strict=True):
@@ -81,6 +84,13 @@ class _ChunkedLoss(torch.autograd.Function):
         scale_M1 = grads[0][:, None].to(gradient_MH.dtype)
         # Not a product alone: a position that is left out may have no finite gradient.
         return torch.where(scale_M1 == 0, 0.0, gradient_MH * scale_M1), None, None, None
+
+
+def _chunk_rows(weight_CH: Tensor) -> int:
+    most = max(1, LOGIT_NUMBERS // weight_CH.shape[0])
+    if weight_CH.device.type != "cpu":
+        return most
+    return min(most, max(CPU_ROWS, CPU_LOGIT_NUMBERS // weight_CH.shape[0]))
 
 
 def _split(values_MH: Tensor, rows: int) -> tuple[Tensor, ...]:

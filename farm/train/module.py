@@ -17,7 +17,7 @@ from farm.train.cached import Positions
 from farm.train.chunks import PositionLosses, Wanted, position_losses
 from farm.train.loss import STEP_DECAY, smooth_l1
 from farm.train.tiers import TrainedDraft
-from farm.train.unroll import shift, unroll
+from farm.train.unroll import unroll
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,12 @@ class DraftLoss(nn.Module):
             predicted_MH = batch.residual_MH + self.trained.expert(batch.normed_MH)
             return (self._losses(predicted_MH, batch.hidden_MH, batch.at, wanted),)
         embedded_BTH = self._head[0].embed(batch.next_tokens_BT)
+        at = [batch.masked(step) for step in range(self.num_steps)]
+        predicted = unroll(self.trained.as_draft(), embedded_BTH, batch.hidden_BTH, self.num_steps, at)
         steps = []
-        predicted = unroll(self.trained.as_draft(), embedded_BTH, batch.hidden_BTH, self.num_steps)
-        for step, predicted_BTH in enumerate(predicted):
-            mask_BT = batch.mask(step)
-            hidden_MH = shift(batch.hidden_BTH, step + 1)[mask_BT]
-            steps.append(self._losses(predicted_BTH[mask_BT], hidden_MH, batch.where(step), wanted))
+        for step, (predicted_MH, at_M) in enumerate(zip(predicted, at, strict=True)):
+            hidden_MH = batch.hidden_BTH.flatten(0, 1)[at_M + step + 1]
+            steps.append(self._losses(predicted_MH, hidden_MH, batch.where(step), wanted))
         return tuple(steps)
 
     def _losses(self, predicted_MH: Tensor, hidden_MH: Tensor, at: Where, wanted: Wanted) -> StepLosses:

@@ -20,7 +20,9 @@ def initialize(module: nn.Module, settings: TrainSettings, num_micro: int, rows:
     if not torch.cuda.is_available() and hasattr(deepspeed.ops, "__compatible_ops__"):
         # Its first use compiles C++ for over a minute; gloo alone serves small experts.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    optimizer = torch.optim.AdamW(module.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        module.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
     config = {
         "train_micro_batch_size_per_gpu": rows,
         "gradient_accumulation_steps": num_micro,

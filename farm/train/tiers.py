@@ -52,9 +52,8 @@ class LowRankMap(nn.Module):
 
     def __init__(self, weight_OI: Tensor, rank: int, generator: torch.Generator) -> None:
         super().__init__()
-        self._frozen = (
-            weight_OI,
-        )  # in a tuple: no parameter, and nothing that DeepSpeed may cast or broadcast
+        # In a tuple: no parameter, and nothing that DeepSpeed may cast or broadcast.
+        self._frozen = (weight_OI,)
         out, inputs = weight_OI.shape
         self.a_RI = nn.Parameter(_normal((rank, inputs), inputs**-0.5, generator).to(weight_OI.device))
         self.b_OR = nn.Parameter(torch.zeros(out, rank, device=weight_OI.device))

@@ -1,4 +1,5 @@
-# B rows, T draft positions, H hidden, G key/value heads, P = 2 G, D head size, S = (s + 1) T keys read at step s
+# B rows, T draft positions, M of their B T positions, H hidden
+# G key/value heads, P = 2 G, D head size, S = (s + 1) T keys read at step s
 """A draft unrolled over its own predictions, in the form that serving has (HASS 2408.15766, EAGLE-3 2503.01840).
 
 Tokens x_0 .. x_{L-1}, true hidden states h_0 .. h_{L-2}. Step s at index t continues a round that began at t:
@@ -12,6 +13,8 @@ Tokens x_0 .. x_{L-1}, true hidden states h_0 .. h_{L-2}. Step s at index t cont
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,12 +23,20 @@ from farm.draft.trunk import Trunk
 from farm.layers.attention import fold_mask
 
 
-def unroll(draft: Draft, embedded_BTH: Tensor, hidden_BTH: Tensor, num_steps: int) -> list[Tensor]:
-    """Predicted hidden states of every step, `num_steps` tensors [B, T, H].
+def unroll(
+    draft: Draft,
+    embedded_BTH: Tensor,
+    hidden_BTH: Tensor,
+    num_steps: int,
+    at: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """Predicted hidden states of every step, `num_steps` tensors [B, T, H], or [M, H] of some positions.
 
     Args:
         embedded_BTH: e(x_{t+1}) at index t; step s reads it shifted by s, zeros at the end.
         hidden_BTH: h_t at index t.
+        at: by step, which of the B * T positions are wanted, int64 [M] ascending; those of a step are among those of
+            the step before. Keys and values are made everywhere, what follows attention only there. None: all.
     """
     num_rows, length, _ = embedded_BTH.shape
     index_T = torch.arange(length, device=embedded_BTH.device)
@@ -33,9 +44,17 @@ def unroll(draft: Draft, embedded_BTH: Tensor, hidden_BTH: Tensor, num_steps: in
     predicted: list[Tensor] = []
     for step in range(num_steps):
         inputs_BTH = predicted[-1] if predicted else hidden_BTH
+        if predicted and at is not None:
+            inputs_BTH = _spread(predicted[-1], at[step - 1], hidden_BTH.shape)
         positions_BT = (index_T + step).expand(num_rows, length)
-        predicted.append(draft(shift(embedded_BTH, step), inputs_BTH, positions_BT, remember))
+        at_M = None if at is None else at[step]
+        predicted.append(draft(shift(embedded_BTH, step), inputs_BTH, positions_BT, remember, at_M))
     return predicted
+
+
+def _spread(values_MH: Tensor, at_M: Tensor, shape: torch.Size) -> Tensor:
+    """Values back in their places among B * T positions, zeros elsewhere; [B, T, H]."""
+    return values_MH.new_zeros(shape).flatten(0, 1).index_copy(0, at_M, values_MH).view(shape)
 
 
 class OwnSteps:
