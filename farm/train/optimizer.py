@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from farm.sections import TrainSettings
 
@@ -35,6 +35,9 @@ def initialize(module: nn.Module, settings: TrainSettings, num_micro: int, rows:
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=config, dist_init_required=False
     )
+    if settings.zero_stage == 0 and distributed.get_world_size() == 1:
+        # It would copy every gradient into one buffer and back; ZeRO's own reduction also moves gradients, so it stays.
+        engine.enable_backward_allreduce = False
     return engine
 
 
