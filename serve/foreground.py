@@ -27,9 +27,8 @@ BROADCAST_S = 10.0
 def drain(wait_s: float) -> int:
     """Let the endpoint take nothing new and finish what is open; how many answers were still open after `wait_s`."""
     gateways: DeploymentHandle = serve.get_deployment_handle("Gateway", APP)
-    gateways._init(
-        _run_router_in_separate_loop=True
-    )  # there is no loop here, whatever Serve's own processes do
+    # There is no loop here, whatever Serve's own processes do.
+    gateways._init(_run_router_in_separate_loop=True)
     end = time.monotonic() + wait_s
     while num_open := sum(gateways.broadcast("drain").results(timeout_s=BROADCAST_S)):
         if time.monotonic() >= end:

@@ -185,9 +185,8 @@ class EngineHost:
 
     def _new_test(self, share: float) -> WorseTest:
         settings = self._settings
-        most_drafted = (
-            settings.k if settings.tree is None else settings.tree.depth
-        )  # that one round can accept
+        # The most that one round can accept.
+        most_drafted = settings.k if settings.tree is None else settings.tree.depth
         return WorseTest(share, most_drafted, settings.canary_margin, settings.canary_alpha)
 
 

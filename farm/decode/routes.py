@@ -13,9 +13,8 @@ from farm.layers.lora import Lora, LoraRows, stack_loras
 from farm.target.model import TargetModel
 
 Owner = TypeVar("Owner", bound=Hashable)
-KEPT_STACKS = (
-    4  # mixtures of LoRAs whose deltas stay side by side in memory, as many bytes as their LoRAs each
-)
+# Mixtures of LoRAs whose deltas stay side by side in memory, as many bytes as their LoRAs each.
+KEPT_STACKS = 4
 KEPT_BATCHES = 64  # whose division into groups is remembered, without any tensor
 
 
