@@ -51,9 +51,8 @@ class TargetSpec(Strict):
     revision: str | None = None
     prompts: str = ""  # empty: it makes them up itself, see ElicitSettings
     chat_template: str | None = None  # path of a jinja file, or the template's text
-    url: str | None = (
-        None  # of an endpoint that serves it, for regenerate.engine openai; None: regenerate.url
-    )
+    # Of an endpoint that serves it, for regenerate.engine openai; None: regenerate.url.
+    url: str | None = None
     served_as: str | None = None  # its name there; None: `name`
 
     @field_validator("url")
@@ -139,14 +138,12 @@ class RegenerateSettings(Strict):
     seed: int = 0
     memory_bytes: Positive = 8 * 2**30  # of live targets in one actor
     features: Literal["store", "stream"] = "store"  # "stream": kept nowhere, captured again by who needs them
-    byte_budget: Positive = (
-        2 * 2**30
-    )  # of one target's features in the store; those beyond it are captured again
+    # Of one target's features in the store; those beyond it are captured again.
+    byte_budget: Positive = 2 * 2**30
     engine: Literal["farm", "openai"] = "farm"  # that decodes; "openai": an endpoint that serves the targets
     url: str | None = None  # of that endpoint, its /v1; a target may have its own
-    api_key_env: str | None = (
-        None  # environment variable, of who starts the run, that holds the endpoint's key
-    )
+    # The environment variable, of who starts the run, that holds the endpoint's key.
+    api_key_env: str | None = None
     concurrency: Positive = 16  # requests at once, of one actor
     retries: int = Field(default=8, ge=0)  # of a request, after pauses of 0.5 s to 8 s
     timeout_s: float = Field(default=600.0, gt=0)  # of a request

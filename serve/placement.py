@@ -21,9 +21,8 @@ class Need:
     own_bytes: int  # its LoRA, its private experts
     shape: Hashable  # targets of one shape share an engine's slots
     cache_bytes: int  # of that engine
-    mixture_bytes: int = (
-        0  # of LoRAs and experts side by side for its batches, where this target is the largest
-    )
+    # Of LoRAs and experts side by side for its batches, where this target is the largest.
+    mixture_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -93,9 +93,8 @@ class Rollout:
         """One look at every pointer and at every canary's test."""
         try:
             for followed in self._followed.values():
-                self._follow(
-                    followed
-                )  # the first that cannot be asked ends the round: each may take its time
+                # The first that cannot be asked ends the round: each may take its time.
+                self._follow(followed)
         except Exception as error:  # noqa: BLE001 - whatever a store raises when it is away
             self._complain("the store", f"cannot be read, what is served stays: {error!r}")
         else:

@@ -5,9 +5,8 @@ from typing import Any
 
 from serve.detokenize import REPLACEMENT
 
-BYTE_FALLBACK = re.compile(
-    r"<0x([0-9A-F]{2})>"
-)  # a byte that is no piece of the vocabulary, as Llama 2 writes it
+# A byte that is no piece of the vocabulary, as Llama 2 writes it.
+BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def byte_level_alphabet() -> dict[str, int]:

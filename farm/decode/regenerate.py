@@ -184,9 +184,8 @@ def _prefill(
 
     Padding comes last, where causal attention never sees it.
     """
-    order = sorted(
-        range(len(rows)), key=lambda index: len(rows[index])
-    )  # rows of one length waste no padding
+    # Rows of one length waste no padding.
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     for start in range(0, len(rows), batch_rows):
         batch = order[start : start + batch_rows]
         length = len(rows[batch[-1]]) - 1

@@ -262,11 +262,8 @@ def test_which_tokens_of_a_round_were_drafted_comes_with_its_text():
 
     first, last = asyncio.run(run(include_rounds=True))
     assert first.spans == ((first.text, False),)
-    assert (last.num_rounds, last.num_emitted, last.num_new_tokens) == (
-        2,
-        len(ids),
-        len(ids),
-    )  # a stop token is unseen
+    # A stop token is unseen.
+    assert (last.num_rounds, last.num_emitted, last.num_new_tokens) == (2, len(ids), len(ids))
     assert first.text + "".join(text for text, _ in last.spans) == tokenizer.decode(ids)
     assert [drafted for _, drafted in last.spans] == [True, False, True]
     assert last.spans[1][0] == tokenizer.decode(ids[2:3])

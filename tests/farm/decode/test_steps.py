@@ -179,9 +179,8 @@ def test_padding_leaves_the_caches_of_other_slots_as_they_were() -> None:
         engine.step()
     assert engine.num_live == 3
     assert bool((engine.runner.cache.buffer[:, 3, :, :64] == 7.0).all())
-    assert not bool(
-        (engine.runner.cache.buffer[:, 3] == 7.0).all()
-    )  # the padding did work there, behind that
+    # The padding did work there, behind that.
+    assert not bool((engine.runner.cache.buffer[:, 3] == 7.0).all())
     sequence = engine.scheduler.live[1].tokens
     fresh = target.new_cache(1, 64)
     target.forward(torch.tensor([sequence[:-1]]), Rows([0]), fresh)
