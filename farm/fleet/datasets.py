@@ -19,9 +19,12 @@ from farm.fleet.pool import describe
 from farm.sections import RegenerateResources
 from farm.store import open_store
 
-# Of one actor and of one shard on it. Without a bound, a target whose load kills its process is tried for
-# ever.
-MAX_RESTARTS = 2
+# Pipelines over all targets. An actor that dies ends its pipeline, and another runs what is missing: Ray Data may wait
+# for ever for an actor whose node is gone, and would try a target whose load kills its process for ever.
+MAX_PIPELINES = 3
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,21 +47,25 @@ def regenerate(
 ) -> dict[str, str]:
     """Write every missing shard of `jobs` into `store` (a URI); returns {target name: why it failed}.
 
-    A target fails alone. When the pipeline itself breaks (an actor died more often than MAX_RESTARTS allows),
-    what is missing is run again target by target, so that the one that kills its actor is found.
+    A target fails alone. A pipeline breaks when an actor dies; what is missing is run again, the last times target by
+    target, so that the one that kills its actor is found.
     """
     if not jobs:
         return {}
     artifacts = Artifacts(open_store(store))
     failures: dict[str, str] = {}
-    try:
-        _run(_with_missing(artifacts, jobs), artifacts, resources, failures, on_shard)
-    except Exception:  # noqa: BLE001 - whatever broke, the single runs below say whose it was
-        for job in _with_missing(artifacts, [job for job in jobs if job.name not in failures]):
-            try:
-                _run([job], artifacts, resources, failures, on_shard)
-            except Exception as error:  # noqa: BLE001 - this target's row in the report
-                failures[job.name] = describe(error)
+    for _ in range(MAX_PIPELINES):
+        missing = _with_missing(artifacts, [job for job in jobs if job.name not in failures])
+        try:
+            _run(missing, artifacts, resources, failures, on_shard)
+            return failures
+        except Exception as error:  # noqa: BLE001 - whatever broke, single runs say whose it was
+            log.warning("a pipeline of answers ended early and runs again: %s", describe(error))
+    for job in _with_missing(artifacts, [job for job in jobs if job.name not in failures]):
+        try:
+            _run([job], artifacts, resources, failures, on_shard)
+        except Exception as error:  # noqa: BLE001 - this target's row in the report
+            failures[job.name] = describe(error)
     return failures
 
 
@@ -95,8 +102,8 @@ def _run(
             num_cpus=resources.num_cpus,
             num_gpus=resources.num_gpus,
             compute=pool,
-            max_restarts=MAX_RESTARTS,
-            max_task_retries=MAX_RESTARTS,
+            max_restarts=0,
+            max_task_retries=0,
         )
         for row in shards.iter_rows():
             result = ShardResult(**row)

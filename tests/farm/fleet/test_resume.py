@@ -1,16 +1,22 @@
-"""A regeneration that loses its driver goes on: no row is lost, none is answered twice, features stay in budget."""
+"""A regeneration that loses its driver, or a node of its cluster, goes on: no row is lost, none is answered twice."""
 
+import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import ray
+import yaml
 from safetensors.torch import load_file
 
 from farm.artifacts import Artifacts
@@ -26,6 +32,11 @@ from farm.target.load import target_digest
 from tests.farm.fleet.family import Family
 
 NUM_ROWS = 16
+# Keys that Ray's autoscaler reads whatever the provider does with them.
+UNUSED = (
+    "cluster_synced_files", "rsync_exclude", "rsync_filter", "initialization_commands", "setup_commands",
+    "head_setup_commands", "worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands",
+)  # fmt: skip
 DRIVER = """
 import pickle, sys
 from pathlib import Path
@@ -121,3 +132,99 @@ def test_answers_that_a_selection_may_drop_leave_no_features_in_the_store(
         .answers.feature_bytes
         == 0
     )
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_cluster_that_grows_from_nothing_and_loses_a_node_answers_every_row(
+    family: Family, store: Path, tmp_path: Path
+) -> None:
+    """Ray's fake autoscaler: GPUs are logical, every worker node is a raylet of its own."""
+    settings = {"shard_rows": 1, "max_new_tokens": 400, "batch_rows": 1}
+    manifest = family.manifest("alpha", "beta", "gamma", "delta", store=store, regenerate=settings)
+    artifacts = Artifacts(open_store(manifest.store))
+    jobs = [one.answers for one in make_plan(manifest, artifacts, target_digest).targets]
+    resources = RegenerateResources(num_gpus=1, min_actors=2, max_actors=2)
+    with autoscaling(tmp_path) as (address, head):
+        assert raylets(head) == {}
+        child = driver(tmp_path, pickled(jobs, manifest.store, resources), address)
+        most: dict[str, psutil.Process] = {}
+        try:
+            while len(most) < 2:
+                assert child.poll() is None, "it ended before the cluster had grown"
+                most |= raylets(head)
+                time.sleep(0.05)
+            wait_for_shards(artifacts, jobs[0], 3, child)
+            next(iter(most.values())).kill()
+            open_then = sum(len(missing_shards(artifacts, job)) for job in jobs)
+            answered = child.communicate(timeout=240)[0]
+        finally:
+            child.kill()
+        assert answered.strip().splitlines()[-1] == "{}", answered
+        assert 0 < open_then < len(jobs) * NUM_ROWS
+        for job in jobs:
+            assert ids_of(artifacts, job) == {prompt.id: 1 for prompt in job.prompts}
+
+
+@contextmanager
+def autoscaling(folder: Path) -> Iterator[tuple[str, psutil.Process]]:
+    """A head without GPUs that may grow by two fake nodes of one each; its address and its process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"{ray.util.get_node_ip_address()}:{port}"
+    types = {
+        "ray.head.default": {"resources": {"CPU": 4}, "node_config": {}, "max_workers": 0},
+        "gpu": {"resources": {"CPU": 2, "GPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 3},
+    }
+    config = {
+        "cluster_name": "farm-test",
+        "max_workers": 3,  # one of them in place of a lost one
+        "idle_timeout_minutes": 5,
+        "provider": {
+            "type": "fake_multinode",
+            "gcs_address": address,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+        },
+        "available_node_types": types,
+        "head_node_type": "ray.head.default",
+        **{name: {} for name in ("auth", "docker", "file_mounts")},
+        **{name: [] for name in UNUSED},
+        "file_mounts_sync_continuously": False,
+    }
+    file = folder / "autoscaling.yaml"
+    file.write_text(yaml.safe_dump(config))
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}"]
+    command += ["--num-cpus=4", "--include-dashboard=false", f"--autoscaling-config={file}"]
+    variables = {
+        "RAY_FAKE_CLUSTER": "1",
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "RAY_enable_autoscaler_v2": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    with (folder / "head.log").open("w") as log:
+        started = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **variables})
+        head = psutil.Process(started.pid)
+        try:
+            deadline = time.monotonic() + 60
+            while "Ray runtime started" not in (folder / "head.log").read_text():
+                assert started.poll() is None, (folder / "head.log").read_text()
+                assert time.monotonic() < deadline, (folder / "head.log").read_text()
+                time.sleep(0.2)
+            yield address, head
+        finally:
+            for process in [*head.children(recursive=True), head]:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            started.wait()
+
+
+def raylets(head: psutil.Process) -> dict[str, psutil.Process]:
+    """Raylets of the nodes that the autoscaler has started, by process: it is their parent, not the head's command."""
+    found = {}
+    for process in head.children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if process.name() == "raylet" and process.parent() != head:
+                found[str(process.pid)] = process
+    return found
