@@ -100,11 +100,12 @@ def died(child: ServeChild) -> UserError:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """As Ctrl-C does; what has not ended after a minute is killed with all of its group."""
-    for number, wait_s in ((signal.SIGINT, STOP_S), (signal.SIGTERM, STOP_S / 4), (signal.SIGKILL, STOP_S)):
+    """Lets it drain; what has not ended after a minute is killed with all of its group."""
+    # Not SIGINT, which whoever runs in a shell's background inherits as ignored.
+    for end in (process.terminate, lambda: os.killpg(process.pid, signal.SIGKILL)):
         if process.poll() is None:
-            os.killpg(process.pid, number)
-        deadline = time.monotonic() + wait_s
+            end()
+        deadline = time.monotonic() + STOP_S
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
 
