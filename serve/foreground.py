@@ -4,6 +4,7 @@ Told to end (SIGTERM, or Ctrl-C), it takes no new requests, lets the open answer
 and shuts Serve down; told twice, it stops at once. `serve run` would cut the open streams.
 """
 
+import os
 import signal
 import sys
 import threading
@@ -46,7 +47,9 @@ def main(arguments: Sequence[str]) -> None:
             sys.exit(128 + number)
         ended.set()
 
-    ray.init(namespace="serve", ignore_reinit_error=True)
+    # As for an onboarding: a cluster that is named, else an own one. Left to itself Ray would look for one that an
+    # address file names, and wait for it long after it died.
+    ray.init(address=os.environ.get("RAY_ADDRESS", "local"), namespace="serve")
     for number in (signal.SIGTERM, signal.SIGINT):  # after Ray has set its own
         signal.signal(number, end)
     serve.run(build(args), name=APP, route_prefix="/")

@@ -59,8 +59,12 @@ def secured(tmp_path_factory) -> Iterator[Secured]:
     arguments = {"store": store, "port": port, "keys": keys_file, "num_slots": 4, "max_length": 4000}
     command = [sys.executable, "-m", "serve.foreground", *(f"{k}={v}" for k, v in arguments.items())]
     session = Path(tempfile.mkdtemp(prefix="ray"))  # short: paths of sockets have at most 107 characters
-    own_ray = {"RAY_ADDRESS": "local", "RAY_TMPDIR": str(session), "RAY_AUTH_MODE": "disabled"}
+    dead_cluster = session / "ray" / "ray_current_cluster"  # as a head that was killed leaves it
+    dead_cluster.parent.mkdir()
+    dead_cluster.write_text("127.0.0.1:1")
+    own_ray = {"RAY_TMPDIR": str(session), "RAY_AUTH_MODE": "disabled"}
     environment = {**LEAN_SERVE, **os.environ, **own_ray, "OMP_NUM_THREADS": "1"}  # as `farm serve` starts it
+    environment.pop("RAY_ADDRESS", None)
     with log.open("wb") as sink:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=sink, stderr=subprocess.STDOUT)
     served = Secured(f"http://127.0.0.1:{port}", process, keys, log, session)

@@ -1,7 +1,6 @@
 """A regeneration that loses its driver, or a node of its cluster, goes on: no row is lost, none is answered twice."""
 
 import os
-import pickle
 import signal
 import socket
 import subprocess
@@ -20,13 +19,13 @@ import yaml
 from safetensors.torch import load_file
 
 from farm.artifacts import Artifacts
+from farm.config import Manifest, dump
 from farm.data.features import read_shards
 from farm.decode.regenerate import Recapture
 from farm.fleet.answers import AnswersJob, feature_shards, finish_answers, kept_bytes, missing_shards
 from farm.fleet.datasets import ShardResult, regenerate
 from farm.fleet.footprint import Footprint
 from farm.fleet.plan import make_plan
-from farm.sections import RegenerateResources
 from farm.store import open_store
 from farm.target.load import target_digest
 from tests.farm.fleet.family import Family
@@ -38,20 +37,27 @@ UNUSED = (
     "head_setup_commands", "worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands",
 )  # fmt: skip
 DRIVER = """
-import pickle, sys
-from pathlib import Path
+import sys
 import ray
+from farm.artifacts import Artifacts
+from farm.config import load_manifest
 from farm.fleet.datasets import regenerate
-jobs, store, resources = pickle.loads(Path(sys.argv[1]).read_bytes())
+from farm.fleet.plan import make_plan
+from farm.store import open_store
+from farm.target.load import target_digest
+manifest = load_manifest(sys.argv[1])
 ray.init(address=sys.argv[2], log_to_driver=False)
-print(regenerate(jobs, store, resources), flush=True)
+plan = make_plan(manifest, Artifacts(open_store(manifest.store)), target_digest)
+jobs = [target.answers for target in plan.targets]
+print(regenerate(jobs, manifest.store, manifest.resources.regenerate), flush=True)
 """
 
 
-def driver(folder: Path, arguments: bytes, address: str) -> "subprocess.Popen[str]":
+def driver(folder: Path, manifest: Manifest, address: str) -> "subprocess.Popen[str]":
     """A process that regenerates in the cluster at `address`."""
-    (folder / "arguments").write_bytes(arguments)
-    command = [sys.executable, "-c", DRIVER, str(folder / "arguments"), address]
+    file = folder / "manifest.yaml"
+    file.write_text(yaml.safe_dump(dump(manifest)))
+    command = [sys.executable, "-c", DRIVER, str(file), address]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -80,8 +86,7 @@ def test_after_kill_9_of_the_driver_the_rest_is_answered_once_within_the_byte_bu
     manifest = family.manifest("alpha", store=store, regenerate=settings)
     artifacts = Artifacts(open_store(manifest.store))
     job = make_plan(manifest, artifacts, target_digest).targets[0].answers
-    resources = RegenerateResources()
-    child = driver(tmp_path, pickled([job], manifest.store, resources), ray.get_runtime_context().gcs_address)
+    child = driver(tmp_path, manifest, ray.get_runtime_context().gcs_address)
     wait_for_shards(artifacts, job, 1, child)
     child.send_signal(signal.SIGKILL)
     child.communicate()
@@ -94,7 +99,7 @@ def test_after_kill_9_of_the_driver_the_rest_is_answered_once_within_the_byte_bu
         results.append(result)
         footprint.add(result.feature_bytes)
 
-    assert regenerate([job], manifest.store, resources, on_shard) == {}
+    assert regenerate([job], manifest.store, manifest.resources.regenerate, on_shard) == {}
 
     # What a dying actor still finished is not asked for again either.
     assert {result.shard for result in results}.isdisjoint(done)
@@ -106,10 +111,6 @@ def test_after_kill_9_of_the_driver_the_rest_is_answered_once_within_the_byte_bu
     assert "MiB held, of 0.0 allowed" in footprint.line()
     shards = [Path(path) for path in feature_shards(finish_answers(artifacts, job), artifacts)]
     assert len(read_shards(shards, capture=Recapture.of(job.spec, "auto"))) == NUM_ROWS
-
-
-def pickled(jobs: list[AnswersJob], store: str, resources: RegenerateResources) -> bytes:
-    return pickle.dumps((jobs, store, resources))
 
 
 def job_bytes(artifacts: Artifacts, job: AnswersJob) -> int:
@@ -141,13 +142,15 @@ def test_a_cluster_that_grows_from_nothing_and_loses_a_node_answers_every_row(
 ) -> None:
     """Ray's fake autoscaler: GPUs are logical, every worker node is a raylet of its own."""
     settings = {"shard_rows": 1, "max_new_tokens": 400, "batch_rows": 1}
-    manifest = family.manifest("alpha", "beta", "gamma", "delta", store=store, regenerate=settings)
+    workers = {"num_gpus": 1, "min_actors": 2, "max_actors": 2}
+    manifest = family.manifest(
+        "alpha", "beta", "gamma", "delta", store=store, regenerate=settings, resources={"regenerate": workers}
+    )
     artifacts = Artifacts(open_store(manifest.store))
     jobs = [one.answers for one in make_plan(manifest, artifacts, target_digest).targets]
-    resources = RegenerateResources(num_gpus=1, min_actors=2, max_actors=2)
     with autoscaling(tmp_path) as (address, head):
         assert raylets(head) == {}
-        child = driver(tmp_path, pickled(jobs, manifest.store, resources), address)
+        child = driver(tmp_path, manifest, address)
         most: dict[str, psutil.Process] = {}
         try:
             while len(most) < 2:
