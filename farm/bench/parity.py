@@ -20,7 +20,6 @@ import torch
 
 from farm.bench.vllm_engine import VllmAnswer, VllmEngine, VllmSettings, find_python, kv_bytes
 from farm.config import UserError
-from farm.decode.control import Fixed, RoundResult
 from farm.decode.engine import OFFLINE_PREFILL_TOKENS, Engine, Request, Route
 from farm.decode.sampling import SamplingParams
 from farm.draft.model import Draft
@@ -91,22 +90,6 @@ class Subject:
     speed_rounds: int
 
 
-class Counting(Fixed):
-    """Always k tokens; counts what vLLM counts, a round that a request's end cuts as a whole one."""
-
-    def __init__(self, length: int) -> None:
-        super().__init__(length)
-        self.drafts, self.accepted = 0, 0
-
-    def observe(self, result: RoundResult) -> None:
-        self.drafts += result.load.num_rows
-        self.accepted += sum(result.accepted)
-
-    @property
-    def tau(self) -> float:
-        return 1 + self.accepted / self.drafts
-
-
 def verify(
     task: ExportTask, folder: Path, base_expert: Path, subject: Subject, say: Callable[[str], None]
 ) -> Parity:
@@ -161,16 +144,28 @@ def spare(k: int) -> int:
 def decode_here(
     target: LoadedTarget, draft: Draft, prompts: Sequence[PromptIds], k: int
 ) -> tuple[list[tuple[int, ...]], float]:
-    """Greedy tokens of each prompt by our engine, and tau as vLLM counts it."""
-    control = Counting(k)
+    """Greedy tokens of each prompt by our engine, always k drafted, and tau as vLLM counts it.
+
+    vLLM drafts k tokens in an answer's last round too, and counts all that it accepts; here drafts end with the
+    answer. So requests ask for k tokens more, and rounds that begin behind the answer are left out.
+    """
     engine = Engine(
         [Route(target.forward, frozenset(), draft)], num_slots=SLOTS,
-        max_length=max(map(len, prompts)) + NEW_TOKENS, k=k, control=control,
-        prefill_tokens=OFFLINE_PREFILL_TOKENS,
+        max_length=max(map(len, prompts)) + NEW_TOKENS + k, k=k, prefill_tokens=OFFLINE_PREFILL_TOKENS,
     )  # fmt: skip
-    params = SamplingParams(max_new_tokens=NEW_TOKENS)
-    done = engine.run(Request(str(i), ids, params) for i, ids in enumerate(prompts))
-    return [one.tokens for one in done], control.tau
+    params = SamplingParams(max_new_tokens=NEW_TOKENS + k)
+    said: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
+    for i, ids in enumerate(prompts):
+        engine.add(Request(str(i), ids, params))
+    drafts = accepted = 0
+    while engine.has_work:
+        for output in engine.step():
+            if output.num_drafted is not None:
+                drafts, accepted = drafts + 1, accepted + output.num_drafted
+            said[output.request_id] += output.tokens
+            if len(said[output.request_id]) >= NEW_TOKENS:
+                engine.cancel(output.request_id)
+    return [tuple(tokens[:NEW_TOKENS]) for tokens in said.values()], 1 + accepted / drafts
 
 
 def compare(

@@ -73,7 +73,7 @@ class SecondsByLength:
     """Seconds of one part of a round by its length: 0 by itself, all others on one line (weighted least squares).
 
     A line, because what decides is the price of one token more, and the difference of two neighbouring medians is
-    mostly noise.
+    mostly noise. A length that was looked at less than LOOKS times stays off it: its median may be a stutter.
     """
 
     MOST_LOOKS = 30  # that count: what is rarely tried has its say
@@ -108,7 +108,9 @@ class SecondsByLength:
 
     def _fit(self) -> tuple[float, float]:
         if self._line is None:
-            points = [(n, m.value, min(m.looks, self.MOST_LOOKS)) for n, m in self._medians.items() if n]
+            lengths = [(n, m) for n, m in self._medians.items() if n]
+            settled = [(n, m) for n, m in lengths if m.looks >= LOOKS]
+            points = [(n, m.value, min(m.looks, self.MOST_LOOKS)) for n, m in settled or lengths]
             points = points or [(0, self._medians[0].value, 1)]
             total = sum(weight for *_, weight in points)
             mean_n = sum(weight * n for n, _, weight in points) / total
@@ -130,9 +132,13 @@ class RoundCosts:
 
     Drafting is kept by the number of draft forwards; the rest (verification, sampling, bookkeeping) by the number of
     drafted tokens that were verified.
+
+    A bucket that has not been explored reads the table of the nearest one that has: what one more token costs beside a
+    round differs little between four rows and eight.
     """
 
     max_length: int
+    _explored: set[Bucket] = field(default_factory=set)
     _pace: RunningMedian = field(default_factory=lambda: RunningMedian(PACE_ROUNDS, value=1.0))
     _draft: defaultdict[Bucket, SecondsByLength] = field(default_factory=lambda: defaultdict(SecondsByLength))
     _rest: defaultdict[Bucket, SecondsByLength] = field(default_factory=lambda: defaultdict(SecondsByLength))
@@ -150,32 +156,51 @@ class RoundCosts:
     def unexplored(self, load: Load) -> int | None:
         """A length to try next under this load, or None when enough is known."""
         rest, most = self._rest[_bucket(load)], min(self.max_length, max(load.limits))
-        lengths = sorted({0, min(1, most), min(2, most), most // 2, most})
+        middle, longest = self.max_length // 2, self.max_length
+        # Near their end requests allow all kinds of lengths; few of them make a line.
+        lengths = sorted(
+            {0, min(1, most), most if most < middle else middle, longest if most == longest else 0}
+        )
         least = min(lengths, key=rest.looks)  # in turn, so that a slow moment is not one length's
-        return least if rest.looks(least) < LOOKS else None
+        if rest.looks(least) < LOOKS:
+            return least
+        self._explored.add(_bucket(load))
+        return None
+
+    def source(self, load: Load) -> Bucket:
+        """The bucket whose seconds stand for this load's: its own once explored, or as long as no other is."""
+        own = rows, groups = _bucket(load)
+        known = [bucket for bucket in self._explored if bucket[1] == groups]
+        if own in self._explored or not known:
+            return own
+        return min(known, key=lambda bucket: max(bucket[0], rows) / min(bucket[0], rows))
+
+    def borrows(self, load: Load) -> bool:
+        """Whether another bucket's seconds stand for this load's."""
+        return self.source(load) != _bucket(load)
 
     def best(self, load: Load, survival: Sequence[float]) -> tuple[int, float]:
         """The fixed length of most tokens a second, and that rate, given mean survival by position."""
-        tokens, best = float(load.num_rows), (0, self.plain(load))
+        tokens, best, source = float(load.num_rows), (0, self.plain(load)), self.source(load)
         for length in range(1, self.max_length + 1):
             tokens += load.num_rows * survival[length - 1]
-            rate = tokens / self._round(_bucket(load), length, length)
+            rate = tokens / self._round(source, length, length)
             if rate > best[1]:
                 best = (length, rate)
         return best
 
     def plain(self, load: Load) -> float:
         """Tokens a second of plain decoding."""
-        return load.num_rows / self._round(_bucket(load), 0, 0)
+        return load.num_rows / self._round(self.source(load), 0, 0)
 
     def draft_step(self, load: Load, index: int) -> float:
         """Seconds of one more draft forward, for position `index`."""
-        draft = self._draft[_bucket(load)]
+        draft = self._draft[self.source(load)]
         return draft.step if index else draft.at(1)
 
     def verify_step(self, load: Load, index: int) -> float:
         """Seconds of verifying position `index` beside those before it."""
-        rest = self._rest[_bucket(load)]
+        rest = self._rest[self.source(load)]
         return rest.step if index else max(0.0, rest.at(1) - rest.at(0))
 
     def break_even(self, load: Load, rate: float) -> float | None:
@@ -183,14 +208,14 @@ class RoundCosts:
 
         None while only one length is known.
         """
-        bucket = _bucket(load)
+        bucket = self.source(load)
         if self._rest[bucket].num_lengths < 2:
             return None
         return rate * (self._draft[bucket].step + self._rest[bucket].step) / load.num_rows
 
     def seconds(self, result: RoundResult) -> float:
         """What a round such as this takes, by the tables: without the luck of this one."""
-        return self._round(_bucket(result.load), result.forwards, max(result.drafted))
+        return self._round(self.source(result.load), result.forwards, max(result.drafted))
 
     def _round(self, bucket: Bucket, forwards: int, length: int) -> float:
         return (self._draft[bucket].at(forwards) if forwards else 0.0) + self._rest[bucket].at(length)

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from farm.decode.control import Load, RoundResult, Signal
-from farm.decode.costs import AcceptanceByPeak, Ratio, RoundCosts
+from farm.decode.costs import AcceptanceByPeak, Bucket, Ratio, RoundCosts
 
 
 class Acceptance:
@@ -32,19 +32,20 @@ class Cost:
     share of draft and verification, R the rate that this rule itself reaches (Dinkelbach's iteration) or that of plain
     decoding. Acceptance is looked up by the largest probability of the draft's distribution, times are those of past
     rounds. Where plain decoding is faster nothing is drafted, and a round in PROBE_EVERY looks again; as often, a
-    round drafts to the end, so that acceptance stays known where the rule would stop.
+    round drafts to the end, so that acceptance stays known where the rule would stop. Lengths are explored at first,
+    and where a like number of rows is known in one round of EXPLORE_EVERY.
     """
 
     signal: Signal = "peak"
-    PROBE_EVERY, MARGIN = 48, 1.02
+    PROBE_EVERY, EXPLORE_EVERY, MARGIN = 48, 4, 1.02
     SHORTEST_REST, LONGEST_REST = 24, 768
 
     def __init__(self, max_length: int) -> None:
         self.max_length = max_length
         self._costs = RoundCosts(max_length)
         self._of_target: defaultdict[str, Acceptance] = defaultdict(lambda: Acceptance(max_length))
-        # Tokens a second of rounds that followed the rule, by rows and groups.
-        self._rates: dict[tuple[int, int], Ratio] = {}
+        # Tokens a second of rounds that followed the rule, by rows and the bucket that tells their seconds.
+        self._rates: dict[tuple[int, Bucket], Ratio] = {}
         self._round, self._rest_until, self._rest, self._began = 0, 0, self.SHORTEST_REST, 0
         self._load, self._forced, self._rate = Load((), ()), False, 0.0
         self._survival_B: list[float] = []
@@ -54,7 +55,9 @@ class Cost:
         self._round += 1
         self._load, self._survival_B, self._peaks = load, [1.0] * load.num_rows, []
         trial = self._costs.unexplored(load)
-        if trial is None and self._round % self.PROBE_EVERY == 0:
+        if trial is not None and self._costs.borrows(load) and self._round % self.EXPLORE_EVERY:
+            trial = None
+        elif trial is None and self._round % self.PROBE_EVERY == 0:
             trial = self._probe(load)
         self._forced = trial is not None
         if trial is not None:
@@ -117,8 +120,8 @@ class Cost:
                 known.by_position[index].add(hit, 1.0)
                 known.by_peak.add(self._peaks[index][row], hit)
 
-    def _key(self) -> tuple[int, int]:
-        return self._load.num_rows, self._load.num_groups
+    def _key(self) -> tuple[int, Bucket]:
+        return self._load.num_rows, self._costs.source(self._load)
 
     def _mean_survival(self) -> list[float]:
         """Over the rows of this round; beyond its limit a row accepts nothing."""

@@ -194,14 +194,16 @@ class Runner:
         return limit
 
     def _limits(self, rows: Sequence[LiveRequest]) -> tuple[int, ...]:
-        """Most tokens that each row may draft."""
+        """Most tokens that each row may draft: the verification adds one, and a tree is drafted whole or not."""
         if self.drafting is None:
             return (0,) * len(rows)
         most, limits = self.drafting.max_drafted, []
         for row in rows:
-            own = row.request.params.max_drafted
+            own, wanted = row.request.params.max_drafted, row.room - 1
+            if self.tree is not None and wanted:
+                wanted = most
             has_draft = self.routes[row.request.target].draft is not None
-            limits.append(0 if not has_draft else most if own is None else min(own, most))
+            limits.append(min(most, wanted, most if own is None else own) if has_draft else 0)
         return tuple(limits)
 
     def move(self, move: Move) -> None:

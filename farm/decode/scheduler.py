@@ -35,6 +35,7 @@ class LiveRequest:
 
     request: Request
     tokens: list[int]
+    most: int  # tokens that it ends with at the latest, the prompt's among them
     rounds: int = 0
     stats: DecodeStats = field(default_factory=DecodeStats)
     # Of every new token, or empty if not asked for.
@@ -43,6 +44,11 @@ class LiveRequest:
     @property
     def num_new(self) -> int:
         return len(self.tokens) - len(self.request.prompt_ids)
+
+    @property
+    def room(self) -> int:
+        """For so many tokens more."""
+        return self.most - len(self.tokens)
 
 
 @dataclass(frozen=True)
@@ -127,8 +133,7 @@ class Scheduler:
         """
         budget = self.prefill_tokens
         if self._chunked is None and self._waiting and self._is_long(self._waiting[0]) and self._room() > 0:
-            request = self._waiting.popleft()
-            self._chunked, self._num_chunked = LiveRequest(request, list(request.prompt_ids)), 0
+            self._chunked, self._num_chunked = self._admit(), 0
         if self._chunked is not None:
             start = self._num_chunked
             end = min(start + budget, len(self._chunked.tokens))
@@ -148,8 +153,13 @@ class Scheduler:
             other = rows and self._group_of(request.target) != self._group_of(rows[0].request.target)
             if other or widest * (len(rows) + 1) > budget:
                 break
-            rows.append(LiveRequest(self._waiting.popleft(), list(request.prompt_ids)))
+            rows.append(self._admit())
         return rows
+
+    def _admit(self) -> LiveRequest:
+        request = self._waiting.popleft()
+        ids = list(request.prompt_ids)
+        return LiveRequest(request, ids, most=min(len(ids) + request.params.max_new_tokens, self.max_length))
 
     def prefilled(self, prefill: Prefill) -> Move | None:
         """Takes note of a processed prefill: its sequences decode from now on, or its next chunk is due."""
@@ -165,10 +175,7 @@ class Scheduler:
     def commit(self, slot: int, tokens: Sequence[int]) -> list[int]:
         """Appends what a round committed, up to a stop token, the request's limit or the slot's end; what was kept."""
         sequence = self.live[slot]
-        room = min(
-            sequence.request.params.max_new_tokens - sequence.num_new, self.max_length - len(sequence.tokens)
-        )
-        kept = list(tokens[:room])
+        kept = list(tokens[: sequence.room])
         for index, token in enumerate(kept):
             if self._stops(sequence, token):
                 kept = kept[: index + 1]
@@ -182,8 +189,7 @@ class Scheduler:
         sequence = self.live[slot]
         if self._stops(sequence, sequence.tokens[-1]):
             return "stop"
-        full = len(sequence.tokens) >= self.max_length
-        return "length" if full or sequence.num_new >= sequence.request.params.max_new_tokens else None
+        return None if sequence.room else "length"
 
     def release(self, slots: Sequence[int]) -> Move | None:
         """Frees slots; the last decoding sequences move into them."""

@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 from farm.bench import parity
 from farm.bench.parity import (
     NUM_PROMPTS,
-    Counting,
     Parity,
     Subject,
     as_verified,
@@ -31,7 +30,6 @@ from farm.bench.vllm_engine import VllmAnswer, VllmEngine, VllmSettings
 from farm.cli.exporting import ZOO
 from farm.cli.main import app
 from farm.config import UserError
-from farm.decode.control import Load, RoundResult
 from farm.decode.engine import Engine, Request, Route
 from farm.decode.sampling import SamplingParams
 from farm.evaluate.target import OpenTrunk
@@ -98,12 +96,23 @@ def vllm(family: Family, subject: Subject, monkeypatch: pytest.MonkeyPatch) -> t
     return FakeVllm
 
 
-def test_a_round_that_an_end_cuts_counts_as_a_whole_one_as_in_vllm() -> None:
-    counting = Counting(4)
-    for accepted in ((4, 0), (2, 1)):
-        load = Load(("a", "a"), (True, True))
-        counting.observe(RoundResult(load, (4, 4), accepted, 4, 0.0, 0.0))
-    assert counting.tau == 1 + 7 / 4
+def test_a_round_that_an_end_cuts_counts_as_a_whole_one_as_in_vllm(family: Family, subject: Subject) -> None:
+    """Of far longer answers, the rounds that begin before the last token that counts."""
+    draft = OpenTrunk.of(family.trunk_folder, subject.target).draft(str(family.expert))
+    prompts, k = subject.prompts[:8], 3
+    tokens, tau = decode_here(subject.target, draft, prompts, k)
+    engine = Engine([Route(subject.target.forward, frozenset(), draft)], num_slots=8, max_length=200, k=k)
+    for i, ids in enumerate(prompts):
+        engine.add(Request(str(i), ids, SamplingParams(max_new_tokens=4 * TOKENS)))
+    emitted, accepted = [0] * len(prompts), []
+    while engine.has_work:
+        for output in engine.step():
+            row = int(output.request_id)
+            if output.num_drafted is not None and emitted[row] < TOKENS:
+                accepted.append(output.num_drafted)
+            emitted[row] += len(output.tokens)
+    assert [len(of_prompt) for of_prompt in tokens] == [TOKENS] * len(prompts)
+    assert tau == 1 + sum(accepted) / len(accepted)
 
 
 def test_tau_here_is_of_the_full_head_and_exceeds_the_cut_count(family: Family, subject: Subject) -> None:

@@ -163,8 +163,39 @@ def test_costs_of_a_token_come_from_all_lengths_and_an_outlier_moves_them_little
     costs.add(took(4, 4, 50.0, 50.0))  # three and four rows share a bucket
     assert costs.draft_step(load_of(4), 2) == pytest.approx(0.1, abs=0.03)
     assert costs.verify_step(load_of(3), 6) == pytest.approx(0.2, abs=0.06)
-    assert costs.unexplored(load_of(3)) == 2
+    assert costs.unexplored(load_of(3)) is None
     assert costs.unexplored(load_of(1)) == 0
+
+
+def test_one_stutter_at_a_length_that_is_rarely_tried_moves_no_price() -> None:
+    costs = RoundCosts(8)
+    for _ in range(3):
+        for length in (0, 1, 4, 8):
+            costs.add(took(8, length, 0.1 * length, 1.0 + 0.2 * length))
+    costs.add(took(8, 7, 0.7, 175.0))
+    assert costs.verify_step(load_of(8), 3) == pytest.approx(0.2)
+
+
+def test_rows_that_were_not_looked_at_yet_cost_what_a_like_number_does() -> None:
+    """Four rows and eight are known; three read the table of four, one that of four, sixteen that of eight."""
+    costs = RoundCosts(8)
+    for rows in (4, 8):
+        for _ in range(3):
+            for length in (0, 1, 4, 8):
+                costs.add(took(rows, length, 0.1 * length, 1.0 + 0.01 * rows * length))
+        assert costs.unexplored(load_of(rows)) is None
+    steps = [costs.verify_step(load_of(rows), 3) for rows in (1, 3, 16)]
+    assert steps == pytest.approx([0.04, 0.04, 0.08])
+    assert [costs.borrows(load_of(rows)) for rows in (1, 3, 8, 16)] == [True, False, False, True]
+
+
+def test_requests_near_their_end_are_not_explored_length_by_length() -> None:
+    """All lengths of eight rows are known; rounds that may draft 7, 6, 5 find nothing left to try."""
+    costs = RoundCosts(8)
+    for _ in range(3):
+        for length in (0, 1, 4, 8):
+            costs.add(took(8, length, 0.1 * length, 1.0 + 0.2 * length))
+    assert [costs.unexplored(Load(("",) * 8, (most,) * 8)) for most in (8, 7, 6, 5, 4)] == [None] * 5
 
 
 def test_a_token_breaks_even_where_its_acceptance_times_its_rows_buys_its_seconds() -> None:

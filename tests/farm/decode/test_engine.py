@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farm.decode.chain import ChainProposal
-from farm.decode.control import Fixed, Load
+from farm.decode.control import Fixed, Load, RoundResult
 from farm.decode.controls import make_control
 from farm.decode.engine import Completion, Engine, Request, Route
 from farm.decode.sampling import SamplingParams
@@ -73,11 +73,30 @@ def test_long_accepted_runs_stay_lossless() -> None:
     model.lm_head.weight.zero_()
     target, draft = TargetForward.of(model), tiny_pair()[1]
     requests = [
-        Request(str(i), ids, SamplingParams(max_new_tokens=30)) for i, ids in enumerate(prompts(4, 1))
+        Request(str(i), ids, SamplingParams(max_new_tokens=1 + 7 * 4)) for i, ids in enumerate(prompts(4, 1))
     ]
     plain, fast = decode(target, None, requests), decode(target, draft, requests)
     assert [done.tokens for done in fast] == [done.tokens for done in plain]
     assert fast[0].stats.survival[0] == 1.0
+
+
+def test_no_row_drafts_more_than_its_answer_has_room_for() -> None:
+    """A round verifies one token more than it drafts: with three left two are drafted, with one none."""
+    drafted: list[tuple[int, ...]] = []
+
+    class Seen(Fixed):
+        def observe(self, result: RoundResult) -> None:
+            drafted.append(result.drafted)
+
+    model = tiny_model()
+    model.lm_head.weight.zero_()
+    target, draft = TargetForward.of(model), tiny_pair()[1]
+    requests = [Request(str(new), (1, 2), SamplingParams(max_new_tokens=1 + new)) for new in (1, 3, 4, 5, 9)]
+    done = decode(target, draft, requests, num_slots=5, control=Seen(3))
+    assert [len(one.tokens) for one in done] == [2, 4, 5, 6, 10]
+    assert sorted(drafted[0]) == [0, 2, 3, 3, 3]
+    assert sorted(drafted[1]) == [0, 3]
+    assert drafted[2:] == [(0,)]
 
 
 def test_neighbours_never_change_a_requests_tokens() -> None:
