@@ -37,7 +37,7 @@ class Cost:
     """
 
     signal: Signal = "peak"
-    PROBE_EVERY, EXPLORE_EVERY, MARGIN = 48, 4, 1.02
+    PROBE_EVERY, EXPLORE_EVERY, MARGIN = 48, 16, 1.02
     SHORTEST_REST, LONGEST_REST = 24, 768
 
     def __init__(self, max_length: int) -> None:
