@@ -53,5 +53,7 @@ class Proposal(Protocol):
 
 def with_next(drafted_BK: Tensor, num_accepted_B: Tensor, next_B: Tensor) -> Tensor:
     """[B, K + 1]: the accepted tokens of each row and the one that follows; behind it padding."""
+    if not drafted_BK.shape[1]:
+        return next_B[:, None]
     tokens_BT = torch.cat((drafted_BK, next_B[:, None]), dim=1)
     return tokens_BT.scatter_(1, num_accepted_B[:, None], next_B[:, None])

@@ -128,7 +128,7 @@ class ChainReader:
         group = draft.config.num_heads // draft.config.num_kv_heads
         mask = self._window.mask(group, dtype)
         if mask is not None and self._start is None:
-            self._mask_KB1RS = mask.unflatten(2, (group, num_steps)).movedim(3, 0).contiguous()
+            self._mask_KB1RS = mask.unflatten(2, (-1, num_steps)).movedim(3, 0).contiguous()
 
     def read(self, tokens_B: Tensor) -> None:
         """Reads the next drafted token of each row; `hidden_BH` is then what follows it."""

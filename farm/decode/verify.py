@@ -29,6 +29,8 @@ def verify_greedy(drafted_BK: Tensor, best_BK1: Tensor, lengths_B: Tensor) -> Ve
 
     Row b has drafted `lengths_B[b]` tokens; what follows them is padding.
     """
+    if not drafted_BK.shape[1]:
+        return Verdict(torch.zeros_like(lengths_B), best_BK1[:, 0])
     agrees_BK = (drafted_BK == best_BK1[:, :-1]) & within(lengths_B, drafted_BK)
     num_accepted_B = prefix_length(agrees_BK)
     return Verdict(num_accepted_B, best_BK1.gather(1, num_accepted_B[:, None]).squeeze(1))

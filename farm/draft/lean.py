@@ -36,7 +36,7 @@ class LeanExpert:
 
     def add_to(self, residual_MH: Tensor, normed_MH: Tensor) -> Tensor:
         """residual + E(normed), the sum taken by the last product."""
-        return self.down.add_to(residual_MH, swiglu(self.gate_up(normed_MH)))
+        return self.down.add_to(residual_MH, swiglu(*self.gate_up.halves(normed_MH).unbind(0)))
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def signed(sin_SD: Tensor) -> Tensor:
 
 
 def causal_mask(positions_BT: Tensor, context: int, group: int, dtype: torch.dtype) -> Tensor | None:
-    """Mask [B, 1, R * T, S] for `attend`: a query sees the positions up to its own; R = `group`.
+    """Mask [B, 1, R * T, S] for `attend`: a query sees the positions up to its own; R = `group`, 1 for one token.
 
     Made of 0 and -inf, since a boolean one would be turned into that again in every layer. None where everything is
     visible: one row, one token.
@@ -66,13 +66,12 @@ def tree_mask(starts_B: Tensor, seen_BTE: Tensor, context: int, group: int, dtyp
 
 
 def _additive(hidden_BTS: Tensor, group: int, dtype: torch.dtype) -> Tensor:
-    mask_BTS = torch.zeros(hidden_BTS.shape, dtype=dtype, device=hidden_BTS.device)
-    return fold_mask(mask_BTS.masked_fill_(hidden_BTS, -torch.inf)[:, None], group)
+    return fold_mask(torch.where(hidden_BTS, -torch.inf, 0.0).to(dtype)[:, None], group)
 
 
 def fold_mask(mask_B1TS: Tensor, group: int) -> Tensor:
-    """The mask repeated for the R query heads that share a key/value head, [B, 1, R * T, S]."""
-    return mask_B1TS if group == 1 else mask_B1TS.repeat(1, 1, group, 1)
+    """The mask repeated for the R query heads of a key/value head, [B, 1, R * T, S]; of one token [B, 1, 1, S]."""
+    return mask_B1TS if group == 1 or mask_B1TS.shape[2] == 1 else mask_B1TS.repeat(1, 1, group, 1)
 
 
 def attend(q_BTND: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask: Tensor | None) -> Tensor:

@@ -166,7 +166,11 @@ class TargetForward:
         mixed_MX = _pack(mixed_BTX.view(b * t, n * d), real_M)
         x_MH = adapted("out", mixed_MX, layer.out.add_to(x_MH, mixed_MX))
         normed_MH = layer.post_norm(x_MH)
-        gated_MF = swiglu(adapted("gate_up", normed_MH, layer.gate_up(normed_MH)))
+        if context.loras is None:
+            gate_MF, up_MF = layer.gate_up.halves(normed_MH).unbind(0)
+        else:
+            gate_MF, up_MF = adapted("gate_up", normed_MH, layer.gate_up(normed_MH)).chunk(2, dim=-1)
+        gated_MF = swiglu(gate_MF, up_MF)
         return adapted("down", gated_MF, layer.down.add_to(x_MH, gated_MF))
 
 

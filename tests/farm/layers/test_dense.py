@@ -45,7 +45,20 @@ def test_rms_norm_is_torchs_at_every_scale(dtype: torch.dtype, scale: float, num
     torch.testing.assert_close(RmsNorm.of(weight, 1e-5)(torch.zeros_like(x)), torch.zeros_like(x))
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("sizes", [(8, 32), (1024, 512)], ids=["small", "packed"])
+def test_halves_are_the_two_halves_of_the_product(sizes: tuple[int, int], bias: bool) -> None:
+    inputs, outputs = sizes
+    weight, bias_Y = torch.randn(outputs, inputs), torch.randn(outputs) if bias else None
+    dense = Dense.of(weight, bias_Y)
+    for num_rows in (1, 3, 8):
+        x = torch.randn(num_rows, inputs)
+        first, second = dense.halves(x).unbind(0)
+        got = torch.cat((first, second), dim=1)
+        torch.testing.assert_close(got, functional.linear(x, weight, bias_Y), atol=1e-3, rtol=1e-4)
+
+
 def test_swiglu_gates_the_second_half_by_the_first() -> None:
     x, gate, up = torch.randn(3, 8), torch.randn(16, 8), torch.randn(16, 8)
-    got = swiglu(Dense.of(torch.cat((gate, up)))(x))
+    got = swiglu(*Dense.of(torch.cat((gate, up))).halves(x).unbind(0))
     torch.testing.assert_close(got, functional.silu(x @ gate.T) * (x @ up.T))
