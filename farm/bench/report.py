@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from farm.bench.decode import Row
+from farm.bench.decode import TREES, Row
 from farm.bench.floor import Floor
 from farm.evaluate.provenance import git_sha, hardware, versions
 
@@ -168,8 +168,8 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
                 if (target, batch, workload, engine, control, draft) in arms
             ]
             measured = [(batch, found.median) for batch, found in points if found is not None]
-            label = _label(engine, control, draft)
-            panel.plot(*zip(*measured, strict=True), marker="o", markersize=3.5, linewidth=1.4, label=label)
+            style = {"marker": "o", "markersize": 3.5, "label": _label(engine, control, draft)}
+            panel.plot(*zip(*measured, strict=True), **style, **_style(engine, control, draft))
         panel.set_xscale("log", base=2)
         ticks = sorted({key[1] for key in arms})
         panel.set_xticks(ticks, [str(tick) for tick in ticks])
@@ -185,3 +185,22 @@ def _label(engine: str, control: str, draft: str) -> str:
     if engine != "farm":
         return engine if control == "off" else f"{engine}, {control}"
     return "plain" if draft == "none" else f"{control}, {draft} draft"
+
+
+def _style(engine: str, control: str, draft: str) -> dict[str, Any]:
+    """The same for an arm in every plot: a colour a family, fixed lengths from light to dark, what is odd dashed."""
+    from matplotlib import colormaps
+
+    odd = (
+        engine.endswith("assisted") or control in ("ngram", "adaedl-published", TREES[-1]) or draft == "base"
+    )
+    family = engine if engine != "farm" else "plain" if draft == "none" else control.partition("-")[0]
+    colors = {
+        "transformers": "0.6", "transformers-assisted": "0.6", "vllm": "tab:purple", "plain": "black",
+        "adaedl": "tab:orange", "cost": "tab:red", "tree": "tab:green", "fixed": "tab:blue",
+    }  # fmt: skip
+    color = colors[family]
+    if family == "fixed" and draft == "adapted":
+        color = colormaps["Blues"](0.3 + 0.1 * min(7, int(control.partition("-")[2] or 4)))
+    width = 2.2 if family in ("cost", "plain") else 1.3
+    return {"color": color, "linestyle": "--" if odd else "-", "linewidth": width}

@@ -183,15 +183,19 @@ class _Chain:
             vocabulary_C = self._head.vocabulary_C
             logits_BC = batch.penalties.apply(logits_BC[:, None], drafted, index, vocabulary_C)[:, 0]
         q_BC = None if batch.greedy else distribution(logits_BC, batch)
+        best_B = None
         self._going = [going and index < most for going, most in zip(self._going, self._limits, strict=True)]
         if self._control.signal != "none":
-            kept = self._control.keep(index, _signal(logits_BC, q_BC, batch, self._control.signal))
+            seen_BC = _seen(logits_BC, q_BC, batch)
+            signal_B, best_B = _signal(seen_BC, self._control.signal)
+            kept = self._control.keep(index, signal_B.tolist())
             self._going = [going and keep for going, keep in zip(self._going, kept, strict=True)]
             if not any(self._going):
                 return False
         self._lengths = [length + going for length, going in zip(self._lengths, self._going, strict=True)]
         if q_BC is None:
-            self.tokens.append(self._head.token_ids(logits_BC.argmax(dim=-1)))
+            best_B = logits_BC.argmax(dim=-1) if best_B is None else best_B
+            self.tokens.append(self._head.token_ids(best_B))
         else:
             self.tokens.append(self._head.token_ids(draw(q_BC, batch.uniform(index, DRAFT))))
             self._probabilities.append(expand(q_BC, self._head))
@@ -204,19 +208,25 @@ class _Chain:
         return ChainProposal(torch.stack(self.tokens, dim=1), q_BKV, tuple(self._lengths), forwards)
 
 
-def _signal(logits_BC: Tensor, q_BC: Tensor | None, batch: SamplingBatch, what: Signal) -> list[float]:
-    """Of each row's distribution: its entropy in nats, or its largest probability.
+def _seen(logits_BC: Tensor, q_BC: Tensor | None, batch: SamplingBatch) -> Tensor:
+    """The distributions that a control looks at.
 
     A greedy row's is the draft's own at temperature 1: the point mass that is proposed would never stop it.
     """
     if q_BC is None:
-        q_BC = logits_BC.float().softmax(dim=-1)
-    elif bool((batch.temperature_B == 0).any()):
+        return logits_BC.float().softmax(dim=-1)
+    if bool((batch.temperature_B == 0).any()):
         hot_B1 = (batch.temperature_B > 0).to(q_BC.device)[:, None]
-        q_BC = torch.where(hot_B1, q_BC, logits_BC.float().softmax(dim=-1))
-    values_B = q_BC.amax(dim=-1) if what == "peak" else torch.special.entr(q_BC).sum(dim=-1)
-    values: list[float] = values_B.tolist()
-    return values
+        return torch.where(hot_B1, q_BC, logits_BC.float().softmax(dim=-1))
+    return q_BC
+
+
+def _signal(seen_BC: Tensor, what: Signal) -> tuple[Tensor, Tensor | None]:
+    """Of each row's distribution: its entropy in nats; or its largest probability, and the column that has it."""
+    if what == "peak":
+        peak_B, best_B = seen_BC.max(dim=-1)
+        return peak_B, best_B
+    return torch.special.entr(seen_BC).sum(dim=-1), None
 
 
 def expand(q_BC: Tensor, head: Head) -> Tensor:

@@ -48,6 +48,10 @@ class Cost:
         self._rates: dict[tuple[int, Bucket], Ratio] = {}
         self._round, self._rest_until, self._rest, self._began = 0, 0, self.SHORTEST_REST, 0
         self._load, self._forced, self._rate = Load((), ()), False, 0.0
+        self._steps = (
+            (0.0, 0.0),
+            (0.0, 0.0),
+        )  # seconds of drafting and of verifying the first position, one more
         self._survival_B: list[float] = []
         self._peaks: list[list[float]] = []
 
@@ -62,7 +66,11 @@ class Cost:
         self._forced = trial is not None
         if trial is not None:
             return trial
-        return self.max_length if self._speculates() else 0
+        if not self._speculates():
+            return 0
+        first, others = ((self._costs.draft_step(load, i), self._costs.verify_step(load, i)) for i in (0, 1))
+        self._steps = first, others
+        return self.max_length
 
     def _probe(self, load: Load) -> int:
         """A length to look at again: in turn a little and much more than is best, and none where that is not in use."""
@@ -95,17 +103,15 @@ class Cost:
         self._survival_B = [
             survival * self._of_target[name].by_peak.of(peak) for name, survival, peak in rows
         ]
-        dt = self._costs.verify_step(self._load, index)
-        pays = self._forced or sum(self._survival_B) > self._rate * dt
+        pays = self._forced or sum(self._survival_B) > self._rate * self._steps[index > 0][1]
         return [pays] * len(signal_B)
 
     def more(self, index: int) -> bool:
         if self._forced:
             return True
-        dt = self._costs.draft_step(self._load, index) + self._costs.verify_step(self._load, index)
         rows = zip(self._load.targets, self._open(index), strict=True)
         expected = sum(survival * self._of_target[name].by_position[index].value for name, survival in rows)
-        return expected > self._rate * dt
+        return expected > self._rate * sum(self._steps[index > 0])
 
     def observe(self, result: RoundResult) -> None:
         self._costs.add(result)
