@@ -1,7 +1,7 @@
 """The sections of a manifest: what can be set for each stage, strict and frozen. Needs neither torch nor Ray."""
 
 import json
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -18,6 +18,8 @@ Loss = Literal["eda", "kl", "tv", "lk", "lk-log"]
 Tier = Literal["low-rank", "expert", "expert-fc", "expert-lora", "eda", "full"]
 Init = Literal["base", "zero", "random"]
 Form = Literal["unrolled", "cached", "cached-unrolled"]
+Fault = Literal["empty", "loop", "truncated", "duplicate"]  # of an answer
+FAULTS: tuple[Fault, ...] = get_args(Fault)
 # They leave the trunk as it is, so that targets can share it.
 SERVED_TIERS = ("low-rank", "expert", "expert-fc", "expert-lora")
 CACHED_TIERS = ("low-rank", "expert")  # what the trunk puts out stays the same while they are trained
@@ -136,6 +138,11 @@ class RegenerateSettings(Strict):
     temperature: float = Field(default=0.7, ge=0)
     top_p: float = Field(default=0.95, gt=0, le=1)
     seed: int = 0
+    turns: Literal["all", "last"] = (
+        "all"  # of a conversation that are answered anew; "last": the others are taken as given
+    )
+    # Answers with these faults are not trained on; all faults are counted.
+    reject: Annotated[tuple[Fault, ...], BeforeValidator(_listed)] = ("empty", "loop", "duplicate")
     memory_bytes: Positive = 8 * 2**30  # of live targets in one actor
     features: Literal["store", "stream"] = "store"  # "stream": kept nowhere, captured again by who needs them
     # Of one target's features in the store; those beyond it are captured again.

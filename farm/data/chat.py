@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Messages = Sequence[Mapping[str, str]]
+MARK = (
+    "\N{BLACK STAR}7f3a\N{BLACK STAR}"  # stands for words that are not known yet while a template is rendered
+)
 # For a target that has none: its prompts are texts, and it goes on with them.
 TEXT_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
@@ -34,6 +37,35 @@ def encode_chat(
     `template` is the template's text; None: the tokenizer's own. UserError if there is none, or if it fails.
     """
     return _apply(tokenizer, messages, template, add_generation_prompt=True)
+
+
+def user_turns(messages: Messages) -> list[list[Mapping[str, str]]]:
+    """What comes before each answer: the first with all that stands before it; the assistant's own words left out."""
+    turns: list[list[Mapping[str, str]]] = [[]]
+    for message in messages:
+        if message["role"] != "assistant":
+            turns[-1].append(message)
+        elif turns[-1]:
+            turns.append([])
+    return [turn for turn in turns if turn] or [list(messages)]
+
+
+def behind_answer(
+    tokenizer: "PreTrainedTokenizerBase", messages: Messages, turn: Messages, template: str | None = None
+) -> str:
+    """What the template writes behind an answer to `messages`, with the user's `turn`, up to where the next begins.
+
+    UserError as `encode_chat`, and if it changes an assistant's words.
+    """
+    words = {"role": "assistant", "content": MARK}
+    text = render_chat(tokenizer, [*messages, words, *turn], template, add_generation_prompt=True)
+    _, mark, after = text.rpartition(MARK)
+    if not mark:
+        raise UserError(
+            "chat_template: changes an assistant's words, so that turns cannot be answered one by one; set "
+            "regenerate.turns: last"
+        )
+    return after
 
 
 def encode_pair(

@@ -4,15 +4,16 @@
 tokens  x_0 ... x_{P-1} | x_P ... x_{T-1}      prompt of P tokens, answer with its stop token
 hidden  h_0 ............. h_{T-2}              the last token was never processed by the target
 
-Tokens are the artifact. Features are kept as far as a budget goes; the others are captured again, by a prefill of the
-same tokens, whenever they are read.
+An answer to a conversation holds what its user said in between, too; `turns` are the stretches of it that the target
+said. Tokens are the artifact. Features are kept as far as a budget goes; the others are captured again, by a prefill
+of the same tokens, whenever they are read.
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,8 @@ from torch import Tensor
 
 from farm.artifacts import Artifacts
 from farm.config import UserError
+from farm.data.rejects import digest_of, fault_of, repeated, trainable
+from farm.sections import Fault
 from farm.store import local_copy
 
 FEATURE_DTYPE = torch.bfloat16
@@ -45,6 +48,18 @@ class Answer:
     temperature: float
     features: Tensor | None
     error: str | None = None
+    turns: tuple[tuple[int, int], ...] = ()  # of `answer_ids`, what the target said; (): all
+    fault: Fault | None = None
+    rejected: bool = False  # not to be trained on
+    digest: str | None = None  # of answers with the same one the first is trained on
+
+    def judged(self, reject: Collection[Fault]) -> Answer:
+        """With the first of its faults, and whether that rejects it."""
+        if self.finish_reason == "error":
+            return self
+        fault = fault_of(self.answer_ids, self.finish_reason)
+        digest = digest_of(self.prompt_ids, self.answer_ids) if "duplicate" in reject else None
+        return replace(self, fault=fault, rejected=fault in reject, digest=digest)
 
 
 @dataclass(frozen=True)
@@ -56,11 +71,20 @@ class Sample:
     num_prompt_tokens: int
     row: int = 0
     id: str = ""
+    turns: tuple[tuple[int, int], ...] = ()  # of `tokens_T`, what the target said; (): all behind the prompt
 
+    @property
+    def said(self) -> tuple[tuple[int, int], ...]:
+        """The stretches of `tokens_T` that the target said."""
+        return self.turns or ((self.num_prompt_tokens, len(self.tokens_T)),)
 
-def trainable(num_answer_tokens: int) -> bool:
-    """Whether an answer has a token that is drafted, and the true hidden state after it."""
-    return num_answer_tokens > 2
+    @property
+    def num_said(self) -> int:
+        return sum(end - start for start, end in self.said)
+
+    @property
+    def trainable(self) -> bool:
+        return any(trainable(end - start) for start, end in self.said)
 
 
 def shard_names(number: int) -> tuple[str, str]:
@@ -78,16 +102,20 @@ def write_shard(
 ) -> int:
     """Writes both files of a shard, each atomically; writing the same shard again does no harm.
 
-    The features of the first rows are kept, as many as fit into `feature_bytes` (None: all); returns their bytes.
+    The features of the first rows are kept, as many as fit into `feature_bytes` (None: all), but none of rejected
+    ones; returns their bytes.
     """
     tokens_name, features_name = shard_names(shard_no)
-    columns = ("row", "id", "prompt_ids", "answer_ids", "finish_reason", "seed", "temperature", "error")
+    columns = (
+        "row", "id", "prompt_ids", "answer_ids", "turns", "finish_reason", "seed", "temperature", "error",
+        "fault", "rejected", "digest",
+    )  # fmt: skip
     table = pa.table({name: [_plain(getattr(answer, name)) for answer in answers] for name in columns})
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     features, kept = dict[str, Tensor](), 0
     for index, answer in enumerate(answers):
-        if answer.features is None:
+        if answer.features is None or answer.rejected:
             continue
         size = answer.features.numel() * FEATURE_DTYPE.itemsize
         if feature_bytes is not None and kept + size > feature_bytes:
@@ -101,12 +129,14 @@ def write_shard(
 def read_shards(
     paths: Sequence[Path], rows: Collection[int] | None = None, capture: Capture | None = None
 ) -> list[Sample]:
-    """Samples of shards, given the paths of their features files, in order; rows without an answer are left out.
+    """Samples of shards, given the paths of their features files, in order.
 
-    `rows` are the numbers of those that are wanted; None: all. Features that were not kept come from `capture`. Raises
-    UserError when a shard is truncated, its two files do not belong together, or there is no `capture`.
+    `rows` are the numbers of those that are wanted; None: all but those that are rejected, or equal an earlier one.
+    Rows without an answer are left out. Features that were not kept come from `capture`. Raises UserError when a shard
+    is truncated, its two files do not belong together, or there is no `capture`.
     """
-    return [sample for path in paths for sample in _read_shard(Path(path), rows, capture)]
+    seen: set[str] = set()
+    return [sample for path in paths for sample in _read_shard(Path(path), rows, capture, seen)]
 
 
 def local_shards(locations: Sequence[str]) -> list[Path]:
@@ -121,29 +151,41 @@ def local_shards(locations: Sequence[str]) -> list[Path]:
 
 
 def answer_tokens(paths: Sequence[Path]) -> Iterator[list[int]]:
-    """Answer token ids of every row of shards, given the paths of their tokens files."""
+    """Answer token ids of every row of shards that is not rejected, given the paths of their tokens files."""
     for path in paths:
-        yield from pq.read_table(path, columns=["answer_ids"]).column("answer_ids").to_pylist()
+        for row in pq.read_table(path, columns=["answer_ids", "rejected"]).to_pylist():
+            if not row.get("rejected"):
+                yield row["answer_ids"]
 
 
 def trainable_rows(paths: Sequence[Path]) -> dict[int, str]:
     """Row numbers and ids of the answers that can be trained on, given the paths of shards' features files."""
     found: dict[int, str] = {}
+    seen: set[str] = set()
     for path in paths:
-        rows = _read_tokens(Path(path), ["row", "id", "answer_ids"])
-        found |= {row["row"]: row["id"] for row in rows if trainable(len(row["answer_ids"]))}
+        rows = _read_tokens(Path(path), ["row", "id", "answer_ids", "turns", "rejected", "digest"])
+        for row in (rows[index] for index in _wanted(rows, seen)):
+            turns = row["turns"] or ((0, len(row["answer_ids"])),)
+            if any(trainable(end - start) for start, end in turns):
+                found[row["row"]] = row["id"]
     return found
 
 
+def _wanted(table: Sequence[dict[str, Any]], seen: set[str]) -> list[int]:
+    """Indices of the rows that have an answer which is neither rejected nor equal to one that was seen."""
+    kept = [index for index, row in enumerate(table) if row["answer_ids"] and not row["rejected"]]
+    again = set(repeated([table[index]["digest"] for index in kept], seen))
+    return [index for place, index in enumerate(kept) if place not in again]
+
+
 def _read_tokens(features_path: Path, columns: list[str]) -> list[dict[str, Any]]:
-    """Rows of the tokens file beside a features file."""
+    """Rows of the tokens file beside a features file; None for columns that it was written without."""
     name = features_path.name.replace("features-", "tokens-")
     try:
         table = pq.read_table(features_path.with_name(name).with_suffix(".parquet"), columns=columns)
     except (OSError, pa.ArrowInvalid) as error:
         raise _unreadable(features_path, error) from error
-    rows: list[dict[str, Any]] = table.to_pylist()
-    return rows
+    return [{name: row.get(name) for name in columns} for row in table.to_pylist()]
 
 
 def _read_features(path: Path, wanted: Sequence[int]) -> list[tuple[int, Tensor]]:
@@ -163,12 +205,14 @@ def _unreadable(features_path: Path, error: Exception) -> UserError:
 
 
 def _read_shard(
-    features_path: Path, rows: Collection[int] | None, capture: Capture | None
+    features_path: Path, rows: Collection[int] | None, capture: Capture | None, seen: set[str]
 ) -> Iterator[Sample]:
-    table = _read_tokens(features_path, ["row", "id", "prompt_ids", "answer_ids"])
-    wanted = [
-        index for index, row in enumerate(table) if row["answer_ids"] and (rows is None or row["row"] in rows)
-    ]
+    columns = ["row", "id", "prompt_ids", "answer_ids", "turns", "rejected", "digest"]
+    table = _read_tokens(features_path, columns)
+    if rows is None:
+        wanted = _wanted(table, seen)
+    else:
+        wanted = [index for index, row in enumerate(table) if row["answer_ids"] and row["row"] in rows]
     tokens = {index: [*table[index]["prompt_ids"], *table[index]["answer_ids"]] for index in wanted}
     features = dict(_read_features(features_path, wanted))
     for index, features_TH in features.items():
@@ -185,10 +229,11 @@ def _read_shard(
             )
         features |= zip(absent, capture([tokens[index] for index in absent]), strict=True)
     for index in wanted:
-        row = table[index]
+        row, num_prompt = table[index], len(table[index]["prompt_ids"])
+        turns = tuple((num_prompt + start, num_prompt + end) for start, end in row["turns"] or ())
         tokens_T = torch.tensor(tokens[index])
-        yield Sample(tokens_T, features[index], len(row["prompt_ids"]), row["row"], row["id"])
+        yield Sample(tokens_T, features[index], num_prompt, row["row"], row["id"], turns)
 
 
 def _plain(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(one) for one in value] if isinstance(value, tuple) else value

@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from farm.config import Refused
-from farm.data.chat import render_chat
+from farm.data.chat import MARK, render_chat
 from farm.decode.endpoint import Endpoint, ask_all
 from farm.decode.engine import Engine, FinishReason, Request, Route
 from farm.decode.sampling import SamplingParams
 from farm.sections import ElicitSettings, RegenerateSettings
 from farm.target.load import LoadedTarget
 
-MARK = "\N{BLACK STAR}7f3a\N{BLACK STAR}"  # stands for a user's words while a template is rendered
 LOOP_WORDS, LOOP_TIMES = 4, 4  # so many words, more often than so many times
 
 Answer = tuple[Sequence[int], FinishReason]

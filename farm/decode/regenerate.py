@@ -7,21 +7,19 @@ learns from what the target itself says, partly greedy and partly sampled as in 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import cache, partial
 
 import torch
 from torch import Tensor
 
 from farm.config import UserError
-from farm.data.chat import encode_chat, encode_pair
+from farm.data.chat import encode_pair
 from farm.data.features import FEATURE_DTYPE, Answer
 from farm.data.prompts import Prompt
+from farm.decode.conversation import Conversation
 from farm.decode.endpoint import Endpoint, ask_all
 from farm.decode.engine import OFFLINE_PREFILL_TOKENS, Engine, FinishReason, Request, Route
-from farm.decode.sampling import SamplingParams
 from farm.layers.cache import Rows
 from farm.sections import Dtype, RegenerateSettings, TargetSpec
 from farm.target.load import LoadedTarget, open_target
@@ -42,69 +40,60 @@ def regenerate_rows(
     The target decodes here, or else at an `endpoint`, whose tokens are prefilled here for their features. Raises
     Refused when the endpoint cannot be used, or greedy answers show that it serves another model.
     """
-    asked: list[tuple[Prompt, Request]] = []
+    asked: list[Conversation] = []
     answers: dict[int, Answer] = {}
     for prompt in prompts:
         try:
-            asked.append((prompt, _request(target, prompt, settings)))
+            asked.append(Conversation.of(target, prompt, settings))
         except UserError as error:
             answers[prompt.row] = _failed(prompt, str(error))
-    if asked:
-        done = (
-            _decode(target, asked, settings) if endpoint is None else _ask(target, asked, settings, endpoint)
-        )
-        answers |= {answer.row: answer for answer in done}
+    if asked and endpoint is None:
+        _decode(target, asked, settings)
+    elif asked and endpoint is not None:
+        _ask(target, asked, settings, endpoint)
+    answers |= {one.prompt.row: one.answer() for one in asked}
     return [answers[prompt.row] for prompt in prompts]
 
 
-def _request(target: LoadedTarget, prompt: Prompt, settings: RegenerateSettings) -> Request:
-    ids = encode_chat(target.tokenizer, prompt.messages, target.chat_template)
-    room = target.max_positions - len(ids)
-    if room < 2:
-        raise UserError(
-            f"{len(ids)} prompt tokens leave no room in {target.max_positions} positions; shorten the prompt"
-        )
-    params = sampling_of(prompt, settings)
-    params = replace(params, max_new_tokens=min(params.max_new_tokens, room))
-    return Request(str(prompt.row), tuple(ids), params)
+def _turns(asked: Sequence[Conversation]) -> Iterator[list[tuple[Conversation, Request]]]:
+    """What is asked next, in all conversations that go on, until none does; each is to be heard before the next."""
+    while under_way := [(one, request) for one in asked if (request := one.request()) is not None]:
+        yield under_way
 
 
-def _decode(
-    target: LoadedTarget, asked: Sequence[tuple[Prompt, Request]], settings: RegenerateSettings
-) -> Iterator[Answer]:
-    requests = [request for _, request in asked]
-    engine = Engine(
-        [Route(target.forward, target.stop_ids)],
-        num_slots=min(settings.batch_rows, len(requests)),
-        max_length=max(len(one.prompt_ids) + one.params.max_new_tokens for one in requests), k=0,
-        prefill_tokens=OFFLINE_PREFILL_TOKENS, capture=True,
-    )  # fmt: skip
-    for (prompt, request), done in zip(asked, engine.run(requests), strict=True):
-        assert done.features is not None
-        yield _answered(prompt, request, done.tokens, done.finish_reason, done.features)
+def _decode(target: LoadedTarget, asked: Sequence[Conversation], settings: RegenerateSettings) -> None:
+    for under_way in _turns(asked):
+        requests = [request for _, request in under_way]
+        engine = Engine(
+            [Route(target.forward, target.stop_ids)],
+            num_slots=min(settings.batch_rows, len(requests)),
+            max_length=max(len(one.prompt_ids) + one.params.max_new_tokens for one in requests), k=0,
+            prefill_tokens=OFFLINE_PREFILL_TOKENS, capture=True,
+        )  # fmt: skip
+        for (one, _), done in zip(under_way, engine.run(requests), strict=True):
+            one.hear(done.tokens, done.finish_reason, done.features)
 
 
 def _ask(
-    target: LoadedTarget,
-    asked: Sequence[tuple[Prompt, Request]],
-    settings: RegenerateSettings,
-    endpoint: Endpoint,
-) -> Iterator[Answer]:
-    found = ask_all(endpoint, [request for _, request in asked], target.stop_ids)
-    for (prompt, _), answered in zip(asked, found, strict=True):
-        if answered.error is not None:
-            yield _failed(prompt, answered.error)
-    told = [(*pair, one) for pair, one in zip(asked, found, strict=True) if one.error is None]
-    right = checked = 0
-    rows = [[*request.prompt_ids, *one.tokens] for _, request, one in told]
-    for index, hidden_TH in _prefill(target, rows, settings.batch_rows):
-        prompt, request, one = told[index]
-        if request.params.temperature == 0:
-            first = len(request.prompt_ids) - 1
-            said_M = torch.tensor(one.tokens[:CHECKED_TOKENS], device=hidden_TH.device)
-            meant_M = target.forward.logits(hidden_TH[first : first + len(said_M)]).argmax(dim=-1)
+    target: LoadedTarget, asked: Sequence[Conversation], settings: RegenerateSettings, endpoint: Endpoint
+) -> None:
+    for under_way in _turns(asked):
+        found = ask_all(endpoint, [request for _, request in under_way], target.stop_ids)
+        for (one, _), answered in zip(under_way, found, strict=True):
+            if answered.error is None:
+                one.hear(answered.tokens, answered.finish_reason)
+            else:
+                one.fail(answered.error)
+    told, right, checked = [one for one in asked if one.turns], 0, 0
+    for index, hidden_TH in _prefill(target, [one.ids for one in told], settings.batch_rows):
+        one = told[index]
+        # A copy, since a batch's states are one tensor, most of it padding.
+        one.features = hidden_TH.to("cpu", FEATURE_DTYPE, copy=True)
+        if one.params.temperature == 0:
+            start, end = one.turns[0]
+            said_M = torch.tensor(one.ids[start : min(end, start + CHECKED_TOKENS)], device=hidden_TH.device)
+            meant_M = target.forward.logits(hidden_TH[start - 1 : start - 1 + len(said_M)]).argmax(dim=-1)
             right, checked = right + int((said_M == meant_M).sum()), checked + len(said_M)
-        yield _answered(prompt, request, one.tokens, one.finish_reason, hidden_TH)
     if right < LEAST_AGREEMENT * checked:
         raise endpoint.trouble(
             f"{right / checked:.0%} of its greedy tokens are those of the target's checkpoint: as {endpoint.model!r} "
@@ -152,18 +141,6 @@ class Recapture:
         return [by_index[index] for index in range(len(rows))]
 
 
-def sampling_of(prompt: Prompt, settings: RegenerateSettings) -> SamplingParams:
-    """Greedy for a share of the rows, sampled for the rest; which and with which seed follows from the row's id."""
-    digest = hashlib.sha256(f"{settings.seed} {prompt.id}".encode()).digest()
-    greedy = int.from_bytes(digest[:4], "big") / 2**32 < settings.greedy_share
-    return SamplingParams(
-        temperature=0.0 if greedy else settings.temperature,
-        top_p=1.0 if greedy else settings.top_p,
-        seed=int.from_bytes(digest[4:11], "big"),
-        max_new_tokens=settings.max_new_tokens,
-    )
-
-
 def _encode_answer(
     target: LoadedTarget, prompt: Prompt, settings: RegenerateSettings
 ) -> tuple[list[int], int]:
@@ -195,21 +172,6 @@ def _prefill(
         hidden_BTH = target.forward.forward(tokens_BT, Rows([0] * len(batch)), cache)
         for index, hidden_TH in zip(batch, hidden_BTH, strict=True):
             yield index, hidden_TH[: len(rows[index]) - 1]
-
-
-def _answered(
-    prompt: Prompt, request: Request, tokens: tuple[int, ...], reason: FinishReason, features_TH: Tensor
-) -> Answer:
-    return Answer(
-        row=prompt.row,
-        id=prompt.id,
-        prompt_ids=request.prompt_ids,
-        answer_ids=tokens,
-        finish_reason=reason,
-        seed=request.params.seed,
-        temperature=request.params.temperature,
-        features=features_TH.to(FEATURE_DTYPE).cpu(),
-    )
 
 
 def _failed(prompt: Prompt, reason: str) -> Answer:

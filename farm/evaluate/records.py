@@ -68,7 +68,9 @@ class TargetRow(Strict):
     alpha_base_draft: tuple[Figure, ...] = ()
     alpha_adapted: tuple[Figure, ...] = ()
     finish_reasons: FinishReasons | None = None
-    rows: int | None = None  # regenerated rows that were trained on
+    rows: int | None = None  # that were regenerated
+    faults: dict[str, int] = Field(default_factory=dict)  # of their answers, by name
+    rejected: int | None = None  # answers that are not trained on because of theirs
     selected: Figure = None  # their share of all; None: all
     coverage: Figure = None  # share of answer tokens inside the draft vocabulary
     retention: Figure = None  # tau_base_draft / tau_base_on_base

@@ -14,7 +14,7 @@ from pydantic import SecretStr
 from farm.artifacts import Artifacts
 from farm.config import UserError
 from farm.fleet.answers import ANSWERS, AnswersJob, card_name, decode_prompts
-from farm.sections import Dtype, TargetSpec
+from farm.sections import FAULTS, Dtype, TargetSpec
 from farm.store import open_store
 
 if TYPE_CHECKING:
@@ -121,7 +121,8 @@ class RegenerateActor:
 
     def _write(self, job: AnswersJob, shard: int, prompts: str, may_keep: int) -> tuple[int, int]:
         """The rows of the shard and the bytes of the features that it keeps."""
-        from farm.data.features import write_shard
+        from farm.data.features import Answer, write_shard
+        from farm.data.rejects import digest_of
         from farm.decode.endpoint import Endpoint
         from farm.decode.regenerate import prefill_rows, regenerate_rows
 
@@ -133,11 +134,19 @@ class RegenerateActor:
             elsewhere = job.settings.engine == "openai"
             endpoint = Endpoint.of(job.spec, job.settings, self._config.key) if elsewhere else None
             answers = regenerate_rows(target, rows, job.settings, endpoint)
+        answers = [answer.judged(job.settings.reject) for answer in answers]
         kept = write_shard(self._artifacts, ANSWERS, job.key, shard, answers, may_keep)
-        reasons = [answer.finish_reason for answer in answers]
+
+        def usable(one: Answer) -> bool:
+            return one.finish_reason != "error" and not one.rejected
+
+        reasons, faults = [one.finish_reason for one in answers], [one.fault for one in answers]
         card = {
             "rows": len(answers),
             "finish_reasons": {reason: reasons.count(reason) for reason in ("stop", "length", "error")},
+            "faults": {name: faults.count(name) for name in FAULTS if name in faults},
+            "rejected": sum(answer.rejected for answer in answers),
+            "digests": [digest_of(one.prompt_ids, one.answer_ids) for one in answers if usable(one)],
             "answer_tokens": sum(len(answer.answer_ids) for answer in answers),
             "feature_bytes": kept,
             "first_error": next((answer.error for answer in answers if answer.error), None),

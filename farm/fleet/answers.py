@@ -18,6 +18,7 @@ from farm.artifacts import Artifact, Artifacts, key_of
 from farm.config import Refused, UserError, dump
 from farm.data.chat import read_template
 from farm.data.prompts import Prompt
+from farm.data.rejects import listed, repeated
 from farm.sections import Dtype, RegenerateSettings, TargetSpec
 
 ANSWERS = "answers"
@@ -25,6 +26,8 @@ ANSWERS = "answers"
 _NOT_IN_KEY = (
     "memory_bytes", "rows", "features", "byte_budget", "url", "api_key_env", "concurrency", "retries", "timeout_s",
 )  # fmt: skip
+# Of a shard's card, what is summed over all.
+_SUMMED = ("rows", "answer_tokens", "feature_bytes", "seconds", "rejected")
 
 
 @dataclass(frozen=True)
@@ -128,33 +131,39 @@ def kept_bytes(artifacts: Artifacts, job: AnswersJob) -> int:
 
 
 def finish_answers(artifacts: Artifacts, job: AnswersJob) -> Artifact:
-    """Sum the shards' cards and write the manifest. Raises Refused when every row is an error."""
+    """Sum the shards' cards and write the manifest. Raises Refused when every row is an error, or is rejected."""
     found = artifacts.find(ANSWERS, job.key)
     if found:
         return found
-    reasons: Counter[str] = Counter()
-    rows, tokens, kept, seconds, first_error = 0, 0, 0, 0.0, None
-    for number in range(job.num_shards):
-        card = _card(artifacts, job, number)
+    cards = [_card(artifacts, job, number) for number in range(job.num_shards)]
+    sums = {name: sum(card[name] for card in cards) for name in _SUMMED}
+    reasons, faults = Counter[str](), Counter[str]()
+    seen: set[str] = set()
+    for card in cards:
         reasons.update(card["finish_reasons"])
-        rows, tokens, seconds = rows + card["rows"], tokens + card["answer_tokens"], seconds + card["seconds"]
-        kept += card.get("feature_bytes", 0)
-        first_error = first_error or card["first_error"]
-    if reasons["error"] == rows:
+        faults.update(card["faults"] | {"duplicate": len(repeated(card["digests"], seen))})
+    faults = +faults  # those that occur
+    sums["rejected"] += faults["duplicate"] if "duplicate" in job.settings.reject else 0
+    first_error = next((card["first_error"] for card in cards if card["first_error"]), None)
+    if reasons["error"] == sums["rows"]:
         raise Refused(
-            f"{job.name}: none of its {rows} prompts got an answer; the first failed with: {first_error}"
+            f"{job.name}: none of its {sums['rows']} prompts got an answer; the first failed with: {first_error}"
+        )
+    if reasons["error"] + sums["rejected"] == sums["rows"]:
+        why = listed(faults, job.settings.reject)
+        raise Refused(
+            f"{job.name}: none of its {sums['rows']} answers can be trained on ({why}); "
+            "read a few, raise regenerate.max_new_tokens, or name fewer faults in regenerate.reject"
         )
     return artifacts.finish(
         ANSWERS,
         job.key,
         {
             "target": job.name,
-            "rows": rows,
+            **sums,
             "finish_reasons": dict(reasons),
+            "faults": dict(faults),
             "first_error": first_error,
-            "answer_tokens": tokens,
-            "feature_bytes": kept,
-            "seconds": seconds,
             "settings": dump(job.settings),
             "mode": job.mode,
             **job.source,

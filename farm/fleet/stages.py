@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from farm.artifacts import Artifact, key_of
 from farm.card import Fit
 from farm.config import Refused, dump
+from farm.data.rejects import listed
 from farm.fleet import measure
 from farm.fleet.answers import AnswersJob, feature_shards, finish_answers, kept_bytes, missing_shards
 from farm.fleet.datasets import ShardResult, regenerate
@@ -66,8 +67,12 @@ def regenerate_answers(run: Run) -> None:
             continue
         run.answers[target.name] = artifact
         run.took(target.name, "regenerate", artifact)
-        reasons = artifact.manifest["finish_reasons"]
-        run.fields[target.name] |= {"rows": artifact.manifest["rows"], "finish_reasons": reasons}
+        made = artifact.manifest
+        names = ("rows", "finish_reasons", "faults", "rejected")
+        run.fields[target.name] |= {name: made[name] for name in names}
+        if made["rejected"]:
+            faults = listed(made["faults"], target.answers.settings.reject)
+            run.say(f"{target.name}: {made['rejected']} answers are not trained on: {faults}")
 
 
 def adapt(run: Run, trunk: Artifact) -> None:

@@ -33,19 +33,24 @@ class Batch:
 
     next_tokens_BT: Tensor  # x_{t+1}, int64, 0 where padded
     hidden_BTH: Tensor  # h_t
-    first_B: Tensor  # first index that is trained on: the last prompt token's, or 0
-    last_B: Tensor  # L - 3, the last index whose prediction has a true hidden state
+    turn_BT: (
+        Tensor  # number of the target's turn that x_{t+1} belongs to, int64; -1 where none: prompts, padding
+    )
     sample_B: Tensor  # number of the row's sample, int64
 
     def mask(self, step: int) -> Tensor:
-        """Indices [B, T] trained on at unrolled step `step`: h_{t+1+step} exists and the round begins in the answer."""
-        index_T = torch.arange(self.next_tokens_BT.shape[1], device=self.first_B.device)
-        return (index_T >= self.first_B[:, None]) & (index_T + step <= self.last_B[:, None])
+        """Indices [B, T] trained on at unrolled step `step`: rounds that begin in a turn and have not left it.
+
+        At index t a round has committed x_{t+1}; it predicts h_{t+1+step}, which exists then, and of that x_{t+2+step}.
+        """
+        drafted_BT = torch.full_like(self.turn_BT, -1)
+        drafted_BT[:, : -1 - step] = self.turn_BT[:, 1 + step :]
+        return (self.turn_BT >= 0) & (self.turn_BT == drafted_BT)
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on a device, hidden states in float32."""
         move = (self.next_tokens_BT.to(device), self.hidden_BTH.to(device, torch.float32))
-        return Batch(*move, *(rows.to(device) for rows in (self.first_B, self.last_B, self.sample_B)))
+        return Batch(*move, self.turn_BT.to(device), self.sample_B.to(device))
 
     def masked(self, step: int) -> Tensor:
         """Where `mask(step)` is true among the B * T positions, int64 [M] ascending."""
@@ -68,13 +73,15 @@ def collate(
     hidden_size = samples[0].features_TH.shape[1]
     tokens_BT = torch.zeros(len(samples), length, dtype=torch.int64)
     hidden_BTH = torch.zeros(len(samples), length, hidden_size, dtype=samples[0].features_TH.dtype)
+    turn_BT = torch.full_like(tokens_BT, -1)
     for row, sample in enumerate(samples):
         tokens_BT[row, : len(sample.tokens_T) - 1] = sample.tokens_T[1:]
         hidden_BTH[row, : len(sample.features_TH)] = sample.features_TH
-    first_B = torch.tensor([0 if prompt_tokens else sample.num_prompt_tokens - 1 for sample in samples])
-    last_B = torch.tensor([len(sample.tokens_T) - 3 for sample in samples])
+        said = ((1, len(sample.tokens_T)),) if prompt_tokens else sample.said
+        for turn, (start, end) in enumerate(said):
+            turn_BT[row, start - 1 : end - 1] = turn
     sample_B = torch.tensor(range(len(samples)) if numbers is None else numbers)
-    return Batch(tokens_BT, hidden_BTH, first_B, last_B, sample_B)
+    return Batch(tokens_BT, hidden_BTH, turn_BT, sample_B)
 
 
 class Schedule:

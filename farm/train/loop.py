@@ -16,7 +16,7 @@ from safetensors.torch import save as safetensors
 from torch import Tensor, distributed
 
 from farm.config import UserError
-from farm.data.features import Sample, local_shards, read_shards, trainable
+from farm.data.features import Sample, local_shards, read_shards
 from farm.decode.regenerate import Recapture
 from farm.draft.checkpoint import (
     EXPERT_FILE,
@@ -148,13 +148,13 @@ def _within_tokens(task: FitTask, samples: list[Sample]) -> FitTask:
     settings = task.settings
     if not isinstance(settings, AdaptSettings) or settings.tokens is None:
         return task
-    each = sum(len(sample.tokens_T) - sample.num_prompt_tokens for sample in samples)
+    each = sum(sample.num_said for sample in samples)
     epochs = max(1, round(settings.tokens / each))
     return replace(task, settings=settings.model_copy(update={"epochs": epochs}))
 
 
 def _trainable(task: FitTask, samples: list[Sample]) -> list[int]:
-    found = [n for n, one in enumerate(samples) if trainable(len(one.tokens_T) - one.num_prompt_tokens)]
+    found = [number for number, sample in enumerate(samples) if sample.trainable]
     if not found:
         raise UserError(f"{task.target.name}: no answer is long enough to train on; see its finish reasons")
     return found

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -87,7 +87,7 @@ def select_rows(task: SelectTask, progress: Callable[[int, int], None] | None = 
     for path in paths:
         samples = read_shards([path], ids.keys(), recapture)
         for sample, score in zip(samples, scorer.score(samples), strict=True):
-            length = lengths[sample.row] = len(sample.tokens_T) - sample.num_prompt_tokens
+            length = lengths[sample.row] = sample.num_said
             stratum = select.stratum_of(length, task.origins.get(sample.row, ""))
             scored.append(Scored(sample.row, sample.id, score, stratum))
         if progress is not None:
@@ -103,8 +103,8 @@ def select_rows(task: SelectTask, progress: Callable[[int, int], None] | None = 
 
 
 def pooled(sample: Sample) -> Tensor:
-    """phi [H], float32: the mean hidden state over the answer's tokens that the target processed."""
-    return sample.features_TH[sample.num_prompt_tokens :].float().mean(dim=0)
+    """phi [H], float32: the mean hidden state over the tokens that the target said and processed."""
+    return torch.cat([sample.features_TH[start:end] for start, end in sample.said]).float().mean(dim=0)
 
 
 class _Whitened:
@@ -168,7 +168,7 @@ def _read(base: LoadedTarget, samples: Sequence[Sample]) -> Iterator[Tensor]:
     rounded_BTH = hidden_BTH.to(FEATURE_DTYPE).cpu()  # as the target's were stored
     for sample, hidden_TH in zip(samples, rounded_BTH, strict=True):
         features_TH = hidden_TH[: len(sample.tokens_T) - 1]
-        yield pooled(Sample(sample.tokens_T, features_TH, sample.num_prompt_tokens))
+        yield pooled(replace(sample, features_TH=features_TH))
 
 
 class _Predicted:

@@ -18,8 +18,9 @@ from farm.bench.adapt_report import code_digest, compare, keep, kept, table, tau
 from farm.bench.methods import SELECTIONS, Variant, Work, methods_of, variants, work
 from farm.bench.report import origin
 from farm.config import Manifest
-from farm.data.features import trainable, write_shard
+from farm.data.features import write_shard
 from farm.data.prompts import load_prompts
+from farm.data.rejects import trainable
 from farm.decode.regenerate import regenerate_rows
 from farm.registry import Registry
 from farm.sections import AdaptSettings, RegenerateSettings, Strategy

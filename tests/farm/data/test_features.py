@@ -1,5 +1,6 @@
 """Shards of answers: what was written comes back, and a damaged shard is one clear error."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from farm.artifacts import Artifacts
 from farm.config import UserError
-from farm.data.features import Answer, answer_tokens, read_shards, shard_names, write_shard
+from farm.data.features import Answer, answer_tokens, read_shards, shard_names, trainable_rows, write_shard
 from farm.store import open_store
 
 
@@ -48,3 +49,30 @@ def test_tokens_and_features_of_different_shards_are_not_mixed(folder: Path) -> 
     (folder / shard_names(1)[1]).replace(folder / shard_names(0)[1])
     with pytest.raises(UserError, match="features for"):
         read_shards([folder / shard_names(0)[1]])
+
+
+def judged(tmp_path: Path, shards: list[list[Answer]], reject: tuple[str, ...]) -> list[Path]:
+    artifacts = Artifacts(open_store(tmp_path.as_uri()))
+    for number, rows in enumerate(shards):
+        write_shard(artifacts, "answers", "key", number, [row.judged(reject) for row in rows])  # type: ignore[arg-type]
+    return [tmp_path / "artifacts/answers/key" / shard_names(number)[1] for number in range(len(shards))]
+
+
+def test_rejected_answers_and_all_but_the_first_of_equal_ones_are_not_read(tmp_path: Path) -> None:
+    loop = Answer(1, "id1", (1, 2), (4,) * 40, "length", 0, 0.0, torch.zeros(41, 4))
+    shards = [[answer(0, 3), loop], [replace(answer(2, 3), row=2), answer(3, 5)]]
+    paths = judged(tmp_path, shards, ("loop", "duplicate"))
+    assert [sample.row for sample in read_shards(paths)] == [0, 3]
+    assert sorted(trainable_rows(paths)) == [0, 3]
+    assert [sample.row for sample in read_shards(paths, rows={2})] == [
+        2
+    ]  # who names rows has chosen among them
+    paths = judged(tmp_path, shards, ())
+    assert [sample.row for sample in read_shards(paths)] == [0, 1, 2, 3]
+
+
+def test_turns_come_back_as_stretches_of_all_tokens(tmp_path: Path) -> None:
+    talk = replace(answer(0, 9), turns=((0, 3), (5, 9)))
+    (sample,) = read_shards(judged(tmp_path, [[talk]], ()))
+    assert sample.said == ((2, 5), (7, 11))
+    assert sample.num_said == 7

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from farm.data.prompts import Prompt
-from farm.decode.regenerate import prefill_rows, regenerate_rows, sampling_of
+from farm.decode.conversation import sampling_of
+from farm.decode.regenerate import prefill_rows, regenerate_rows
 from farm.layers.cache import Rows
 from farm.sections import RegenerateSettings, TargetSpec
 from farm.target import zoo

@@ -17,7 +17,8 @@ NUM_ROWS = 20
 STAGES: dict[str, Any] = {
     "train_trunk": {"epochs": 1, "batch_rows": 8, "max_new_tokens": 8},
     "probe": {"prompts": 2, "max_new_tokens": 4},
-    "regenerate": {"max_new_tokens": 8, "batch_rows": 8, "shard_rows": 4},
+    # What random weights say is as good as any.
+    "regenerate": {"max_new_tokens": 8, "batch_rows": 8, "shard_rows": 4, "reject": ()},
     "adapt": {"epochs": 1, "batch_rows": 8, "save_every": 1},
     "evaluate": {
         "prompts": 4,

@@ -135,3 +135,14 @@ def test_positions_start_at_the_last_prompt_token_and_end_where_a_true_hidden_st
     assert at.index_M.tolist() == [2, 3, 0, 1, 2, 3, 4, 5]
     whole = collate([sample, longer], prompt_tokens=True)
     assert whole.mask(0)[0].nonzero().flatten().tolist() == [0, 1, 2, 3, 4]
+
+
+def test_what_a_user_says_in_between_is_neither_drafted_nor_where_a_round_begins() -> None:
+    """x_3..x_5 and x_8..x_11 are the target's: no position predicts x_3, x_6..x_8, and none goes from turn to turn."""
+    sample = Sample(torch.arange(12), torch.zeros(11, 2), 3, turns=((3, 6), (8, 12)))
+    batch = collate([sample])
+    assert batch.mask(0)[0].nonzero().flatten().tolist() == [2, 3, 7, 8, 9]
+    assert batch.mask(1)[0].nonzero().flatten().tolist() == [2, 7, 8]
+    assert batch.mask(4)[0].nonzero().flatten().tolist() == []
+    assert sample.num_said == 7
+    assert collate([sample], prompt_tokens=True).mask(0)[0].sum() == 10

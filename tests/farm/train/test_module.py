@@ -97,7 +97,9 @@ def without_the_prompts_keys(case: Case, tier: str, num_steps: int, loss: str) -
 def one_position_late(case: Case, tier: str, num_steps: int, loss: str) -> Gradients:
     """Wrong: the positions that are picked are not those of the mask."""
     trunk, expert, head, batch = case
-    return fast((trunk, expert, head, replace(batch, first_B=batch.first_B + 1)), tier, num_steps, loss)
+    before_BT = torch.cat((torch.full_like(batch.turn_BT[:, :1], -1), batch.turn_BT[:, :-1]), dim=1)
+    late_BT = torch.where(batch.turn_BT == before_BT, batch.turn_BT, -1)
+    return fast((trunk, expert, head, replace(batch, turn_BT=late_BT)), tier, num_steps, loss)
 
 
 def same(ours: Gradients, theirs: Gradients) -> None:

@@ -12,7 +12,7 @@ from farm.config import UserError
 from farm.data.features import Answer, read_shards, write_shard
 from farm.data.prompts import Prompt
 from farm.data.select import Moments, Whitening, mahalanobis, random, shift
-from farm.decode.regenerate import sampling_of
+from farm.decode.conversation import sampling_of
 from farm.draft.checkpoint import trunk_files
 from farm.draft.config import DraftConfig
 from farm.draft.model import new_draft

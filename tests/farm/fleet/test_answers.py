@@ -1,0 +1,60 @@
+"""A finished answers artifact: what its shards' cards add up to, and when there is nothing to train on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from farm.artifacts import Artifacts
+from farm.config import Refused
+from farm.data.prompts import Prompt
+from farm.fleet.answers import ANSWERS, AnswersJob, card_name, finish_answers
+from farm.sections import RegenerateSettings, TargetSpec
+from farm.store import open_store
+
+
+def job(reject: tuple[str, ...] = ("loop", "duplicate")) -> AnswersJob:
+    prompts = tuple(Prompt(row, f"{row}", ({"role": "user", "content": "hi"},), None) for row in range(4))
+    settings = RegenerateSettings(shard_rows=2, reject=reject)  # type: ignore[arg-type]
+    return AnswersJob(TargetSpec(name="math", model="m"), settings, "key", prompts)
+
+
+def write_cards(root: Path, *cards: dict[str, Any]) -> Artifacts:
+    artifacts = Artifacts(open_store(root.as_uri()))
+    whole = {
+        "rows": 2, "finish_reasons": {"stop": 2, "length": 0, "error": 0}, "faults": {}, "rejected": 0, "digests": [],
+        "answer_tokens": 10, "feature_bytes": 0, "first_error": None, "seconds": 1.0,
+    }  # fmt: skip
+    for number, card in enumerate(cards):
+        artifacts.put_file(ANSWERS, "key", card_name(number), json.dumps(whole | card).encode())
+    return artifacts
+
+
+def test_equal_answers_of_two_shards_are_counted_once(tmp_path: Path) -> None:
+    artifacts = write_cards(
+        tmp_path, {"digests": ["a", "b"]}, {"digests": ["b"], "faults": {"loop": 1}, "rejected": 1}
+    )
+    made = finish_answers(artifacts, job()).manifest
+    assert made["faults"] == {"loop": 1, "duplicate": 1}
+    assert (made["rows"], made["rejected"], made["answer_tokens"]) == (4, 2, 20)
+
+
+def test_a_fault_that_rejects_nothing_is_counted_all_the_same(tmp_path: Path) -> None:
+    artifacts = write_cards(tmp_path, {"digests": ["a", "a"]}, {"faults": {"truncated": 2}})
+    made = finish_answers(artifacts, job(())).manifest
+    assert made["faults"] == {"duplicate": 1, "truncated": 2}
+    assert made["rejected"] == 0
+
+
+def test_answers_that_are_all_rejected_refuse_the_target_with_their_faults_and_the_remedy(
+    tmp_path: Path,
+) -> None:
+    loops = {"faults": {"loop": 2}, "rejected": 2}
+    failed = {"finish_reasons": {"stop": 0, "length": 0, "error": 2}, "first_error": "no room"}
+    with pytest.raises(
+        Refused, match=r"math: none of its 4 answers can be trained on \(2 loop\).*regenerate.reject"
+    ):
+        finish_answers(write_cards(tmp_path, loops, failed), job())
+    with pytest.raises(Refused, match="none of its 4 prompts got an answer; the first failed with: no room"):
+        finish_answers(write_cards(tmp_path, failed, failed), job())
