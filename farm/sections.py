@@ -138,9 +138,8 @@ class RegenerateSettings(Strict):
     temperature: float = Field(default=0.7, ge=0)
     top_p: float = Field(default=0.95, gt=0, le=1)
     seed: int = 0
-    turns: Literal["all", "last"] = (
-        "all"  # of a conversation that are answered anew; "last": the others are taken as given
-    )
+    # Of a conversation that are answered; "last": the answers before it are taken as given.
+    turns: Literal["all", "last"] = "all"
     # Answers with these faults are not trained on; all faults are counted.
     reject: Annotated[tuple[Fault, ...], BeforeValidator(_listed)] = ("empty", "loop", "duplicate")
     memory_bytes: Positive = 8 * 2**30  # of live targets in one actor

@@ -22,6 +22,7 @@ from farm.config import Manifest
 from farm.data.chat import encode_chat
 from farm.data.prompts import load_prompts
 from farm.decode.sampling import SamplingBatch, SamplingParams, distribution
+from farm.layers.attention import attend
 from farm.layers.cache import Rows
 from farm.layers.dense import Dense, RmsNorm
 from farm.sections import TargetSpec
@@ -31,6 +32,7 @@ from farm.target.load import load_model, load_tokenizer, placement
 Product = Callable[[Tensor], Tensor]
 DTYPES = ("float32", "bfloat16")
 ROWS = (1, 4, 8, 32)
+ATTENDING_ROWS = (1, 8, 16)
 FORWARDS = ((1, 1), (1, 4), (8, 1))  # sequences, new tokens of each
 CONTEXT = 200
 TEXT_TOKENS = CONTEXT + max(tokens for _, tokens in FORWARDS)
@@ -71,6 +73,7 @@ def pairs(model: Any, text: Sequence[int]) -> Iterator[Pair]:
     forward = TargetForward.of(model)
     text_S = torch.tensor(text, device=forward.device)
     yield from _linears(model.config, forward)
+    yield from _attentions(forward)
     if forward.dtype == torch.float32:
         yield from _norms(forward)
         yield from _samplings(forward, text_S)
@@ -96,6 +99,38 @@ def _linears(config: Any, forward: TargetForward) -> Iterator[Pair]:
         ours = [Dense.of(weight) for weight in weights]
         for rows in ROWS:
             yield _layerwise("linear", f"{name}, {x} to {y}", _normal(forward, rows, x), library, ours)
+            if name == "gate and up":
+                halves = [partial(_halved, one) for one in library], [one.halves for one in ours]
+                yield _layerwise("halves", f"{name}, {x} to {y}", _normal(forward, rows, x), *halves)
+
+
+def _halved(product: Product, x_MX: Tensor) -> Tensor:
+    return product(x_MX).unflatten(1, (2, -1)).transpose(0, 1)
+
+
+def _attentions(forward: TargetForward) -> Iterator[Pair]:
+    """Of one new token a row over CONTEXT others, each layer's cache in turn."""
+    heads, group = forward.num_heads, forward.num_heads // forward.num_kv_heads
+    for rows in ATTENDING_ROWS:
+        cache = forward.new_cache(rows, CONTEXT + 1)
+        cache.buffer.normal_()
+        window = cache.window(Rows([CONTEXT] * rows), 1)
+        mask = window.mask(group, forward.dtype)
+        read = list(zip(window.keys, window.values, strict=True))
+        q_BTND = _normal(forward, rows, 1, heads, forward.head_dim)
+        yield Pair(
+            "attention", f"context {CONTEXT}", f"{rows} x {heads} x {forward.head_dim}", _name(forward.dtype),
+            partial(_each, [partial(_grouped_attention, k=k, v=v, mask=mask) for k, v in read], q_BTND),
+            partial(_each, [partial(attend, k_BGSD=k, v_BGSD=v, mask=mask) for k, v in read], q_BTND), len(read),
+        )  # fmt: skip
+
+
+def _grouped_attention(q_BTND: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """torch's own with as many key/value heads as there are."""
+    mixed_BNTD = functional.scaled_dot_product_attention(
+        q_BTND.transpose(1, 2), k, v, attn_mask=mask, enable_gqa=True
+    )
+    return mixed_BNTD.transpose(1, 2).flatten(2)
 
 
 def _norms(forward: TargetForward) -> Iterator[Pair]:

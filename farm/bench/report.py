@@ -99,6 +99,24 @@ def table(rows: Sequence[Row]) -> Table:
     return out
 
 
+def beside_best_fixed(rows: Sequence[Row]) -> list[str]:
+    """A line for each target and workload that ran `cost`: its speed over plain decoding and the best fixed length."""
+    arms = grouped(rows)
+    over_plain = {key: found for key in arms if (found := against(arms, key, "farm")) is not None}
+    lines = []
+    for key in [key for key in over_plain if key[4] == "cost"]:
+        target, batch, workload, _, _, draft = key
+        alike = [other for other in over_plain if other[:4] == key[:4] and other[5] == draft]
+        fixed = [other for other in alike if other[4].startswith("fixed-")]
+        if fixed:
+            best = max(fixed, key=lambda other: over_plain[other].median)
+            lines.append(
+                f"{target}, batch {batch}, {workload}: cost is {over_plain[key].median:.2f} of plain decoding and "
+                f"{ratio(arms[key], arms[best]).median:.2f} of {best[4]}, the best fixed length"
+            )
+    return lines
+
+
 def _host_share(rows: Sequence[Row]) -> str:
     shares = []
     for row in rows:
@@ -201,6 +219,6 @@ def _style(engine: str, control: str, draft: str) -> dict[str, Any]:
     }  # fmt: skip
     color = colors[family]
     if family == "fixed" and draft == "adapted":
-        color = colormaps["Blues"](0.3 + 0.1 * min(7, int(control.partition("-")[2] or 4)))
+        color = colormaps["Blues"](0.3 + 0.1 * min(7, int(control.partition("-")[2])))
     width = 2.2 if family in ("cost", "plain") else 1.3
     return {"color": color, "linestyle": "--" if odd else "-", "linewidth": width}

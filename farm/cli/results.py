@@ -87,7 +87,7 @@ def bench_decode(  # noqa: PLR0913 - the options of a command
     from farm.bench.decode import chosen, full_arms, largest, measure, quick_arms, with_trees, with_vllm
     from farm.bench.family import members
     from farm.bench.floor import measure_floor
-    from farm.bench.report import table, write
+    from farm.bench.report import beside_best_fixed, table, write
     from farm.bench.vllm_engine import check_loadable, find_python, vllm_engines
 
     source, settled = _source(), load_family(manifest, overrides)
@@ -115,6 +115,8 @@ def bench_decode(  # noqa: PLR0913 - the options of a command
             total = len(arms) * repeats
             rows += track(every, member.name, total, console=console, disable=not console.is_terminal)
     _show_wide(table(rows))
+    for line in beside_best_fixed(rows):
+        console.print(line, markup=False, highlight=False)
     for path in write(out, rows, floors, source):
         console.print(path, markup=False, soft_wrap=True)
 

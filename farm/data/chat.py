@@ -10,9 +10,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Messages = Sequence[Mapping[str, str]]
-MARK = (
-    "\N{BLACK STAR}7f3a\N{BLACK STAR}"  # stands for words that are not known yet while a template is rendered
-)
+# Stands for words that are not known yet while a template is rendered.
+MARK = "\N{BLACK STAR}7f3a\N{BLACK STAR}"
 # For a target that has none: its prompts are texts, and it goes on with them.
 TEXT_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
 

@@ -153,9 +153,8 @@ def local_shards(locations: Sequence[str]) -> list[Path]:
 def answer_tokens(paths: Sequence[Path]) -> Iterator[list[int]]:
     """Answer token ids of every row of shards that is not rejected, given the paths of their tokens files."""
     for path in paths:
-        for row in pq.read_table(path, columns=["answer_ids", "rejected"]).to_pylist():
-            if not row.get("rejected"):
-                yield row["answer_ids"]
+        rows = _read_columns(path, ["answer_ids", "rejected"])
+        yield from (row["answer_ids"] for row in rows if not row["rejected"])
 
 
 def trainable_rows(paths: Sequence[Path]) -> dict[int, str]:
@@ -179,13 +178,19 @@ def _wanted(table: Sequence[dict[str, Any]], seen: set[str]) -> list[int]:
 
 
 def _read_tokens(features_path: Path, columns: list[str]) -> list[dict[str, Any]]:
-    """Rows of the tokens file beside a features file; None for columns that it was written without."""
+    """Rows of the tokens file beside a features file."""
     name = features_path.name.replace("features-", "tokens-")
     try:
-        table = pq.read_table(features_path.with_name(name).with_suffix(".parquet"), columns=columns)
+        return _read_columns(features_path.with_name(name).with_suffix(".parquet"), columns)
     except (OSError, pa.ArrowInvalid) as error:
         raise _unreadable(features_path, error) from error
-    return [{name: row.get(name) for name in columns} for row in table.to_pylist()]
+
+
+def _read_columns(path: Path, columns: list[str]) -> list[dict[str, Any]]:
+    """Rows of a tokens file; None in columns that it was written without."""
+    present = [name for name in columns if name in pq.read_schema(path).names]
+    rows = pq.read_table(path, columns=present).to_pylist()
+    return [dict.fromkeys(columns) | row for row in rows]
 
 
 def _read_features(path: Path, wanted: Sequence[int]) -> list[tuple[int, Tensor]]:

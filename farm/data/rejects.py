@@ -64,8 +64,6 @@ def repeated(digests: Sequence[str | None], seen: set[str]) -> list[int]:
 
 def listed(faults: dict[str, int], reject: Collection[str]) -> str:
     """For a log: `3 loop, 1 duplicate; kept all the same: 5 truncated`; empty where there are none."""
-    of = {
-        which: ", ".join(f"{count} {name}" for name, count in faults.items() if (name in reject) == which)
-        for which in (True, False)
-    }
-    return "; ".join(filter(None, (of[True], f"kept all the same: {of[False]}" if of[False] else "")))
+    rejected = ", ".join(f"{count} {name}" for name, count in faults.items() if name in reject)
+    kept = ", ".join(f"{count} {name}" for name, count in faults.items() if name not in reject)
+    return "; ".join(filter(None, (rejected, kept and f"kept all the same: {kept}")))

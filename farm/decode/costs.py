@@ -156,12 +156,10 @@ class RoundCosts:
     def unexplored(self, load: Load) -> int | None:
         """A length to try next under this load, or None when enough is known."""
         rest, most = self._rest[_bucket(load)], min(self.max_length, max(load.limits))
-        middle, longest = self.max_length // 2, self.max_length
+        middle = self.max_length // 2
         # Near their end requests allow all kinds of lengths; few of them make a line.
-        lengths = sorted(
-            {0, min(1, most), most if most < middle else middle, longest if most == longest else 0}
-        )
-        least = min(lengths, key=rest.looks)  # in turn, so that a slow moment is not one length's
+        lengths = {n for n in (0, 1, self.max_length) if n <= most} | {min(middle, most)}
+        least = min(sorted(lengths), key=rest.looks)  # in turn, so that a slow moment is not one length's
         if rest.looks(least) < LOOKS:
             return least
         self._explored.add(_bucket(load))

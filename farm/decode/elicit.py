@@ -18,7 +18,7 @@ from farm.data.chat import MARK, render_chat
 from farm.decode.endpoint import Endpoint, ask_all
 from farm.decode.engine import Engine, FinishReason, Request, Route
 from farm.decode.sampling import SamplingParams
-from farm.sections import ElicitSettings, RegenerateSettings
+from farm.sections import ElicitSettings, Fault, RegenerateSettings
 from farm.target.load import LoadedTarget
 
 LOOP_WORDS, LOOP_TIMES = 4, 4  # so many words, more often than so many times
@@ -139,7 +139,7 @@ def _user_turn(
     return text.strip(), reason == "stop"
 
 
-def _fault(text: str, ended: bool, prompts: dict[str, str]) -> str | None:
+def _fault(text: str, ended: bool, prompts: dict[str, str]) -> Fault | None:
     """Why a draw is no prompt; None if it is one."""
     if not re.search(r"\w", text):
         return "empty"

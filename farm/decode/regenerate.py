@@ -47,9 +47,9 @@ def regenerate_rows(
             asked.append(Conversation.of(target, prompt, settings))
         except UserError as error:
             answers[prompt.row] = _failed(prompt, str(error))
-    if asked and endpoint is None:
+    if endpoint is None:
         _decode(target, asked, settings)
-    elif asked and endpoint is not None:
+    else:
         _ask(target, asked, settings, endpoint)
     answers |= {one.prompt.row: one.answer() for one in asked}
     return [answers[prompt.row] for prompt in prompts]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from farm.decode.control import Load, RoundResult, Signal
 from farm.decode.costs import AcceptanceByPeak, Bucket, Ratio, RoundCosts
@@ -23,6 +24,18 @@ class Acceptance:
             product *= ratio.value
             survival.append(product)
         return survival
+
+
+class Price(NamedTuple):
+    """Seconds that one more position takes."""
+
+    draft: float
+    verify: float
+
+    @classmethod
+    def of(cls, costs: RoundCosts, load: Load, index: int) -> Price:
+        """Of position `index`."""
+        return cls(costs.draft_step(load, index), costs.verify_step(load, index))
 
 
 class Cost:
@@ -48,10 +61,7 @@ class Cost:
         self._rates: dict[tuple[int, Bucket], Ratio] = {}
         self._round, self._rest_until, self._rest, self._began = 0, 0, self.SHORTEST_REST, 0
         self._load, self._forced, self._rate = Load((), ()), False, 0.0
-        self._steps = (
-            (0.0, 0.0),
-            (0.0, 0.0),
-        )  # seconds of drafting and of verifying the first position, one more
+        self._prices: list[Price] = []  # of the first position, and of every one after it
         self._survival_B: list[float] = []
         self._peaks: list[list[float]] = []
 
@@ -68,8 +78,7 @@ class Cost:
             return trial
         if not self._speculates():
             return 0
-        first, others = ((self._costs.draft_step(load, i), self._costs.verify_step(load, i)) for i in (0, 1))
-        self._steps = first, others
+        self._prices = [Price.of(self._costs, load, index) for index in (0, 1)]
         return self.max_length
 
     def _probe(self, load: Load) -> int:
@@ -103,7 +112,7 @@ class Cost:
         self._survival_B = [
             survival * self._of_target[name].by_peak.of(peak) for name, survival, peak in rows
         ]
-        pays = self._forced or sum(self._survival_B) > self._rate * self._steps[index > 0][1]
+        pays = self._forced or sum(self._survival_B) > self._rate * self._prices[min(index, 1)].verify
         return [pays] * len(signal_B)
 
     def more(self, index: int) -> bool:
@@ -111,7 +120,7 @@ class Cost:
             return True
         rows = zip(self._load.targets, self._open(index), strict=True)
         expected = sum(survival * self._of_target[name].by_position[index].value for name, survival in rows)
-        return expected > self._rate * sum(self._steps[index > 0])
+        return expected > self._rate * sum(self._prices[min(index, 1)])
 
     def observe(self, result: RoundResult) -> None:
         self._costs.add(result)

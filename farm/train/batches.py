@@ -33,9 +33,7 @@ class Batch:
 
     next_tokens_BT: Tensor  # x_{t+1}, int64, 0 where padded
     hidden_BTH: Tensor  # h_t
-    turn_BT: (
-        Tensor  # number of the target's turn that x_{t+1} belongs to, int64; -1 where none: prompts, padding
-    )
+    turn_BT: Tensor  # the target's turn that said x_{t+1}, int64; -1 where none did: prompts, padding
     sample_B: Tensor  # number of the row's sample, int64
 
     def mask(self, step: int) -> Tensor:

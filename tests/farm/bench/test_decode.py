@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from farm.bench import decode
 from farm.bench.decode import Arm, Row, chosen, full_arms, largest, measure, quick_arms, with_trees, with_vllm
 from farm.bench.family import Member
 from farm.bench.floor import Floor
-from farm.bench.report import against, grouped, key_of, origin, predicted, table, write
+from farm.bench.report import against, beside_best_fixed, grouped, key_of, origin, predicted, table, write
 from farm.bench.vllm_engine import VllmAnswer, VllmEngine, VllmSettings
 from farm.draft.config import DraftConfig
 from farm.draft.model import new_draft
@@ -156,6 +157,22 @@ def test_ratios_are_taken_within_a_repeat() -> None:
     assert found is not None
     assert (found.median, found.low, found.high) == (2.0, 2.0, 2.0)
     assert against(grouped(fast), key_of(fast[0]), "farm") is None
+
+
+def test_cost_is_compared_with_the_fixed_length_that_was_best_in_the_same_workload() -> None:
+    """Of base and adapted draft, of batches and workloads, only what is like it counts."""
+
+    def rows(control: str, speed: float, **changes: Any) -> list[Row]:
+        fields = {"control": control, "draft": "adapted", "tokens_per_s": speed} | changes
+        return [replace(ROW, repeat=repeat, **fields) for repeat in range(3)]
+
+    arms = [
+        *rows("off", 100.0, draft="none"), *rows("fixed-2", 160.0), *rows("fixed-4", 150.0),
+        *rows("fixed-6", 300.0, draft="base"), *rows("fixed-6", 300.0, batch=8), *rows("cost", 152.0),
+    ]  # fmt: skip
+    assert beside_best_fixed(arms) == [
+        "t, batch 1, equal: cost is 1.52 of plain decoding and 0.95 of fixed-2, the best fixed length"
+    ]
 
 
 def test_the_prediction_is_tau_over_the_rounds_cost_in_plain_steps() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from farm.bench.operators import (
+    ATTENDING_ROWS,
     DTYPES,
     FILTERS,
     FORWARDS,
@@ -68,6 +69,8 @@ def test_every_operator_is_there_at_the_sizes_of_the_model(model: Any) -> None:
     filters = [pair.case for pair in found if pair.operator == "distribution"]
     assert filters == (["top-p 0.95", "top-k 50, top-p 0.95"] if exact else [])
     assert num["forward"] == len(FORWARDS)
+    assert num["halves"] == len(ROWS)
+    assert num["attention"] == len(ATTENDING_ROWS)
 
 
 @pytest.mark.parametrize("params", FILTERS, ids=str)

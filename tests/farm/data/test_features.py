@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -76,3 +77,13 @@ def test_turns_come_back_as_stretches_of_all_tokens(tmp_path: Path) -> None:
     (sample,) = read_shards(judged(tmp_path, [[talk]], ()))
     assert sample.said == ((2, 5), (7, 11))
     assert sample.num_said == 7
+
+
+def test_a_shard_that_was_written_without_faults_and_turns_is_read_whole(tmp_path: Path) -> None:
+    (path,) = judged(tmp_path, [[answer(0, 3), answer(1, 5)]], ("loop",))
+    tokens = path.with_name(shard_names(0)[0])
+    table = pq.read_table(tokens)
+    pq.write_table(table.drop_columns(["turns", "fault", "rejected", "digest"]), tokens)
+    assert [sample.said for sample in read_shards([path])] == [((2, 5),), ((2, 7),)]
+    assert sorted(trainable_rows([path])) == [0, 1]
+    assert len(list(answer_tokens([tokens]))) == 2

@@ -1,5 +1,6 @@
 """Conversations: every turn is answered by the target, in exact token ids, each after what was really said before."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,6 @@ def test_a_turn_that_fails_leaves_those_before_it(
 
 def test_a_template_that_changes_an_assistants_words_is_refused_with_the_remedy(target: LoadedTarget) -> None:
     shouts = zoo.CHAT_TEMPLATE.replace("m['content']", "m['content']|upper")
-    spoiled = LoadedTarget(**{**vars(target), "chat_template": shouts})
+    spoiled = replace(target, chat_template=shouts)
     with pytest.raises(UserError, match="regenerate.turns: last"):
         Conversation.of(spoiled, talk(0), SETTINGS)
