@@ -22,9 +22,9 @@ from farm.config import Manifest
 from farm.data.chat import encode_chat
 from farm.data.prompts import load_prompts
 from farm.decode.sampling import SamplingBatch, SamplingParams, distribution
-from farm.layers.attention import attend
+from farm.layers.attention import attend_cached
 from farm.layers.cache import Rows
-from farm.layers.dense import Dense, RmsNorm
+from farm.layers.dense import Dense, Gated, RmsNorm
 from farm.sections import TargetSpec
 from farm.target.forward import TargetForward
 from farm.target.load import load_model, load_tokenizer, placement
@@ -67,15 +67,14 @@ def text_ids(manifest: Manifest) -> list[int]:
 def pairs(model: Any, text: Sequence[int]) -> Iterator[Pair]:
     """The pairs of one `transformers` model in its dtype; `text` holds TEXT_TOKENS ids.
 
-    Norm and sampling come in float32 alone: the norm is the library's own in other dtypes, and logits are turned to
-    float32 before they are filtered.
+    Sampling comes in float32 alone: logits are turned to it before they are filtered.
     """
     forward = TargetForward.of(model)
     text_S = torch.tensor(text, device=forward.device)
     yield from _linears(model.config, forward)
     yield from _attentions(forward)
+    yield from _norms(forward)
     if forward.dtype == torch.float32:
-        yield from _norms(forward)
         yield from _samplings(forward, text_S)
     for batch, tokens in FORWARDS:
         yield _forward(model, forward, text_S[: CONTEXT + tokens].expand(batch, -1))
@@ -100,12 +99,13 @@ def _linears(config: Any, forward: TargetForward) -> Iterator[Pair]:
         for rows in ROWS:
             yield _layerwise("linear", f"{name}, {x} to {y}", _normal(forward, rows, x), library, ours)
             if name == "gate and up":
-                halves = [partial(_halved, one) for one in library], [one.halves for one in ours]
-                yield _layerwise("halves", f"{name}, {x} to {y}", _normal(forward, rows, x), *halves)
+                gated = [partial(_gated, one) for one in library], [Gated.of(*w.chunk(2)) for w in weights]
+                yield _layerwise("gated", f"{name}, {x} to {y // 2}", _normal(forward, rows, x), *gated)
 
 
-def _halved(product: Product, x_MX: Tensor) -> Tensor:
-    return product(x_MX).unflatten(1, (2, -1)).transpose(0, 1)
+def _gated(product: Product, x_MX: Tensor) -> Tensor:
+    gate_MF, up_MF = product(x_MX).chunk(2, dim=-1)
+    return functional.silu(gate_MF) * up_MF
 
 
 def _attentions(forward: TargetForward) -> Iterator[Pair]:
@@ -121,7 +121,7 @@ def _attentions(forward: TargetForward) -> Iterator[Pair]:
         yield Pair(
             "attention", f"context {CONTEXT}", f"{rows} x {heads} x {forward.head_dim}", _name(forward.dtype),
             partial(_each, [partial(_grouped_attention, k=k, v=v, mask=mask) for k, v in read], q_BTND),
-            partial(_each, [partial(attend, k_BGSD=k, v_BGSD=v, mask=mask) for k, v in read], q_BTND), len(read),
+            partial(_each, [partial(attend_cached, k_BGSD=k, v_BGSD=v, mask=mask) for k, v in read], q_BTND), len(read),
         )  # fmt: skip
 
 

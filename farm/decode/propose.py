@@ -121,7 +121,7 @@ class ChainReader:
             return
         starts = [start + count for start, count in zip(pending.rows.starts, pending.count, strict=True)]
         self._window = cache.window(Rows(starts, pending.rows.first), num_steps)
-        self._cos_BKND, self._sin_BKND = draft.tables(self._window.positions_BT, dtype)
+        self._rotations = draft.rotation(self._window.positions_BT, dtype).steps()
         self._entries_KBP = self._window.entries_BTP.transpose(0, 1).contiguous()
         # One row sees all that is written, which costs a slice; more rows share a mask over the last step's context.
         self._start = starts[0] if len(starts) == 1 else None
@@ -133,7 +133,6 @@ class ChainReader:
     def read(self, tokens_B: Tensor) -> None:
         """Reads the next drafted token of each row; `hidden_BH` is then what follows it."""
         step = self.forwards - 1
-        tables = self._cos_BKND[:, step : step + 1], self._sin_BKND[:, step : step + 1]
 
         def remember(kv_BTPD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
             keys_BGSD, values_BGSD = self._window.write(0, kv_BTPD, self._entries_KBP[step])
@@ -143,7 +142,8 @@ class ChainReader:
             return keys_BGSD[:, :, :end], values_BGSD[:, :, :end], None
 
         embedded_B1H = self.head.embed(tokens_B[:, None])
-        self.hidden_BH = self._draft.read(embedded_B1H, self.hidden_BH[:, None], tables, remember)[:, 0]
+        rotation = self._rotations[step]
+        self.hidden_BH = self._draft.read(embedded_B1H, self.hidden_BH[:, None], rotation, remember)[:, 0]
         self.forwards += 1
 
     def logits(self) -> Tensor:

@@ -18,25 +18,25 @@ from farm.draft.expert import Expert
 from farm.draft.model import Draft, DraftHead
 from farm.draft.routed import FlatExpert, RoutedDeltas
 from farm.draft.trunk import Trunk
-from farm.layers.attention import attend, rotate, spare_values
-from farm.layers.dense import Dense, RmsNorm, swiglu
+from farm.layers.attention import Rotation, attend_cached
+from farm.layers.dense import Dense, Gated, RmsNorm
 
 
 @dataclass(frozen=True)
 class LeanExpert:
     """D(silu(G n) * (U n)) with G and U in one product."""
 
-    gate_up: Dense  # [2 F, H]
+    gated: Gated  # two of [F, H]
     down: Dense  # [H, F]
 
     @classmethod
     def of(cls, expert: Expert) -> LeanExpert:
-        gate_up = torch.cat((expert.gate_proj.weight.detach(), expert.up_proj.weight.detach()))
-        return cls(Dense.of(gate_up), Dense.of(expert.down_proj.weight))
+        gated = Gated.of(expert.gate_proj.weight.detach(), expert.up_proj.weight.detach())
+        return cls(gated, Dense.of(expert.down_proj.weight))
 
     def add_to(self, residual_MH: Tensor, normed_MH: Tensor) -> Tensor:
         """residual + E(normed), the sum taken by the last product."""
-        return self.down.add_to(residual_MH, swiglu(*self.gate_up.halves(normed_MH).unbind(0)))
+        return self.down.add_to(residual_MH, self.gated(normed_MH))
 
 
 @dataclass(frozen=True)
@@ -114,23 +114,22 @@ class LeanDraft:
         remember: Callable[[Tensor], tuple[Tensor, Tensor, Tensor | None]],
     ) -> Tensor:
         """Predicted hidden state [B, T, H]; see Trunk.forward for the arguments."""
-        tables = self.tables(positions_BT, hidden_BTH.dtype)
-        return self.read(embedded_BTH, hidden_BTH, tables, remember)
+        return self.read(embedded_BTH, hidden_BTH, self.rotation(positions_BT, hidden_BTH.dtype), remember)
 
-    def tables(self, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin [B, T, N + 2 G, D] for `read`: of the positions, and as they are for values."""
+    def rotation(self, positions_BT: Tensor, dtype: torch.dtype) -> Rotation:
+        """What `read` needs of the positions."""
         n, g = self.config.num_heads, self.config.num_kv_heads
         cos_BT1D, sin_BT1D = self._lean.trunk.rotary(positions_BT, dtype)
-        return spare_values(cos_BT1D, n + g, g, 1.0), spare_values(sin_BT1D, n + g, g, 0.0)
+        return Rotation.of(cos_BT1D.squeeze(2), sin_BT1D.squeeze(2), n + g, g)
 
     def read(
         self,
         embedded_BTH: Tensor,
         hidden_BTH: Tensor,
-        tables: tuple[Tensor, Tensor],
+        rotation: Rotation,
         remember: Callable[[Tensor], tuple[Tensor, Tensor, Tensor | None]],
     ) -> Tensor:
-        """As calling it, with the positions' tables made before."""
+        """As calling it, with what it needs of the positions made before."""
         b, t, h = embedded_BTH.shape
         n, g, d = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
         deltas = None if self._deltas is None else self._deltas.rows(t)
@@ -141,9 +140,9 @@ class LeanDraft:
         qkv_MX = self._lean.qkv(u_MH)
         if deltas is not None:
             qkv_MX = deltas.add(0, "qkv", u_MH, qkv_MX)
-        qkv_BTND = rotate(qkv_MX.view(b, t, n + 2 * g, d), *tables)
+        qkv_BTND = rotation(qkv_MX.view(b, t, n + 2 * g, d))
         k_BGSD, v_BGSD, mask = remember(qkv_BTND[:, :, n:])
-        mixed_MX = attend(qkv_BTND[:, :, :n], k_BGSD, v_BGSD, mask).view(b * t, n * d)
+        mixed_MX = attend_cached(qkv_BTND[:, :, :n], k_BGSD, v_BGSD, mask).view(b * t, n * d)
         a_MH = self._lean.out.add_to(u_MH, mixed_MX)
         if deltas is not None:
             a_MH = deltas.add(0, "out", mixed_MX, a_MH)

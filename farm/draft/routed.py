@@ -81,7 +81,7 @@ class RoutedExperts:
         rows_BX = normed_MH.view(self.num_rows, -1)
         rows_NX = rows_BX if self.gather_N is None else rows_BX[self.gather_N]
         gate_up_ERF = torch.bmm(rows_NX.view(num_experts, -1, hidden), self.stack.gate_up_EHF)
-        gated_ERF = swiglu(*gate_up_ERF.chunk(2, dim=-1))
+        gated_ERF = swiglu(gate_up_ERF)
         if self.gather_N is None:
             residual_ERH = residual_MH.view(num_experts, -1, hidden)
             return torch.baddbmm(residual_ERH, gated_ERF, self.stack.down_EFH).view_as(residual_MH)

@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from farm.layers.kernels import HEAD_SIZES, kernels_for
 
 
 def rotary_tables(inv_freq: Tensor, num_positions: int, scaling: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -36,6 +40,36 @@ def spare_values(table_BT1D: Tensor, num_rotated: int, num_values: int, fill: fl
     as_is_BTND = torch.full((), fill, dtype=table_BT1D.dtype, device=table_BT1D.device)
     rotated_BTND = table_BT1D.expand(b, t, num_rotated, d)
     return torch.cat((rotated_BTND, as_is_BTND.expand(b, t, num_values, d)), dim=2)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """cos and sin of a call's tokens, made once for all layers: rotates queries and keys that stand before values."""
+
+    cos: Tensor  # [B, T, D] for the kernels, else [B, T, N + 2 G, D]
+    sin: Tensor
+    num_rotated: int
+
+    @classmethod
+    def of(cls, cos_BTD: Tensor, sin_BTD: Tensor, num_rotated: int, num_values: int) -> Rotation:
+        """`sin` as `signed` makes it; the heads to rotate are queries and keys."""
+        if kernels_for(cos_BTD) is not None:
+            return cls(cos_BTD.contiguous(), sin_BTD.contiguous(), num_rotated)
+        cos_BTND = spare_values(cos_BTD.unsqueeze(2), num_rotated, num_values, 1.0)
+        return cls(cos_BTND, spare_values(sin_BTD.unsqueeze(2), num_rotated, num_values, 0.0), num_rotated)
+
+    def steps(self) -> list[Rotation]:
+        """That of each of the T tokens a row alone."""
+        tables = (table.transpose(0, 1).contiguous().unsqueeze(2).unbind(0) for table in (self.cos, self.sin))
+        return [Rotation(cos, sin, self.num_rotated) for cos, sin in zip(*tables, strict=True)]
+
+    def __call__(self, qkv_BTND: Tensor) -> Tensor:
+        """The rotated heads and the values as they are; may write over what it is given."""
+        own = kernels_for(qkv_BTND)
+        if own is None:
+            return rotate(qkv_BTND, self.cos, self.sin)
+        own.rotate_(qkv_BTND, self.cos, self.sin, self.num_rotated)
+        return qkv_BTND
 
 
 def signed(sin_SD: Tensor) -> Tensor:
@@ -72,6 +106,14 @@ def _additive(hidden_BTS: Tensor, group: int, dtype: torch.dtype) -> Tensor:
 def fold_mask(mask_B1TS: Tensor, group: int) -> Tensor:
     """The mask repeated for the R query heads of a key/value head, [B, 1, R * T, S]; of one token [B, 1, 1, S]."""
     return mask_B1TS if group == 1 or mask_B1TS.shape[2] == 1 else mask_B1TS.repeat(1, 1, group, 1)
+
+
+def attend_cached(q_BTND: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask: Tensor | None) -> Tensor:
+    """As `attend`, without gradients, the mask additive: by the farm's own kernel where it knows the head size."""
+    own = kernels_for(q_BTND)
+    if own is not None and q_BTND.shape[3] in HEAD_SIZES:
+        return own.attend(q_BTND, k_BGSD, v_BGSD, mask)
+    return attend(q_BTND, k_BGSD, v_BGSD, mask)
 
 
 def attend(q_BTND: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask: Tensor | None) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from farm.layers.attention import causal_mask, tree_mask
+from farm.layers.kernels import kernels_for
 
 MOST_REAL = 0.9  # share of real tokens up to which leaving the others out pays
 
@@ -141,8 +142,12 @@ class Window:
 
         `entries_BTP` are some of the window's, where a call is for some of its tokens.
         """
-        entries_M = self.entries_M if entries_BTP is None else entries_BTP.view(-1)
-        self.flat[layer].index_copy_(0, entries_M, kv_BTPD.reshape(-1, kv_BTPD.shape[-1]))
+        own = kernels_for(kv_BTPD)
+        if own is not None:
+            own.keep(kv_BTPD, self.entries_BTP if entries_BTP is None else entries_BTP, self.flat[layer])
+        else:
+            entries_M = self.entries_M if entries_BTP is None else entries_BTP.view(-1)
+            self.flat[layer].index_copy_(0, entries_M, kv_BTPD.reshape(-1, kv_BTPD.shape[-1]))
         return self.keys[layer], self.values[layer]
 
 

@@ -16,16 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from farm.layers.attention import (
-    attend,
-    plain_frequencies,
-    rotary_tables,
-    rotate,
-    signed,
-    spare_values,
-)
+from farm.layers.attention import Rotation, attend_cached, plain_frequencies, rotary_tables, signed
 from farm.layers.cache import AnyRows, SlotCache, Window
-from farm.layers.dense import Dense, RmsNorm, swiglu
+from farm.layers.dense import Dense, Gated, RmsNorm, swiglu
 from farm.layers.lora import LoraRows, Part
 
 SUPPORTED = ("llama", "qwen2", "qwen3")
@@ -41,7 +34,7 @@ class Layer:
     k_norm: RmsNorm | None
     out: Dense  # [H, N * D]
     post_norm: RmsNorm
-    gate_up: Dense  # [2 F, H]
+    gate_up: Gated  # two of [F, H]
     down: Dense  # [H, F]
 
     @property
@@ -54,8 +47,8 @@ class Layer:
 class Context:
     """What all layers of one call share. Products see the M `real_M` of B T tokens, attention sees all."""
 
-    cos_BTND: Tensor
-    sin_BTND: Tensor
+    shape: tuple[int, int]  # B, T
+    rotation: Rotation
     mask: Tensor | None
     window: Window
     real_M: Tensor | None  # None: all, M = B T
@@ -132,13 +125,12 @@ class TargetForward:
         window = cache.window(rows, tokens_BT.shape[1])
         positions_BT = window.positions_BT
         n, g = self.num_heads + self.num_kv_heads, self.num_kv_heads
-        cos_BTND = spare_values(self.cos[positions_BT].unsqueeze(2), n, g, 1.0)
-        sin_BTND = spare_values(self.sin[positions_BT].unsqueeze(2), n, g, 0.0)
+        rotation = Rotation.of(self.cos[positions_BT], self.sin[positions_BT], n, g)
         group = self.num_heads // self.num_kv_heads
         mask = window.mask(group, self.dtype)
         real_M = None if loras is not None else rows.real(tokens_BT.shape[1], self.device)
         x_MH = functional.embedding(_pack(tokens_BT.reshape(-1), real_M), self.embedding)
-        context = Context(cos_BTND, sin_BTND, mask, window, real_M, loras)
+        context = Context((tokens_BT.shape[0], tokens_BT.shape[1]), rotation, mask, window, real_M, loras)
         for index, layer in enumerate(self.layers):
             x_MH = self._layer(x_MH, index, layer, context)
         return _spread(self.norm(x_MH), real_M, tokens_BT.numel()).view(*tokens_BT.shape, self.hidden_size)
@@ -152,7 +144,7 @@ class TargetForward:
             return y_MY if context.loras is None else context.loras.add(index, part, x_MX, y_MY)
 
         real_M = context.real_M
-        b, t = context.cos_BTND.shape[:2]
+        b, t = context.shape
         n, g, d = self.num_heads, self.num_kv_heads, self.head_dim
         normed_MH = layer.input_norm(x_MH)
         qkv_MX = adapted("qkv", normed_MH, layer.qkv(normed_MH))
@@ -160,17 +152,16 @@ class TargetForward:
         if layer.q_norm is not None and layer.k_norm is not None:
             q_BTND, k_BTGD = layer.q_norm(qkv_BTND[:, :, :n]), layer.k_norm(qkv_BTND[:, :, n : n + g])
             qkv_BTND = torch.cat((q_BTND, k_BTGD, qkv_BTND[:, :, n + g :]), dim=2)
-        qkv_BTND = rotate(qkv_BTND, context.cos_BTND, context.sin_BTND)
+        qkv_BTND = context.rotation(qkv_BTND)
         k_BGSD, v_BGSD = context.window.write(index, qkv_BTND[:, :, n:])
-        mixed_BTX = attend(qkv_BTND[:, :, :n], k_BGSD, v_BGSD, context.mask)
+        mixed_BTX = attend_cached(qkv_BTND[:, :, :n], k_BGSD, v_BGSD, context.mask)
         mixed_MX = _pack(mixed_BTX.view(b * t, n * d), real_M)
         x_MH = adapted("out", mixed_MX, layer.out.add_to(x_MH, mixed_MX))
         normed_MH = layer.post_norm(x_MH)
         if context.loras is None:
-            gate_MF, up_MF = layer.gate_up.halves(normed_MH).unbind(0)
+            gated_MF = layer.gate_up(normed_MH)
         else:
-            gate_MF, up_MF = adapted("gate_up", normed_MH, layer.gate_up(normed_MH)).chunk(2, dim=-1)
-        gated_MF = swiglu(gate_MF, up_MF)
+            gated_MF = swiglu(adapted("gate_up", normed_MH, layer.gate_up.apart(normed_MH)))
         return adapted("down", gated_MF, layer.down.add_to(x_MH, gated_MF))
 
 
@@ -228,6 +219,6 @@ def _fuse(weights: Mapping[str, Tensor], prefix: str, eps: float) -> Layer:
         k_norm=norms.get("k"),
         out=Dense.of(weights[f"{attention}o_proj.weight"], weights.get(f"{attention}o_proj.bias")),
         post_norm=RmsNorm.of(weights[f"{prefix}post_attention_layernorm.weight"], eps),
-        gate_up=Dense.of(torch.cat([weights[f"{mlp}gate_proj.weight"], weights[f"{mlp}up_proj.weight"]])),
+        gate_up=Gated.of(weights[f"{mlp}gate_proj.weight"], weights[f"{mlp}up_proj.weight"]),
         down=Dense.of(weights[f"{mlp}down_proj.weight"]),
     )

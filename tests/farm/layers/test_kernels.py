@@ -1,0 +1,204 @@
+"""The kernels compute what float64 says, a row as if it were alone, and are not missed where they cannot be had."""
+
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from farm.layers import kernels as built
+from farm.layers.attention import Rotation, attend, attend_cached, fold_mask, rotate, signed, spare_values
+from farm.layers.kernels import HEAD_SIZES, Kernels, available, pack, pack_pair
+
+KERNELS = available()
+pytestmark = pytest.mark.skipif(KERNELS is None, reason="no C++ compiler")
+DTYPES = {torch.float32: 2e-5, torch.bfloat16: 2e-2}  # with the error allowed, a share of the largest number
+
+
+def own() -> Kernels:
+    assert KERNELS is not None
+    return KERNELS
+
+
+def close(got: Tensor, expected: Tensor) -> None:
+    error, largest = (got.double() - expected).abs().max(), expected.abs().max()
+    assert error <= DTYPES[got.dtype] * (1 + largest), f"off by {error} of {largest}"
+
+
+def normal(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape).to(dtype)
+
+
+sizes = st.integers(1, 70)
+
+
+@settings(max_examples=40)
+@given(sizes, sizes, sizes, st.sampled_from(list(DTYPES)), st.booleans(), st.booleans())
+def test_a_product_is_the_linear_map_for_any_sizes(
+    rows: int, half: int, outputs: int, dtype: torch.dtype, biased: bool, added: bool
+) -> None:
+    inputs = 2 * half
+    x, weight = normal(rows, inputs, dtype=dtype), normal(outputs, inputs, dtype=dtype)
+    bias = normal(outputs, dtype=dtype) if biased else None
+    residual = normal(rows, outputs, dtype=dtype) if added else None
+    expected = x.double() @ weight.double().T
+    expected = (
+        expected + (0 if bias is None else bias.double()) + (0 if residual is None else residual.double())
+    )
+    close(own().linear(x, pack(weight), outputs, bias, residual), expected)
+
+
+@settings(max_examples=40)
+@given(sizes, sizes, sizes, st.sampled_from(list(DTYPES)))
+def test_a_gated_product_is_that_of_both_weights(
+    rows: int, half: int, width: int, dtype: torch.dtype
+) -> None:
+    inputs = 2 * half
+    x = normal(rows, inputs, dtype=dtype)
+    gate, up = (normal(width, inputs, dtype=dtype) * inputs**-0.5 for _ in range(2))
+    g, u = x.double() @ gate.double().T, x.double() @ up.double().T
+    weights = pack_pair(gate, up)
+    close(own().linear(x, weights, 2 * width, form="gated"), functional.silu(g) * u)
+    close(own().linear(x, weights, 2 * width, form="apart"), torch.cat((g, u), dim=1))
+
+
+def test_silu_keeps_its_value_where_exponentials_leave_floats() -> None:
+    gate = torch.tensor([[-300.0, -90.0, -87.5, -20.0, -0.0, 1e-30, 20.0, 90.0, 300.0]])
+    got = own().swiglu(torch.cat((gate, torch.ones_like(gate)), dim=1))
+    torch.testing.assert_close(got, functional.silu(gate), atol=1e-30, rtol=1e-6)
+
+
+@settings(max_examples=60)
+@given(
+    st.tuples(st.integers(1, 5), st.integers(1, 9), st.integers(1, 3), st.integers(1, 4)),
+    st.sampled_from(HEAD_SIZES), st.integers(0, 150), st.sampled_from(list(DTYPES)), st.randoms(use_true_random=False),
+)  # fmt: skip
+def test_attention_reads_what_its_mask_shows(
+    sizes: tuple[int, int, int, int], d: int, before: int, dtype: torch.dtype, random: Random
+) -> None:
+    (b, t, g, r), s = sizes, before + sizes[1]
+    qkv = normal(b, t, g * r + 2 * g, d, dtype=dtype)
+    cache = normal(b, 2 * g, s + 3, d, dtype=dtype)
+    q, k, v = qkv[:, :, : g * r], cache[:, :g, :s], cache[:, g:, :s]
+    last_BT = torch.tensor([[random.randrange(s) for _ in range(t)] for _ in range(b)])
+    seen_BTS = (torch.arange(s) <= last_BT[..., None]) & (torch.rand(b, t, s) < 0.8)
+    seen_BTS[:, :, 0] = True
+    mask = fold_mask(torch.where(seen_BTS, 0.0, -torch.inf).to(dtype)[:, None], r)
+    close(own().attend(q, k, v, mask), attend(q.double(), k.double(), v.double(), mask.double()))
+    close(own().attend(q, k, v, None), attend(q.double(), k.double(), v.double(), None))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_behind_the_last_position_seen_is_read(dtype: torch.dtype) -> None:
+    q, kv = normal(2, 1, 4, 32, dtype=dtype), normal(2, 2, 90, 32, dtype=dtype)
+    mask = torch.where(torch.arange(90) > torch.tensor([[5], [70]]), -torch.inf, 0.0).to(dtype)[:, None, None]
+    expected = own().attend(q, kv[:, :1], kv[:, 1:], mask)
+    kv[0, :, 6:], kv[1, :, 71:] = torch.nan, torch.nan
+    assert torch.equal(own().attend(q, kv[:, :1], kv[:, 1:], mask), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_has_the_same_bits_in_every_batch(dtype: torch.dtype) -> None:
+    x, weight = normal(40, 576, dtype=dtype), normal(96, 576, dtype=dtype)
+    packed, norm = pack(weight), normal(576, dtype=dtype)
+    alone = torch.cat([own().linear(row[None], packed, 96) for row in x])
+    for batch in (2, 3, 7, 12, 13, 40):
+        assert torch.equal(own().linear(x[:batch], packed, 96), alone[:batch])
+        assert torch.equal(
+            own().rms_norm(x[:batch], norm, 1e-5),
+            torch.cat([own().rms_norm(row[None], norm, 1e-5) for row in x[:batch]]),
+        )
+    q, kv = normal(6, 1, 9, 64, dtype=dtype), normal(6, 6, 130, 64, dtype=dtype)
+    whole = own().attend(q, kv[:, :3], kv[:, 3:], None)
+    one = [own().attend(q[b : b + 1], kv[b : b + 1, :3], kv[b : b + 1, 3:], None) for b in range(6)]
+    assert torch.equal(whole, torch.cat(one))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_verified_token_has_the_bits_of_one_decoded_alone(dtype: torch.dtype) -> None:
+    q, kv = normal(1, 5, 6, 32, dtype=dtype), normal(1, 4, 80, 32, dtype=dtype)
+    seen = torch.arange(80) <= torch.arange(75, 80)[:, None]
+    mask = fold_mask(torch.where(seen, 0.0, -torch.inf).to(dtype)[None, None], 3)
+    together = own().attend(q, kv[:, :2], kv[:, 2:], mask)
+    for t in range(5):
+        alone = own().attend(q[:, t : t + 1], kv[:, :2, : 76 + t], kv[:, 2:, : 76 + t], None)
+        assert torch.equal(together[:, t : t + 1], alone)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [16, 24, 64])
+def test_queries_and_keys_turn_and_values_stay(dtype: torch.dtype, size: int) -> None:
+    qkv, angles = normal(2, 3, 8, size, dtype=dtype), torch.randn(2, 3, size // 2).repeat(1, 1, 2)
+    cos, sin = angles.cos().to(dtype), signed(angles.sin()).to(dtype)
+    wide = [spare_values(x.double().unsqueeze(2), 6, 2, fill) for x, fill in ((cos, 1.0), (sin, 0.0))]
+    expected = rotate(qkv.double(), *wide)
+    rotation = Rotation.of(cos, sin, 6, 2)
+    for t, step in enumerate(rotation.steps()):
+        close(step(qkv[:, t : t + 1].clone()), expected[:, t : t + 1])
+    close(rotation(qkv), expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_keys_and_values_go_to_their_entries(tokens: int) -> None:
+    layer, entries = torch.zeros(60, 8), torch.randperm(60)[: 2 * tokens * 4].view(2, tokens, 4)
+    qkv = torch.randn(2, tokens, 7, 8)
+    for kv in (qkv[:, :, 3:], qkv[:, :, 3:].transpose(1, 2).contiguous().transpose(1, 2)):
+        expected = layer.clone().index_copy_(0, entries.view(-1), kv.reshape(-1, 8))
+        own().keep(kv, entries, layer)
+        assert torch.equal(layer, expected)
+        layer.zero_()
+
+
+def test_a_head_size_without_a_kernel_is_attended_by_torch() -> None:
+    q, kv = torch.randn(1, 1, 2, 24), torch.randn(1, 2, 5, 24)
+    assert 24 not in HEAD_SIZES
+    torch.testing.assert_close(
+        attend_cached(q, kv[:, :1], kv[:, 1:], None), attend(q, kv[:, :1], kv[:, 1:], None)
+    )
+
+
+def test_without_a_compiler_one_warning_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    with pytest.warns(UserWarning, match=r"CXX; FARM_KERNELS=off"):
+        assert available.__wrapped__() is None
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho no such processor >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    with pytest.warns(UserWarning, match="no such processor"):
+        assert available.__wrapped__() is None
+    monkeypatch.setenv("FARM_KERNELS", "off")
+    assert available.__wrapped__() is None
+
+
+def test_a_machine_compiles_once_and_another_source_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source = tmp_path / "kernels.cpp"
+    source.write_text('extern "C" int one() { return 1; }')
+    monkeypatch.setattr(built, "SOURCE", source)
+    first = built.built()
+    changed = first.stat().st_mtime_ns
+    assert built.built() == first
+    assert first.stat().st_mtime_ns == changed
+    source.write_text('extern "C" int two() { return 2; }')
+    assert built.built() != first
+    assert first.parent.stat().st_mode & 0o077 == 0, "others could replace the code"
+    assert sorted(path.suffix for path in first.parent.iterdir()) == [".so", ".so"]
+
+
+def test_a_home_that_cannot_be_written_is_no_obstacle(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
+    assert built.built().exists()
