@@ -115,13 +115,14 @@ def _attentions(forward: TargetForward) -> Iterator[Pair]:
         cache = forward.new_cache(rows, CONTEXT + 1)
         cache.buffer.normal_()
         window = cache.window(Rows([CONTEXT] * rows), 1)
-        mask = window.mask(group, forward.dtype)
+        mask, visible = window.mask(group, forward.dtype), window.visible(group)
         read = list(zip(window.keys, window.values, strict=True))
         q_BTND = _normal(forward, rows, 1, heads, forward.head_dim)
         yield Pair(
             "attention", f"context {CONTEXT}", f"{rows} x {heads} x {forward.head_dim}", _name(forward.dtype),
             partial(_each, [partial(_grouped_attention, k=k, v=v, mask=mask) for k, v in read], q_BTND),
-            partial(_each, [partial(attend_cached, k_BGSD=k, v_BGSD=v, mask=mask) for k, v in read], q_BTND), len(read),
+            partial(_each, [partial(attend_cached, k_BGSD=k, v_BGSD=v, visible=visible) for k, v in read], q_BTND),
+            len(read),
         )  # fmt: skip
 
 

@@ -14,7 +14,6 @@ from farm.decode.chain import ChainProposal
 from farm.decode.control import Control, Signal
 from farm.decode.sampling import DRAFT, SamplingBatch, distribution, draw
 from farm.draft.lean import LeanDraft
-from farm.draft.model import Draft
 from farm.layers.cache import AnyRows, Rows, SlotCache
 
 
@@ -82,7 +81,7 @@ class Reader(Protocol):
 
 
 def run_draft(
-    draft: Draft | LeanDraft,
+    draft: LeanDraft,
     head: Head,
     tokens_BT: Tensor,
     hidden_BTH: Tensor,
@@ -91,14 +90,8 @@ def run_draft(
 ) -> Tensor:
     """Predicted hidden states [B, T, H]; the draft's cache is extended at the rows' positions."""
     window = cache.window(rows, tokens_BT.shape[1])
-    group = draft.config.num_heads // draft.config.num_kv_heads
-    mask_B1TS = window.mask(group, hidden_BTH.dtype)
-
-    def remember(kv_BTPD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        return *window.write(0, kv_BTPD), mask_B1TS
-
-    predicted: Tensor = draft(head.embed(tokens_BT), hidden_BTH, window.positions_BT, remember)
-    return predicted
+    site = window.site(draft.config.num_heads // draft.config.num_kv_heads)
+    return draft(head.embed(tokens_BT), hidden_BTH, window.positions_BT, site)
 
 
 class ChainReader:
@@ -112,7 +105,7 @@ class ChainReader:
         self, draft: LeanDraft, head: Head, pending: Pending, cache: SlotCache, num_steps: int
     ) -> None:
         self.head, self.limits, self.forwards = head, pending.limits, 1
-        self._draft, dtype = draft, pending.hidden_BTH.dtype
+        self._draft = draft
         predicted_BTH = run_draft(draft, head, pending.tokens_BT, pending.hidden_BTH, pending.rows, cache)
         rows_B = torch.arange(len(pending.count), device=predicted_BTH.device)
         last_B = torch.tensor(pending.count, device=predicted_BTH.device) - 1
@@ -120,30 +113,16 @@ class ChainReader:
         if not num_steps:
             return
         starts = [start + count for start, count in zip(pending.rows.starts, pending.count, strict=True)]
-        self._window = cache.window(Rows(starts, pending.rows.first), num_steps)
-        self._rotations = draft.rotation(self._window.positions_BT, dtype).steps()
-        self._entries_KBP = self._window.entries_BTP.transpose(0, 1).contiguous()
-        # One row sees all that is written, which costs a slice; more rows share a mask over the last step's context.
-        self._start = starts[0] if len(starts) == 1 else None
-        group = draft.config.num_heads // draft.config.num_kv_heads
-        mask = self._window.mask(group, dtype)
-        if mask is not None and self._start is None:
-            self._mask_KB1RS = mask.unflatten(2, (-1, num_steps)).movedim(3, 0).contiguous()
+        window = cache.window(Rows(starts, pending.rows.first), num_steps)
+        self._rotations = draft.rotation(window.positions_BT).steps()
+        self._sites = window.site(draft.config.num_heads // draft.config.num_kv_heads).steps()
 
     def read(self, tokens_B: Tensor) -> None:
         """Reads the next drafted token of each row; `hidden_BH` is then what follows it."""
         step = self.forwards - 1
-
-        def remember(kv_BTPD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-            keys_BGSD, values_BGSD = self._window.write(0, kv_BTPD, self._entries_KBP[step])
-            if self._start is None:
-                return keys_BGSD, values_BGSD, self._mask_KB1RS[step]
-            end = self._start + self.forwards
-            return keys_BGSD[:, :, :end], values_BGSD[:, :, :end], None
-
-        embedded_B1H = self.head.embed(tokens_B[:, None])
-        rotation = self._rotations[step]
-        self.hidden_BH = self._draft.read(embedded_B1H, self.hidden_BH[:, None], rotation, remember)[:, 0]
+        embedded_B1H, hidden_B1H = self.head.embed(tokens_B[:, None]), self.hidden_BH[:, None]
+        read_B1H = self._draft.read(embedded_B1H, hidden_B1H, self._rotations[step], self._sites[step])
+        self.hidden_BH = read_B1H[:, 0]
         self.forwards += 1
 
     def logits(self) -> Tensor:

@@ -7,7 +7,6 @@ little beside one step of the target. A test holds this forward to the module's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +18,8 @@ from farm.draft.model import Draft, DraftHead
 from farm.draft.routed import FlatExpert, RoutedDeltas
 from farm.draft.trunk import Trunk
 from farm.layers.attention import Rotation, attend_cached
+from farm.layers.cache import Site
+from farm.layers.decoder import Decoder, Weights
 from farm.layers.dense import Dense, Gated, RmsNorm
 
 
@@ -61,6 +62,7 @@ class LeanTrunk:
     out: Dense  # [H, N * D]
     norm: RmsNorm
     shared_expert: LeanExpert
+    tables: tuple[Tensor, Tensor]  # cos and sin of every position
 
     @classmethod
     def of(cls, trunk: Trunk) -> LeanTrunk:
@@ -70,9 +72,18 @@ class LeanTrunk:
             qkv = Dense.of(torch.cat([p.weight.detach() for p in projections]))
             fc, out = Dense.of(trunk.fc.weight), Dense.of(trunk.o_proj.weight)
             norm = RmsNorm.of(trunk.post_attention_layernorm.weight, trunk.config.rms_eps)
-            trunk.fused = cls(trunk, fc, qkv, out, norm, LeanExpert.of(trunk.shared_expert))
+            weight, (cos_SD, sin_SD) = trunk.fc.weight, trunk.tables(trunk.fc.weight.device)
+            tables = cos_SD.to(weight.dtype), sin_SD.to(weight.dtype)
+            trunk.fused = cls(trunk, fc, qkv, out, norm, LeanExpert.of(trunk.shared_expert), tables)
         fused: LeanTrunk = trunk.fused
         return fused
+
+    def decoder(self, expert: LeanExpert) -> Decoder | None:
+        """All of a draft with one private expert for all rows; None where the kernels cannot compute it."""
+        mlps = [(one.gated, one.down) for one in (self.shared_expert, expert)]
+        weights = Weights(None, self.qkv, None, None, self.out, self.norm, mlps)
+        config = self.trunk.config
+        return Decoder.of([weights], (config.num_heads, config.num_kv_heads, config.head_dim), self.fc)
 
 
 class ExpertSum(Protocol):
@@ -90,6 +101,8 @@ class LeanDraft:
         """`deltas` is what rows change in the trunk; None: nothing."""
         self.config = trunk.trunk.config
         self._lean, self._experts, self._deltas = trunk, experts, deltas
+        alone = experts if isinstance(experts, LeanExpert) and deltas is None else None
+        self._decoder = None if alone is None else trunk.decoder(alone)
 
     @property
     def parts(self) -> tuple[object, ...]:
@@ -111,27 +124,28 @@ class LeanDraft:
         embedded_BTH: Tensor,
         hidden_BTH: Tensor,
         positions_BT: Tensor,
-        remember: Callable[[Tensor], tuple[Tensor, Tensor, Tensor | None]],
+        site: Site,
     ) -> Tensor:
-        """Predicted hidden state [B, T, H]; see Trunk.forward for the arguments."""
-        return self.read(embedded_BTH, hidden_BTH, self.rotation(positions_BT, hidden_BTH.dtype), remember)
+        """Predicted hidden state [B, T, H]; see Trunk.forward for the arguments. Keys and values go to the site."""
+        return self.read(embedded_BTH, hidden_BTH, self.rotation(positions_BT), site)
 
-    def rotation(self, positions_BT: Tensor, dtype: torch.dtype) -> Rotation:
+    def rotation(self, positions_BT: Tensor) -> Rotation:
         """What `read` needs of the positions."""
         n, g = self.config.num_heads, self.config.num_kv_heads
-        cos_BT1D, sin_BT1D = self._lean.trunk.rotary(positions_BT, dtype)
-        return Rotation.of(cos_BT1D.squeeze(2), sin_BT1D.squeeze(2), n + g, g)
+        return Rotation(self._lean.tables, positions_BT, n + g, g)
 
     def read(
         self,
         embedded_BTH: Tensor,
         hidden_BTH: Tensor,
         rotation: Rotation,
-        remember: Callable[[Tensor], tuple[Tensor, Tensor, Tensor | None]],
+        site: Site,
     ) -> Tensor:
         """As calling it, with what it needs of the positions made before."""
         b, t, h = embedded_BTH.shape
         n, g, d = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
+        if self._decoder is not None:
+            return self._decoder.predict(embedded_BTH, hidden_BTH, rotation, site)
         deltas = None if self._deltas is None else self._deltas.rows(t)
         x_MX = torch.cat((embedded_BTH, hidden_BTH), dim=-1).view(b * t, 2 * h)
         u_MH = self._lean.fc(x_MX)
@@ -141,8 +155,8 @@ class LeanDraft:
         if deltas is not None:
             qkv_MX = deltas.add(0, "qkv", u_MH, qkv_MX)
         qkv_BTND = rotation(qkv_MX.view(b, t, n + 2 * g, d))
-        k_BGSD, v_BGSD, mask = remember(qkv_BTND[:, :, n:])
-        mixed_MX = attend_cached(qkv_BTND[:, :, :n], k_BGSD, v_BGSD, mask).view(b * t, n * d)
+        k_BGSD, v_BGSD = site.window.write(0, qkv_BTND[:, :, n:])
+        mixed_MX = attend_cached(qkv_BTND[:, :, :n], k_BGSD, v_BGSD, site.visible).view(b * t, n * d)
         a_MH = self._lean.out.add_to(u_MH, mixed_MX)
         if deltas is not None:
             a_MH = deltas.add(0, "out", mixed_MX, a_MH)

@@ -89,15 +89,17 @@ class Trunk(nn.Module):
         n_BTH = self.post_attention_layernorm(a_BTH)
         return a_BTH + self.shared_expert(n_BTH), n_BTH
 
-    def rotary(self, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin [S, D] of every position, sin as `signed` makes it, fp32."""
         # Kept outside the state dict: the tables follow from the config, and a trunk built on meta has none yet.
-        if self._tables is None or self._tables[0].device != positions_BT.device:
-            frequencies = plain_frequencies(self.config.head_dim, self.config.rope_theta).to(
-                positions_BT.device
-            )
+        if self._tables is None or self._tables[0].device != device:
+            frequencies = plain_frequencies(self.config.head_dim, self.config.rope_theta).to(device)
             cos, sin = rotary_tables(frequencies, MAX_POSITIONS)
             self._tables = cos, signed(sin)
-        cos, sin = self._tables
+        return self._tables
+
+    def rotary(self, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        cos, sin = self.tables(positions_BT.device)
         return cos[positions_BT].unsqueeze(2).to(dtype), sin[positions_BT].unsqueeze(2).to(dtype)
 
 

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from farm.layers.kernels import HEAD_SIZES, kernels_for
+from farm.layers.kernels import HEAD_SIZES, Visible, kernels_for
 
 
 def rotary_tables(inv_freq: Tensor, num_positions: int, scaling: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -44,31 +45,31 @@ def spare_values(table_BT1D: Tensor, num_rotated: int, num_values: int, fill: fl
 
 @dataclass(frozen=True)
 class Rotation:
-    """cos and sin of a call's tokens, made once for all layers: rotates queries and keys that stand before values."""
+    """What turns a call's queries and keys by their positions, in heads where values come last; for all layers."""
 
-    cos: Tensor  # [B, T, D] for the kernels, else [B, T, N + 2 G, D]
-    sin: Tensor
+    tables: tuple[Tensor, Tensor]  # cos and sin [S, D], sin as `signed` makes it
+    positions_BT: Tensor
     num_rotated: int
+    num_values: int
 
-    @classmethod
-    def of(cls, cos_BTD: Tensor, sin_BTD: Tensor, num_rotated: int, num_values: int) -> Rotation:
-        """`sin` as `signed` makes it; the heads to rotate are queries and keys."""
-        if kernels_for(cos_BTD) is not None:
-            return cls(cos_BTD.contiguous(), sin_BTD.contiguous(), num_rotated)
-        cos_BTND = spare_values(cos_BTD.unsqueeze(2), num_rotated, num_values, 1.0)
-        return cls(cos_BTND, spare_values(sin_BTD.unsqueeze(2), num_rotated, num_values, 0.0), num_rotated)
+    @functools.cached_property
+    def wide(self) -> tuple[Tensor, Tensor]:
+        """cos and sin of every head of every token, [B, T, N + 2 G, D]."""
+        cos_BT1D, sin_BT1D = (table[self.positions_BT].unsqueeze(2) for table in self.tables)
+        cos_BTND = spare_values(cos_BT1D, self.num_rotated, self.num_values, 1.0)
+        return cos_BTND, spare_values(sin_BT1D, self.num_rotated, self.num_values, 0.0)
 
     def steps(self) -> list[Rotation]:
         """That of each of the T tokens a row alone."""
-        tables = (table.transpose(0, 1).contiguous().unsqueeze(2).unbind(0) for table in (self.cos, self.sin))
-        return [Rotation(cos, sin, self.num_rotated) for cos, sin in zip(*tables, strict=True)]
+        of_steps = self.positions_BT.t().contiguous()
+        return [replace(self, positions_BT=positions_B[:, None]) for positions_B in of_steps]
 
     def __call__(self, qkv_BTND: Tensor) -> Tensor:
-        """The rotated heads and the values as they are; may write over what it is given."""
+        """The turned heads and the values as they are; may write over what it is given."""
         own = kernels_for(qkv_BTND)
         if own is None:
-            return rotate(qkv_BTND, self.cos, self.sin)
-        own.rotate_(qkv_BTND, self.cos, self.sin, self.num_rotated)
+            return rotate(qkv_BTND, *self.wide)
+        own.rotate_(qkv_BTND, self.tables, self.positions_BT, self.num_rotated)
         return qkv_BTND
 
 
@@ -108,12 +109,17 @@ def fold_mask(mask_B1TS: Tensor, group: int) -> Tensor:
     return mask_B1TS if group == 1 or mask_B1TS.shape[2] == 1 else mask_B1TS.repeat(1, 1, group, 1)
 
 
-def attend_cached(q_BTND: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask: Tensor | None) -> Tensor:
-    """As `attend`, without gradients, the mask additive: by the farm's own kernel where it knows the head size."""
-    own = kernels_for(q_BTND)
-    if own is not None and q_BTND.shape[3] in HEAD_SIZES:
-        return own.attend(q_BTND, k_BGSD, v_BGSD, mask)
-    return attend(q_BTND, k_BGSD, v_BGSD, mask)
+def has_kernel(cache: Tensor) -> bool:
+    """Whether the farm's own kernels attend over a cache [..., D] like this one."""
+    return kernels_for(cache) is not None and cache.shape[-1] in HEAD_SIZES
+
+
+def attend_cached(q_BTND: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, visible: Visible) -> Tensor:
+    """As `attend`, without gradients: by the farm's own kernel where there is one (see `has_kernel`)."""
+    own = kernels_for(q_BTND) if has_kernel(q_BTND) else None
+    if own is not None:
+        return own.attend(q_BTND, k_BGSD, v_BGSD, visible)
+    return attend(q_BTND, k_BGSD, v_BGSD, visible.mask)
 
 
 def attend(q_BTND: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask: Tensor | None) -> Tensor:

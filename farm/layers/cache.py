@@ -8,15 +8,16 @@ because attention masks by position. Memory is taken once, when the cache is mad
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from farm.layers.attention import causal_mask, tree_mask
-from farm.layers.kernels import kernels_for
+from farm.layers.attention import causal_mask, has_kernel, tree_mask
+from farm.layers.kernels import Visible, kernels_for
 
 MOST_REAL = 0.9  # share of real tokens up to which leaving the others out pays
 
@@ -124,31 +125,62 @@ AnyRows = Rows | StaticRows
 class Window:
     """What one forward call reads and writes of a cache, worked out once for all layers."""
 
-    positions_BT: Tensor  # of the call's tokens, int64
-    context: int  # S: the number of entries that attention has to read
+    cache: SlotCache
     rows: AnyRows
-    entries_BTP: Tensor  # where the tokens' keys and values lie, in a layer seen as [N * P * capacity, D]
-    entries_M: Tensor  # the same, flat
-    flat: tuple[Tensor, ...]  # a layer each
-    keys: tuple[Tensor, ...]  # [B, G, S, D] a layer
-    values: tuple[Tensor, ...]
+    positions_BT: Tensor  # of the call's tokens, int64
+    offsets_BT: Tensor  # of their entries in their slots, int64; of a chain the same
+    context: int  # S: the number of entries that attention has to read
+
+    @functools.cached_property
+    def entries_BTP(self) -> Tensor:  # noqa: N802 - a tensor's name carries its shape
+        """Where the tokens' keys and values lie, in a layer seen as [N * P * capacity, D]."""
+        return self.offsets_BT[..., None] + self.cache.starts(self.rows)
+
+    @functools.cached_property
+    def readable(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Keys and values [B, G, S, D] of each layer."""
+        slots, heads = slice(self.rows.first, self.rows.first + len(self.rows)), self.cache.num_kv_heads
+        of_rows = self.cache.buffer[:, slots, :, : self.context]
+        return of_rows[:, :, :heads].unbind(0), of_rows[:, :, heads:].unbind(0)
 
     def mask(self, group: int, dtype: torch.dtype) -> Tensor | None:
         """What the tokens see, for `attend` with `group` query heads a key/value head."""
         return self.rows.mask(self.positions_BT, self.context, group, dtype)
 
-    def write(self, layer: int, kv_BTPD: Tensor, entries_BTP: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Keeps the tokens' keys and values; returns all that they may read, keys and values [B, G, S, D].
+    def site(self, group: int) -> Site:
+        """With what the tokens see: in a chain all up to themselves, for which kernels need no mask."""
+        if isinstance(self.rows, Rows) and self.rows.branches is None and has_kernel(self.cache.buffer):
+            return Site(self, Visible(last_BT=self.offsets_BT))
+        return Site(self, Visible(mask=self.mask(group, self.cache.buffer.dtype)))
 
-        `entries_BTP` are some of the window's, where a call is for some of its tokens.
-        """
+    def write(self, layer: int, kv_BTPD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keeps the tokens' keys and values; returns all that may be read, keys and values [B, G, S, D]."""
         own = kernels_for(kv_BTPD)
         if own is not None:
-            own.keep(kv_BTPD, self.entries_BTP if entries_BTP is None else entries_BTP, self.flat[layer])
+            own.keep(kv_BTPD, self.entries_BTP, self.cache.flat[layer])
         else:
-            entries_M = self.entries_M if entries_BTP is None else entries_BTP.view(-1)
-            self.flat[layer].index_copy_(0, entries_M, kv_BTPD.reshape(-1, kv_BTPD.shape[-1]))
-        return self.keys[layer], self.values[layer]
+            kv_MD = kv_BTPD.reshape(-1, kv_BTPD.shape[-1])
+            self.cache.flat[layer].index_copy_(0, self.entries_BTP.view(-1), kv_MD)
+        keys, values = self.readable
+        return keys[layer], values[layer]
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where the tokens of a call write, and what they see there of what `group` query heads share, see Window.site."""
+
+    window: Window
+    visible: Visible
+
+    def steps(self) -> list[Site]:
+        """That of each of the T tokens a row alone, for calls one after the other."""
+        window = self.window
+        both = (x_BT.t().contiguous().unsqueeze(2) for x_BT in (window.positions_BT, window.offsets_BT))
+        visible = self.visible.steps(window.positions_BT.shape[1])
+        return [
+            Site(replace(window, positions_BT=positions_B1, offsets_BT=offsets_B1), seen)
+            for positions_B1, offsets_B1, seen in zip(*both, visible, strict=True)
+        ]
 
 
 class Cached(Protocol):
@@ -180,7 +212,7 @@ class SlotCache:
         size = (num_layers, num_slots, 2 * self.num_kv_heads, capacity, head_dim)
         self.capacity = capacity
         self.buffer = torch.zeros(size, dtype=dtype, device=device)
-        self._flat = self.buffer.view(num_layers, -1, head_dim).unbind(0)
+        self.flat = self.buffer.view(num_layers, -1, head_dim).unbind(0)
         heads_NP = torch.arange(num_slots * 2 * self.num_kv_heads, device=device).view(num_slots, -1)
         self._starts_NP = heads_NP * capacity  # of each slot's heads in a flat layer
 
@@ -196,36 +228,28 @@ class SlotCache:
 
     def window(self, rows: AnyRows, num_tokens: int) -> Window:
         """The part of the cache that a call with `num_tokens` tokens a row works on."""
-        end, num_rows = rows.end(num_tokens), len(rows)
+        end = rows.end(num_tokens)
         assert end <= self.capacity, f"position {end} exceeds the cache of {self.capacity}"
-        entries_BT = positions_BT = rows.entries(num_tokens, self.buffer.device)
+        offsets_BT = positions_BT = rows.entries(num_tokens, self.buffer.device)
         if rows.branches is not None:
-            positions_BT = entries_BT[:, :1] + rows.branches.depths_BT
-            entries_BT = entries_BT + rows.branches.ahead(num_tokens)
-        slots = slice(rows.first, rows.first + num_rows)
-        entries_BTP = entries_BT[..., None] + self._starts_NP[slots, None]
-        readable = self.buffer[:, slots, :, :end]
-        return Window(
-            positions_BT=positions_BT,
-            context=end,
-            rows=rows,
-            entries_BTP=entries_BTP,
-            entries_M=entries_BTP.view(-1),
-            flat=self._flat,
-            keys=readable[:, :, : self.num_kv_heads].unbind(0),
-            values=readable[:, :, self.num_kv_heads :].unbind(0),
-        )
+            positions_BT = offsets_BT[:, :1] + rows.branches.depths_BT
+            offsets_BT = offsets_BT + rows.branches.ahead(num_tokens)
+        return Window(self, rows, positions_BT, offsets_BT, end)
+
+    def starts(self, rows: AnyRows) -> Tensor:
+        """Where the rows' heads start in a flat layer, [B, 1, P]."""
+        return self._starts_NP[rows.first : rows.first + len(rows), None]
 
     def keep(self, rows: Rows, nodes_BT: Tensor) -> None:
         """Puts the accepted paths of trees in line: the entry at a row's start + t becomes that of node nodes_BT[b, t].
 
         `nodes_BT` are indices from the rows' starts, ascending along a path, as a path's are.
         """
-        starts_B1P = self._starts_NP[rows.first : rows.first + len(rows.starts), None]
+        starts_B1P = self.starts(rows)
         line_BT = rows.entries(nodes_BT.shape[1], nodes_BT.device)
         source_M = ((line_BT[:, :1] + nodes_BT)[..., None] + starts_B1P).view(-1)
         destination_M = (line_BT[..., None] + starts_B1P).view(-1)
-        for layer in self._flat:
+        for layer in self.flat:
             layer.index_copy_(0, destination_M, layer.index_select(0, source_M))
 
     def move(self, sources: list[int], destinations: list[int], length: int) -> None:

@@ -1,35 +1,29 @@
 # M rows, X inputs, Y outputs, H hidden, F mlp width, B sequences, T tokens of each, S positions read, D head size
 # N query heads, G key/value heads, P heads a token keeps, L lanes, I inputs that lie side by side
-"""The decoding step's own kernels for the CPU (kernels.cpp): compiled once a machine, called without torch between.
+"""The decoding step's own kernels for the CPU (farm/layers/cpu), called on tensors.
 
 A step of few rows is bound by how fast weights are read and by the number of operators. torch's products reach half
-of the memory's speed for one row and fewer for eight, its attention of single queries a tenth. Where there is no C++
-compiler, or FARM_KERNELS=off, there are none and torch's operators compute the same, slower.
+of the memory's speed, its attention of single queries less. Where there is no C++ compiler, or FARM_KERNELS=off, there
+are no kernels and torch's operators compute the same, slower.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import os
-import platform
-import shutil
 import subprocess
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-SOURCE = Path(__file__).with_suffix(".cpp")
-# OpenMP's functions are left open in the library: they are found in torch, whose threads it shares.
-COMPILE = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-Wno-psabi")
-BUILD_S = 300
+from farm.layers.compile import compiled
+
 LANES = 16  # of a vector of the kernels
 BLOCK = 2 * LANES  # outputs of a block of weights
 INPUTS = {torch.float32: 1, torch.bfloat16: 2}  # that lie side by side in a block
@@ -37,16 +31,51 @@ HEAD_SIZES = (16, 32, 64, 96, 128)
 FORMS = {"as they are": 0, "gated": 1, "apart": 2}
 
 
-class Attention(ctypes.Structure):
-    """Mirrors the struct of the same name in kernels.cpp."""
+def fields(pointers: str, numbers: str) -> list[tuple[str, Any]]:
+    of_pointers = [(name, ctypes.c_void_p) for name in pointers.split()]
+    return of_pointers + [(name, ctypes.c_int64) for name in numbers.split()]
 
-    _fields_ = [(name, ctypes.c_void_p) for name in ("q", "k", "v", "mask", "out")] + [
-        (name, ctypes.c_int64)
-        for name in (
-            *("sequences", "tokens", "kv_heads", "group", "size", "context", "q_sequence", "q_token"),
-            *("kv_sequence", "kv_head", "mask_sequence", "mask_row"),
-        )
-    ]
+
+class Attention(ctypes.Structure):
+    """Mirrors the struct of the same name in cpu/attention.h."""
+
+    _fields_ = fields(
+        "q k v mask last out",
+        "sequences tokens kv_heads group size context q_sequence q_token kv_sequence kv_head mask_sequence mask_row",
+    )
+
+
+class Visible(NamedTuple):
+    """What the tokens of a call see of the cache: the entries up to one each, or what an additive mask shows."""
+
+    last_BT: Tensor | None = None  # int64
+    mask: Tensor | None = None  # [B, 1, R * T, S], or a row for all, [B, 1, 1, S]; neither: all is seen
+
+    def check(self, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+        """That it is one of B x T tokens over S entries, as the kernels read it."""
+        b, t, s = shape
+        if self.last_BT is not None:
+            assert self.last_BT.is_contiguous()
+            assert self.last_BT.shape == (b, t)
+        elif self.mask is not None:
+            assert self.mask.dtype == dtype
+            assert self.mask.shape[3] == s
+            assert self.mask.stride(3) == 1
+
+    def steps(self, num_tokens: int) -> list[Visible]:
+        """Of each of the T tokens a row alone."""
+        if self.last_BT is not None:
+            return [Visible(last_BT=last_B[:, None]) for last_B in self.last_BT.t().contiguous()]
+        if self.mask is None:
+            return [Visible()] * num_tokens
+        of_tokens = self.mask.unflatten(2, (-1, num_tokens)).movedim(3, 0).contiguous()
+        return [Visible(mask=mask) for mask in of_tokens]
+
+    def strides(self) -> tuple[int, int]:
+        """Of the mask, from sequence to sequence and from query to query."""
+        if self.mask is None:
+            return 0, 0
+        return self.mask.stride(0), 0 if self.mask.shape[2] == 1 else self.mask.stride(2)
 
 
 class Kernels:
@@ -59,9 +88,10 @@ class Kernels:
         declared = {
             "linear": (free, [*[pointer] * 5, *[number] * 4, threads]),
             "attend": (free, [pointer, threads]),
+            "decode": (free, [pointer, pointer, threads]),
             "rms_norm": (held, [*[pointer] * 3, number, number, real, threads]),
             "swiglu": (held, [pointer, pointer, number, number, threads]),
-            "rotate": (held, [*[pointer] * 3, *[number] * 4, threads]),
+            "rotate": (held, [*[pointer] * 4, *[number] * 4, threads]),
         }
         self._calls: dict[tuple[str, torch.dtype], Callable[..., None]] = {}
         for name, (library, arguments) in declared.items():
@@ -93,7 +123,7 @@ class Kernels:
             assert residual_MY.dtype == y.dtype
             residual_MY = residual_MY.contiguous()
         self._calls["linear", x_MX.dtype](
-            x_MX.data_ptr(), weights.data_ptr(), _address(bias_Y), _address(residual_MY), y.data_ptr(),
+            x_MX.data_ptr(), weights.data_ptr(), address(bias_Y), address(residual_MY), y.data_ptr(),
             rows, x_MX.shape[1], num_outputs, FORMS[form], torch.get_num_threads(),
         )  # fmt: skip
         return y
@@ -116,15 +146,16 @@ class Kernels:
         call(gate_up.data_ptr(), y.data_ptr(), y.numel() // width, width, torch.get_num_threads())
         return y
 
-    def rotate_(self, qkv_BTND: Tensor, cos_BTD: Tensor, sin_BTD: Tensor, rotated: int) -> None:
-        """Rotates the first heads of every token in place; sin is negated in its first half."""
+    def rotate_(
+        self, qkv_BTND: Tensor, tables: tuple[Tensor, Tensor], positions_BT: Tensor, rotated: int
+    ) -> None:
+        """Turns the first heads of every token in place by cos and sin [S, D]; sin is negated in its first half."""
         b, t, heads, size = qkv_BTND.shape
+        check_tables(tables, size, qkv_BTND.dtype)
         assert qkv_BTND.is_contiguous()
-        assert cos_BTD.is_contiguous()
-        assert sin_BTD.is_contiguous()
-        assert cos_BTD.shape == sin_BTD.shape == (b, t, size)
-        assert cos_BTD.dtype == sin_BTD.dtype == qkv_BTND.dtype
-        addresses = (qkv_BTND.data_ptr(), cos_BTD.data_ptr(), sin_BTD.data_ptr())
+        assert positions_BT.is_contiguous()
+        assert positions_BT.shape == (b, t)
+        addresses = (qkv_BTND.data_ptr(), *(table.data_ptr() for table in tables), positions_BT.data_ptr())
         self._calls["rotate", qkv_BTND.dtype](
             *addresses, b * t, heads, rotated, size, torch.get_num_threads()
         )  # fmt: skip
@@ -144,27 +175,37 @@ class Kernels:
             size * width, torch.get_num_threads(),
         )  # fmt: skip
 
-    def attend(self, q_BTND: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask: Tensor | None) -> Tensor:
-        """Softmax attention [B, T, N * D]; `mask` is additive, [B, 1, R * T, S] or a row for all, [B, 1, 1, S]."""
+    def attend(self, q_BTND: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, visible: Visible) -> Tensor:
+        """Softmax attention [B, T, N * D]."""
         b, t, n, d = q_BTND.shape
         g, s = k_BGSD.shape[1:3]
         assert q_BTND.stride()[2:] == k_BGSD.stride()[2:] == (d, 1)
         assert k_BGSD.stride() == v_BGSD.stride()
         assert q_BTND.dtype == k_BGSD.dtype == v_BGSD.dtype
         assert d in HEAD_SIZES
-        mask_strides = (0, 0)
-        if mask is not None:
-            assert mask.dtype == q_BTND.dtype
-            assert mask.shape[3] == s
-            assert mask.stride(3) == 1
-            mask_strides = mask.stride(0), 0 if mask.shape[2] == 1 else mask.stride(2)
+        visible.check((b, t, s), q_BTND.dtype)
         out = q_BTND.new_empty(b, t, n * d)
         task = Attention(
-            q_BTND.data_ptr(), k_BGSD.data_ptr(), v_BGSD.data_ptr(), _address(mask), out.data_ptr(),
-            b, t, g, n // g, d, s, *q_BTND.stride()[:2], *k_BGSD.stride()[:2], *mask_strides,
+            q_BTND.data_ptr(), k_BGSD.data_ptr(), v_BGSD.data_ptr(), address(visible.mask),
+            address(visible.last_BT), out.data_ptr(),
+            b, t, g, n // g, d, s, *q_BTND.stride()[:2], *k_BGSD.stride()[:2], *visible.strides(),
         )  # fmt: skip
         self._calls["attend", q_BTND.dtype](ctypes.addressof(task), torch.get_num_threads())
         return out
+
+    def decode(self, dtype: torch.dtype, decoder: ctypes.Structure, call: ctypes.Structure) -> None:
+        """Runs the layers that the structs of farm/layers/decoder.py describe."""
+        self._calls["decode", dtype](
+            ctypes.addressof(decoder), ctypes.addressof(call), torch.get_num_threads()
+        )
+
+
+def check_tables(tables: tuple[Tensor, Tensor], size: int, dtype: torch.dtype) -> None:
+    """That cos and sin are as the kernels read them."""
+    for table in tables:
+        assert table.is_contiguous()
+        assert table.shape[1] == size
+        assert table.dtype == dtype
 
 
 def pack(weight_YX: Tensor) -> Tensor:
@@ -207,7 +248,7 @@ def available() -> Kernels | None:
     if os.environ.get("FARM_KERNELS", "on") == "off":
         return None
     try:
-        return Kernels(built())
+        return Kernels(compiled())
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or error
         warnings.warn(
@@ -218,55 +259,11 @@ def available() -> Kernels | None:
         return None
 
 
-def built() -> Path:
-    """The compiled library, from the user's cache where this machine has compiled the same source before.
-
-    Raises OSError where there is no compiler, subprocess.SubprocessError where it fails.
-    """
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        raise FileNotFoundError("no C++ compiler was found")
-    folder = _cache()
-    path = folder / f"kernels-{_key(compiler)}.so"
-    if not path.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as work:
-            unlinked, library = Path(work, "kernels.o"), Path(work, "kernels.so")
-            for command in (
-                [compiler, *COMPILE, "-c", str(SOURCE), "-o", str(unlinked)],
-                [compiler, "-shared", str(unlinked), "-o", str(library)],
-            ):
-                subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_S)
-            library.replace(path)
-    return path
-
-
-def _cache() -> Path:
-    """A folder that only this user writes; of this process alone where there is no home to write to."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "farm")
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        owned = folder.stat().st_uid == os.getuid()
-    except (OSError, RuntimeError):
-        owned = False
-    return folder if owned and os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="farm-kernels-"))
-
-
-def _key(compiler: str) -> str:
-    """Of all that the machine code depends on: the source, how it is compiled and for which processor."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else [platform.processor()]
-    processor = sorted(
-        {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
-    )
-    parts = (SOURCE.read_text(), compiler, *COMPILE, platform.machine(), *processor)
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-
-
 def _declared(library: Any, name: str, arguments: list[Any]) -> Callable[..., None]:
     function: Callable[..., None] = getattr(library, name)
     function.argtypes, function.restype = arguments, None  # type: ignore[attr-defined]
     return function
 
 
-def _address(tensor: Tensor | None) -> int | None:
+def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from farm.layers.attention import Rotation, attend_cached, plain_frequencies, rotary_tables, signed
-from farm.layers.cache import AnyRows, SlotCache, Window
+from farm.layers.cache import AnyRows, Site, SlotCache
+from farm.layers.decoder import Decoder, Weights
 from farm.layers.dense import Dense, Gated, RmsNorm, swiglu
 from farm.layers.lora import LoraRows, Part
 
@@ -38,6 +39,12 @@ class Layer:
     down: Dense  # [H, F]
 
     @property
+    def weights(self) -> Weights:
+        """As the kernels take them."""
+        mlp = ((self.gate_up, self.down),)
+        return Weights(self.input_norm, self.qkv, self.q_norm, self.k_norm, self.out, self.post_norm, mlp)
+
+    @property
     def num_bytes(self) -> int:
         """Of its weights; biases and norms are a thousandth of them."""
         return sum(part.num_bytes for part in (self.qkv, self.out, self.gate_up, self.down))
@@ -49,8 +56,7 @@ class Context:
 
     shape: tuple[int, int]  # B, T
     rotation: Rotation
-    mask: Tensor | None
-    window: Window
+    site: Site
     real_M: Tensor | None  # None: all, M = B T
     loras: LoraRows | None
 
@@ -89,6 +95,8 @@ class TargetForward:
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
         self.norm = RmsNorm.of(placed["model.norm.weight"], self.eps)
         self.layers = [_fuse(placed, f"model.layers.{i}.", self.eps) for i in range(config.num_hidden_layers)]
+        heads = (self.num_heads, self.num_kv_heads, self.head_dim)
+        self._decoder = Decoder.of([layer.weights for layer in self.layers], heads)
         inv_freq, scaling = _rope(config, self.head_dim)
         # Slack for the drafted tokens that one verification may run past the last position.
         cos, sin = rotary_tables(inv_freq.to(device), self.max_positions + 64, scaling)
@@ -123,16 +131,17 @@ class TargetForward:
         Tokens of trees have their positions, and what they see, from `rows.branches`.
         """
         window = cache.window(rows, tokens_BT.shape[1])
-        positions_BT = window.positions_BT
         n, g = self.num_heads + self.num_kv_heads, self.num_kv_heads
-        rotation = Rotation.of(self.cos[positions_BT], self.sin[positions_BT], n, g)
-        group = self.num_heads // self.num_kv_heads
-        mask = window.mask(group, self.dtype)
+        rotation = Rotation((self.cos, self.sin), window.positions_BT, n, g)
+        site = window.site(self.num_heads // self.num_kv_heads)
         real_M = None if loras is not None else rows.real(tokens_BT.shape[1], self.device)
         x_MH = functional.embedding(_pack(tokens_BT.reshape(-1), real_M), self.embedding)
-        context = Context((tokens_BT.shape[0], tokens_BT.shape[1]), rotation, mask, window, real_M, loras)
-        for index, layer in enumerate(self.layers):
-            x_MH = self._layer(x_MH, index, layer, context)
+        if self._decoder is not None and real_M is None and loras is None:
+            x_MH = self._decoder.extend(x_MH, rotation, site)
+        else:
+            context = Context((tokens_BT.shape[0], tokens_BT.shape[1]), rotation, site, real_M, loras)
+            for index, layer in enumerate(self.layers):
+                x_MH = self._layer(x_MH, index, layer, context)
         return _spread(self.norm(x_MH), real_M, tokens_BT.numel()).view(*tokens_BT.shape, self.hidden_size)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -153,8 +162,8 @@ class TargetForward:
             q_BTND, k_BTGD = layer.q_norm(qkv_BTND[:, :, :n]), layer.k_norm(qkv_BTND[:, :, n : n + g])
             qkv_BTND = torch.cat((q_BTND, k_BTGD, qkv_BTND[:, :, n + g :]), dim=2)
         qkv_BTND = context.rotation(qkv_BTND)
-        k_BGSD, v_BGSD = context.window.write(index, qkv_BTND[:, :, n:])
-        mixed_BTX = attend_cached(qkv_BTND[:, :, :n], k_BGSD, v_BGSD, context.mask)
+        k_BGSD, v_BGSD = context.site.window.write(index, qkv_BTND[:, :, n:])
+        mixed_BTX = attend_cached(qkv_BTND[:, :, :n], k_BGSD, v_BGSD, context.site.visible)
         mixed_MX = _pack(mixed_BTX.view(b * t, n * d), real_M)
         x_MH = adapted("out", mixed_MX, layer.out.add_to(x_MH, mixed_MX))
         normed_MH = layer.post_norm(x_MH)

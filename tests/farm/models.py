@@ -43,7 +43,7 @@ def tiny_model(
     sizes = {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 8,
+        "head_dim": 16,  # the smallest that the kernels for the CPU attend with
         "max_position_embeddings": 256,
     } | options
     torch.manual_seed(seed)

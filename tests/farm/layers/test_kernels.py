@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from farm.layers import kernels as built
-from farm.layers.attention import Rotation, attend, attend_cached, fold_mask, rotate, signed, spare_values
-from farm.layers.kernels import HEAD_SIZES, Kernels, available, pack, pack_pair
+from farm.layers import compile as build
+from farm.layers.attention import Rotation, attend, attend_cached, fold_mask, rotate, signed
+from farm.layers.kernels import HEAD_SIZES, Kernels, Visible, available, pack, pack_pair
 
 KERNELS = available()
 pytestmark = pytest.mark.skipif(KERNELS is None, reason="no C++ compiler")
@@ -84,21 +84,27 @@ def test_attention_reads_what_its_mask_shows(
     qkv = normal(b, t, g * r + 2 * g, d, dtype=dtype)
     cache = normal(b, 2 * g, s + 3, d, dtype=dtype)
     q, k, v = qkv[:, :, : g * r], cache[:, :g, :s], cache[:, g:, :s]
-    last_BT = torch.tensor([[random.randrange(s) for _ in range(t)] for _ in range(b)])
-    seen_BTS = (torch.arange(s) <= last_BT[..., None]) & (torch.rand(b, t, s) < 0.8)
+    last_seen_BT = torch.tensor([[random.randrange(s) for _ in range(t)] for _ in range(b)])
+    seen_BTS = (torch.arange(s) <= last_seen_BT[..., None]) & (torch.rand(b, t, s) < 0.8)
     seen_BTS[:, :, 0] = True
     mask = fold_mask(torch.where(seen_BTS, 0.0, -torch.inf).to(dtype)[:, None], r)
-    close(own().attend(q, k, v, mask), attend(q.double(), k.double(), v.double(), mask.double()))
-    close(own().attend(q, k, v, None), attend(q.double(), k.double(), v.double(), None))
+    close(
+        own().attend(q, k, v, Visible(mask=mask)), attend(q.double(), k.double(), v.double(), mask.double())
+    )
+    close(own().attend(q, k, v, Visible()), attend(q.double(), k.double(), v.double(), None))
 
 
+@pytest.mark.parametrize("told", ["by a mask", "by number"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nothing_behind_the_last_position_seen_is_read(dtype: torch.dtype) -> None:
+def test_nothing_behind_the_last_position_seen_is_read(dtype: torch.dtype, told: str) -> None:
     q, kv = normal(2, 1, 4, 32, dtype=dtype), normal(2, 2, 90, 32, dtype=dtype)
     mask = torch.where(torch.arange(90) > torch.tensor([[5], [70]]), -torch.inf, 0.0).to(dtype)[:, None, None]
-    expected = own().attend(q, kv[:, :1], kv[:, 1:], mask)
+    visible = Visible(mask=mask) if told == "by a mask" else Visible(last_BT=torch.tensor([[5], [70]]))
+    expected = attend(*(x.double() for x in (q, kv[:, :1], kv[:, 1:], mask)))
+    close(own().attend(q, kv[:, :1], kv[:, 1:], visible), expected)
+    expected = own().attend(q, kv[:, :1], kv[:, 1:], visible)
     kv[0, :, 6:], kv[1, :, 71:] = torch.nan, torch.nan
-    assert torch.equal(own().attend(q, kv[:, :1], kv[:, 1:], mask), expected)
+    assert torch.equal(own().attend(q, kv[:, :1], kv[:, 1:], visible), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -113,8 +119,8 @@ def test_a_row_has_the_same_bits_in_every_batch(dtype: torch.dtype) -> None:
             torch.cat([own().rms_norm(row[None], norm, 1e-5) for row in x[:batch]]),
         )
     q, kv = normal(6, 1, 9, 64, dtype=dtype), normal(6, 6, 130, 64, dtype=dtype)
-    whole = own().attend(q, kv[:, :3], kv[:, 3:], None)
-    one = [own().attend(q[b : b + 1], kv[b : b + 1, :3], kv[b : b + 1, 3:], None) for b in range(6)]
+    whole = own().attend(q, kv[:, :3], kv[:, 3:], Visible())
+    one = [own().attend(q[b : b + 1], kv[b : b + 1, :3], kv[b : b + 1, 3:], Visible()) for b in range(6)]
     assert torch.equal(whole, torch.cat(one))
 
 
@@ -123,20 +129,21 @@ def test_a_verified_token_has_the_bits_of_one_decoded_alone(dtype: torch.dtype) 
     q, kv = normal(1, 5, 6, 32, dtype=dtype), normal(1, 4, 80, 32, dtype=dtype)
     seen = torch.arange(80) <= torch.arange(75, 80)[:, None]
     mask = fold_mask(torch.where(seen, 0.0, -torch.inf).to(dtype)[None, None], 3)
-    together = own().attend(q, kv[:, :2], kv[:, 2:], mask)
-    for t in range(5):
-        alone = own().attend(q[:, t : t + 1], kv[:, :2, : 76 + t], kv[:, 2:, : 76 + t], None)
-        assert torch.equal(together[:, t : t + 1], alone)
+    for visible in (Visible(mask=mask), Visible(last_BT=torch.arange(75, 80)[None])):
+        together = own().attend(q, kv[:, :2], kv[:, 2:], visible)
+        for t in range(5):
+            alone = own().attend(q[:, t : t + 1], kv[:, :2, : 76 + t], kv[:, 2:, : 76 + t], Visible())
+            assert torch.equal(together[:, t : t + 1], alone)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [16, 24, 64])
 def test_queries_and_keys_turn_and_values_stay(dtype: torch.dtype, size: int) -> None:
-    qkv, angles = normal(2, 3, 8, size, dtype=dtype), torch.randn(2, 3, size // 2).repeat(1, 1, 2)
-    cos, sin = angles.cos().to(dtype), signed(angles.sin()).to(dtype)
-    wide = [spare_values(x.double().unsqueeze(2), 6, 2, fill) for x, fill in ((cos, 1.0), (sin, 0.0))]
-    expected = rotate(qkv.double(), *wide)
-    rotation = Rotation.of(cos, sin, 6, 2)
+    qkv, angles = normal(2, 3, 8, size, dtype=dtype), torch.randn(20, size // 2).repeat(1, 2)
+    tables = angles.cos().to(dtype), signed(angles.sin()).to(dtype)
+    positions = torch.randint(0, 20, (2, 3))
+    rotation = Rotation(tables, positions, 6, 2)
+    expected = rotate(qkv.double(), *(table.double() for table in rotation.wide))
     for t, step in enumerate(rotation.steps()):
         close(step(qkv[:, t : t + 1].clone()), expected[:, t : t + 1])
     close(rotation(qkv), expected)
@@ -157,7 +164,7 @@ def test_a_head_size_without_a_kernel_is_attended_by_torch() -> None:
     q, kv = torch.randn(1, 1, 2, 24), torch.randn(1, 2, 5, 24)
     assert 24 not in HEAD_SIZES
     torch.testing.assert_close(
-        attend_cached(q, kv[:, :1], kv[:, 1:], None), attend(q, kv[:, :1], kv[:, 1:], None)
+        attend_cached(q, kv[:, :1], kv[:, 1:], Visible()), attend(q, kv[:, :1], kv[:, 1:], None)
     )
 
 
@@ -182,15 +189,16 @@ def test_a_machine_compiles_once_and_another_source_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    source = tmp_path / "kernels.cpp"
+    source = tmp_path / "cpu" / "kernels.cpp"
+    source.parent.mkdir()
     source.write_text('extern "C" int one() { return 1; }')
-    monkeypatch.setattr(built, "SOURCE", source)
-    first = built.built()
+    monkeypatch.setattr(build, "SOURCE", source.parent)
+    first = build.compiled()
     changed = first.stat().st_mtime_ns
-    assert built.built() == first
+    assert build.compiled() == first
     assert first.stat().st_mtime_ns == changed
     source.write_text('extern "C" int two() { return 2; }')
-    assert built.built() != first
+    assert build.compiled() != first
     assert first.parent.stat().st_mode & 0o077 == 0, "others could replace the code"
     assert sorted(path.suffix for path in first.parent.iterdir()) == [".so", ".so"]
 
@@ -201,4 +209,4 @@ def test_a_home_that_cannot_be_written_is_no_obstacle(
     blocked = tmp_path / "file"
     blocked.write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
-    assert built.built().exists()
+    assert build.compiled().exists()

@@ -1,0 +1,99 @@
+// The layers of a decoder over a slot cache, without leaving C++ between operators: a step of few rows is otherwise
+// bound by calls.
+#pragma once
+
+#include "attention.h"
+#include "elementwise.h"
+#include "product.h"
+
+namespace farm {
+
+template <class T>
+struct Mlp {
+  const T *gate_up, *down;  // none: there is no such MLP
+  int64_t width;
+};
+
+// A draft's layer has no norm before attention and a second MLP, its private expert, over the same input.
+template <class T>
+struct Layer {
+  const T *input_norm, *qkv, *qkv_bias, *q_norm, *k_norm, *out, *out_bias, *post_norm;
+  Mlp<T> mlps[2];
+};
+
+template <class T>
+struct Decoder {
+  const Layer<T>* layers;
+  const T* fc;  // [H, 2 H] of a draft, in front of its layer
+  int64_t num_layers, hidden, heads, kv_heads, size;
+  double eps;
+};
+
+template <class T>
+struct Call {
+  T* x;                         // [M, H], written over
+  const T *embedded, *hidden;   // [M, H], what a draft's x is made of
+  const T *cos, *sin, *mask;    // tables of positions; see Attention
+  const int64_t *positions, *offsets;  // [M]: of the token, and of its entry among its row's
+  T *cache, *scratch;  // keys of the first layer's first row; M (3 H + (N + 2 G) D + N D + the widest MLP) numbers
+  int64_t sequences, tokens, context;
+  int64_t cache_layer, kv_sequence, kv_head, mask_sequence, mask_row;  // in numbers
+};
+
+// Turns queries and keys, and keeps keys and values: keys of all heads lie in front of all values, in the cache as in qkv.
+template <class T>
+void place(const Decoder<T>& d, const Call<T>& c, T* qkv, T* cache) {
+  const int64_t all = d.heads + 2 * d.kv_heads;
+#pragma omp for schedule(static)
+  for (int64_t row = 0; row < c.sequences * c.tokens; row++) {
+    T *x = qkv + row * all * d.size, *kv = x + d.heads * d.size;
+    turn(x, c.cos + c.positions[row] * d.size, c.sin + c.positions[row] * d.size, d.heads + d.kv_heads, d.size);
+    T* entry = cache + row / c.tokens * c.kv_sequence + c.offsets[row] * d.size;
+    for (int64_t head = 0; head < 2 * d.kv_heads; head++)
+      std::memcpy(entry + head * c.kv_head, kv + head * d.size, d.size * sizeof(T));
+  }
+}
+
+// x = fc of the embedding beside the hidden state (EAGLE, arXiv 2401.15077).
+template <class T>
+void join(const Decoder<T>& d, const Call<T>& c, T* pairs) {
+  const int64_t rows = c.sequences * c.tokens, bytes = d.hidden * sizeof(T);
+#pragma omp for schedule(static)
+  for (int64_t row = 0; row < rows; row++) {
+    std::memcpy(pairs + row * 2 * d.hidden, c.embedded + row * d.hidden, bytes);
+    std::memcpy(pairs + row * 2 * d.hidden + d.hidden, c.hidden + row * d.hidden, bytes);
+  }
+  linear<T>({pairs, d.fc, nullptr, nullptr, c.x, rows, 2 * d.hidden, d.hidden, kAsTheyAre});
+}
+
+template <class T>
+void decode(const Decoder<T>& d, const Call<T>& c) {
+  const int64_t rows = c.sequences * c.tokens, all = d.heads + 2 * d.kv_heads, mixed_width = d.heads * d.size;
+  T *normed = c.scratch, *pairs = normed + rows * d.hidden, *qkv = pairs + rows * 2 * d.hidden;
+  T *mixed = qkv + rows * all * d.size, *gated = mixed + rows * mixed_width;
+  if (d.fc) join(d, c, pairs);
+  for (int64_t index = 0; index < d.num_layers; index++) {
+    const Layer<T>& layer = d.layers[index];
+    T* cache = c.cache + index * c.cache_layer;
+    if (layer.input_norm) rms_norm(c.x, layer.input_norm, normed, rows, d.hidden, (float)d.eps);
+    const T* in = layer.input_norm ? normed : c.x;
+    linear<T>({in, layer.qkv, layer.qkv_bias, nullptr, qkv, rows, d.hidden, all * d.size, kAsTheyAre});
+    if (layer.q_norm) {
+      norm_heads(qkv, layer.q_norm, rows, all, 0, d.heads, d.size, (float)d.eps);
+      norm_heads(qkv, layer.k_norm, rows, all, d.heads, d.kv_heads, d.size, (float)d.eps);
+    }
+    place(d, c, qkv, cache);
+    attend<T>({qkv, cache, cache + d.kv_heads * c.kv_head, c.mask, c.mask ? nullptr : c.offsets, mixed, c.sequences,
+               c.tokens, d.kv_heads, d.heads / d.kv_heads, d.size, c.context, c.tokens * all * d.size, all * d.size,
+               c.kv_sequence, c.kv_head, c.mask_sequence, c.mask_row});
+    linear<T>({mixed, layer.out, layer.out_bias, c.x, c.x, rows, mixed_width, d.hidden, kAsTheyAre});
+    rms_norm(c.x, layer.post_norm, normed, rows, d.hidden, (float)d.eps);
+    for (const Mlp<T>& mlp : layer.mlps) {
+      if (!mlp.gate_up) continue;
+      linear<T>({normed, mlp.gate_up, nullptr, nullptr, gated, rows, d.hidden, 2 * mlp.width, kGated});
+      linear<T>({gated, mlp.down, nullptr, c.x, c.x, rows, mlp.width, d.hidden, kAsTheyAre});
+    }
+  }
+}
+
+}  // namespace farm

@@ -1,0 +1,124 @@
+// Products of a few rows with weights that lie as farm/layers/kernels.py packs them.
+#pragma once
+
+#include "vectors.h"
+
+namespace farm {
+
+constexpr int kBlock = 2 * kLanes;  // outputs that a product computes at once
+#ifdef __AVX512F__
+constexpr int kRows = 12;  // 24 of 32 registers hold sums
+#else
+constexpr int kRows = 3;  // 12 of 16, where a register holds 8 lanes
+#endif
+
+// Multiplies one vector of weights with an input (of bfloat16 with two that lie side by side) and adds to the sums.
+template <class T>
+struct Product;
+
+template <>
+struct Product<float> {
+  static constexpr int kInputs = 1;
+  using Weights = Floats;
+  static inline void add(Floats& sums, Weights weights, const float* x) { sums += weights * x[0]; }
+};
+
+template <>
+struct Product<bfloat16> {
+  static constexpr int kInputs = 2;
+#ifdef __AVX512BF16__
+  using Weights = __m512bh;
+  static inline void add(Floats& sums, Weights weights, const bfloat16* x) {
+    sums = (Floats)_mm512_dpbf16_ps((__m512)sums, weights, (__m512bh)_mm512_set1_epi32(read<int32_t>(x)));
+  }
+#else
+  using Weights = Words;
+  static inline void add(Floats& sums, Weights weights, const bfloat16* x) {
+    const uint32_t pair = read<uint32_t>(x), low = pair << 16, high = pair & 0xffff0000u;
+    sums += (Floats)(weights << 16) * read<float>(&low);
+    sums += (Floats)(weights & 0xffff0000u) * read<float>(&high);
+  }
+#endif
+};
+
+// How the sums of a block of outputs leave a product.
+enum Form : int64_t {
+  kAsTheyAre = 0,
+  kGated = 1,  // the first half of a block is G x, the second U x of as many: silu(G x) * (U x) leaves
+  kApart = 2,  // G x of all blocks, then U x of all
+};
+
+template <class T>
+struct Task {
+  const T *x, *weights, *bias, *residual;
+  T* y;
+  int64_t rows, inputs, outputs;
+  Form form;
+};
+
+template <class T>
+inline void put(const Task<T>& task, int64_t row, int64_t first, Floats sums) {
+  const int64_t count = task.outputs - first;
+  if (count <= 0) return;
+  if (task.bias) sums += load_some(task.bias + first, count);
+  if (task.residual) sums += load_some(task.residual + row * task.outputs + first, count);
+  store_some(task.y + row * task.outputs + first, sums, count);
+}
+
+template <class T>
+inline void put_block(const Task<T>& task, int64_t row, int64_t block, Floats left, Floats right) {
+  const int64_t half = task.outputs / 2, first = block * kLanes;
+  T* out = task.y + row * (task.form == kApart ? task.outputs : half) + first;
+  switch (task.form) {
+    case kAsTheyAre:
+      put(task, row, block * kBlock, left);
+      return put(task, row, block * kBlock + kLanes, right);
+    case kGated:
+      return store_some(out, silu(left) * right, half - first);
+    case kApart:
+      store_some(out, left, half - first);
+      return store_some(out + half, right, half - first);
+  }
+}
+
+template <class T, int M>
+void multiply(const Task<T>& task, int64_t row, int64_t block) {
+  using P = Product<T>;
+  const T* x = task.x + row * task.inputs;
+  const T* w = task.weights + block * kBlock * task.inputs;
+  Floats sums[M][2] = {};
+  for (int64_t k = 0; k < task.inputs; k += P::kInputs, w += kBlock * P::kInputs) {
+    auto first = read<typename P::Weights>(w), second = read<typename P::Weights>(w + kLanes * P::kInputs);
+#ifdef __AVX512F__
+    asm("" : "+v"(first), "+v"(second));  // they stay in registers: read again for every row they would be the limit
+#endif
+    __builtin_prefetch(w + 16 * kBlock * P::kInputs);
+    __builtin_prefetch(w + (16 * kBlock + kLanes) * P::kInputs);
+#pragma GCC unroll 12
+    for (int m = 0; m < M; m++) {
+      P::add(sums[m][0], first, x + m * task.inputs + k);
+      P::add(sums[m][1], second, x + m * task.inputs + k);
+    }
+  }
+#pragma GCC unroll 12
+  for (int m = 0; m < M; m++) put_block(task, row + m, block, sums[m][0], sums[m][1]);
+}
+
+template <class T, int M = kRows>
+void multiply_rows(const Task<T>& task, int64_t row, int64_t block, int64_t count) {
+  if constexpr (M > 1)
+    if (count < M) return multiply_rows<T, M - 1>(task, row, block, count);
+  multiply<T, M>(task, row, block);
+}
+
+template <class T>
+void linear(const Task<T>& task) {
+  const int64_t blocks = (task.outputs + kBlock - 1) / kBlock;
+  const int64_t tiles = (task.rows + kRows - 1) / kRows, tile = (task.rows + tiles - 1) / tiles;
+#pragma omp for schedule(static)
+  for (int64_t block = 0; block < blocks; block++)
+    for (int64_t row = 0; row < task.rows; row += tile)
+      multiply_rows<T>(task, row, block, task.rows - row < tile ? task.rows - row : tile);
+}
+
+}  // namespace farm

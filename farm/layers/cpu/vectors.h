@@ -1,0 +1,126 @@
+// Sixteen numbers at once, in whatever registers the machine has; float32 or bfloat16 in memory, float32 in between.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+namespace farm {
+
+constexpr int kLanes = 16;
+// Below this much work a second thread costs more than it saves.
+constexpr int64_t kWorkOfAThread = 1 << 15;
+
+// Runs what shares its loops among threads (`omp for`; alone it is one thread's). Threads meet at the end of each loop.
+template <class Body>
+void share(int threads, int64_t work, const Body& body) {
+#pragma omp parallel num_threads(threads) if (threads > 1 && work >= kWorkOfAThread)
+  body();
+}
+
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+
+constexpr Ints kLane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+struct bfloat16 {
+  uint16_t bits;
+  explicit operator float() const {
+    const uint32_t wide = (uint32_t)bits << 16;
+    float value;
+    std::memcpy(&value, &wide, sizeof value);
+    return value;
+  }
+};
+
+template <class Vector>
+inline Vector read(const void* from) {
+  Vector vector;
+  std::memcpy(&vector, from, sizeof vector);
+  return vector;
+}
+
+inline Floats widen(Halves bits) { return (Floats)(__builtin_convertvector(bits, Words) << 16); }
+
+inline Halves narrow(Floats x) {
+#ifdef __AVX512BF16__
+  return (Halves)_mm512_cvtneps_pbh((__m512)x);
+#else
+  const Words bits = (Words)x;
+  const Words even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return __builtin_convertvector(x == x ? even : (bits >> 16) | 0x40, Halves);  // a NaN stays one
+#endif
+}
+
+inline Floats load(const float* from) { return read<Floats>(from); }
+inline Floats load(const bfloat16* from) { return widen(read<Halves>(from)); }
+inline void store(float* to, Floats x) { std::memcpy(to, &x, sizeof x); }
+inline void store(bfloat16* to, Floats x) {
+  const Halves bits = narrow(x);
+  std::memcpy(to, &bits, sizeof bits);
+}
+
+template <class T>
+inline Floats load_some(const T* from, int64_t count) {
+  if (count >= kLanes) return load(from);
+  T lanes[kLanes] = {};
+  std::memcpy(lanes, from, count * sizeof(T));
+  return load(lanes);
+}
+
+template <class T>
+inline void store_some(T* to, Floats x, int64_t count) {
+  if (count >= kLanes) return store(to, x);
+  T lanes[kLanes];
+  store(lanes, x);
+  std::memcpy(to, lanes, count * sizeof(T));
+}
+
+// Adds the lanes of two vectors in pairs `kApart` apart: what came of x and of y stands side by side in runs of kApart.
+template <int kApart>
+inline Floats fold(Floats x, Floats y) {
+  const Ints from_x = (kLane & ~(2 * kApart - 1)) | (kLane & (kApart - 1)), is_y = kLane & kApart;
+  const Ints low = is_y ? from_x + kLanes : from_x;
+  return __builtin_shuffle(x, y, low) + __builtin_shuffle(x, y, low + kApart);
+}
+
+// Lane i is the sum of the lanes of vector i.
+inline Floats sum_each(const Floats* x) {
+  Floats pairs[8], fours[4], eights[2];
+  for (int i = 0; i < 8; i++) pairs[i] = fold<1>(x[2 * i], x[2 * i + 1]);
+  for (int i = 0; i < 4; i++) fours[i] = fold<2>(pairs[2 * i], pairs[2 * i + 1]);
+  for (int i = 0; i < 2; i++) eights[i] = fold<4>(fours[2 * i], fours[2 * i + 1]);
+  return fold<8>(eights[0], eights[1]);
+}
+
+inline float sum(Floats x) {
+  x = fold<8>(x, x);
+  x = fold<4>(x, x);
+  x = fold<2>(x, x);
+  return fold<1>(x, x)[0];
+}
+
+// e^x within 2e-7 of its value: 2^n times the series of what remains; beyond +-87 the value at 87.
+inline Floats exponential(Floats x) {
+  x = x < -87.f ? Floats{} - 87.f : x;
+  x = x > 87.f ? Floats{} + 87.f : x;
+  const Floats whole = x * 1.44269504f + 12582912.f;  // adding 1.5 * 2^23 rounds to an integer, in the lowest bits
+  const Floats n = whole - 12582912.f;
+  const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Floats series = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  series = series * r + 8.3334519073e-3f;
+  series = series * r + 4.1665795894e-2f;
+  series = series * r + 1.6666665459e-1f;
+  series = series * r + 5.0000001201e-1f;
+  series = series * r * r + r + 1.f;
+  return (Floats)((Ints)series + ((Ints)whole << 23));
+}
+
+inline Floats silu(Floats x) { return x / (1.f + exponential(-x)); }
+
+}  // namespace farm

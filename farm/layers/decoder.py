@@ -1,0 +1,143 @@
+# M = B T rows, H hidden, F mlp width, N query heads, G key/value heads, D head size
+"""All layers of a decoder in one call of the kernels: what Python and torch cost between operators falls away.
+
+A target's layers and a draft's one layer take this way whenever nothing changes them by row; the same arithmetic,
+operator by operator, is in farm/target/forward.py and farm/draft/lean.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from farm.layers.attention import Rotation
+from farm.layers.cache import Site
+from farm.layers.dense import Dense, Gated, RmsNorm
+from farm.layers.kernels import HEAD_SIZES, address, check_tables, fields, kernels
+
+MLPS = 2  # of a layer, at most
+
+
+class _Mlp(ctypes.Structure):
+    _fields_ = fields("gate_up down", "width")
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *fields("input_norm qkv qkv_bias q_norm k_norm out out_bias post_norm", ""),
+        ("mlps", _Mlp * MLPS),
+    ]
+
+
+class _Decoder(ctypes.Structure):
+    _fields_ = [*fields("layers fc", "num_layers hidden heads kv_heads size"), ("eps", ctypes.c_double)]
+
+
+class _Call(ctypes.Structure):
+    _fields_ = [
+        *fields("x embedded hidden cos sin mask positions offsets cache scratch", "sequences tokens context"),
+        *fields("", "cache_layer kv_sequence kv_head mask_sequence mask_row"),
+    ]
+
+
+class Weights(NamedTuple):
+    """Of one layer."""
+
+    input_norm: RmsNorm | None
+    qkv: Dense  # [(N + 2 G) * D, H]
+    q_norm: RmsNorm | None
+    k_norm: RmsNorm | None
+    out: Dense  # [H, N * D]
+    post_norm: RmsNorm
+    mlps: Sequence[
+        tuple[Gated, Dense]
+    ]  # two of [F, H], and [H, F]; all over the same input, their sums added
+
+    @property
+    def dense(self) -> list[Dense]:
+        return [self.qkv, self.out, *(part for gated, down in self.mlps for part in (gated.gate_up, down))]
+
+
+class Decoder:
+    """Layers of one shape over a slot cache."""
+
+    def __init__(
+        self, layers: Sequence[Weights], heads: tuple[int, int, int], fc: Dense | None = None
+    ) -> None:
+        """`heads` are N, G and D; `fc` [H, 2 H] stands in front of a draft; weights are laid out for kernels."""
+        self._kept = layers, fc  # the structs hold addresses alone
+        n, g, d = heads
+        norm = layers[0].post_norm
+        hidden = norm.weight_H.shape[0]
+        self._layers = (_Layer * len(layers))(*map(_layer, layers))
+        front = None if fc is None else fc.weight.data_ptr()
+        self._struct = _Decoder(ctypes.addressof(self._layers), front, len(layers), hidden, n, g, d, norm.eps)
+        widest = max(gated.gate_up.num_outputs // 2 for layer in layers for gated, _ in layer.mlps)
+        self._scratch = 3 * hidden + (n + 2 * g) * d + n * d + widest
+
+    @classmethod
+    def of(
+        cls, layers: Sequence[Weights], heads: tuple[int, int, int], fc: Dense | None = None
+    ) -> Decoder | None:
+        """None where the kernels cannot compute it."""
+        weights = [dense for layer in layers for dense in layer.dense] + ([] if fc is None else [fc])
+        laid_out = all(dense.layout == "kernels" for dense in weights)
+        return cls(layers, heads, fc) if laid_out and heads[2] in HEAD_SIZES else None
+
+    def extend(self, x_MH: Tensor, rotation: Rotation, site: Site) -> Tensor:
+        """x [M, H] behind all layers, written over; keys and values go to the site."""
+        assert x_MH.is_contiguous()
+        assert x_MH.shape == (site.window.positions_BT.numel(), self._struct.hidden)
+        self._run(x_MH, (None, None), rotation, site)
+        return x_MH
+
+    def predict(self, embedded_BTH: Tensor, hidden_BTH: Tensor, rotation: Rotation, site: Site) -> Tensor:
+        """A draft's hidden states [B, T, H] from embeddings beside hidden states."""
+        embedded_BTH, hidden_BTH = embedded_BTH.contiguous(), hidden_BTH.contiguous()
+        assert (
+            embedded_BTH.shape == hidden_BTH.shape == (*site.window.positions_BT.shape, self._struct.hidden)
+        )
+        assert embedded_BTH.dtype == hidden_BTH.dtype
+        x_BTH = torch.empty_like(embedded_BTH)
+        self._run(x_BTH, (embedded_BTH, hidden_BTH), rotation, site)
+        return x_BTH
+
+    def _run(
+        self, x: Tensor, pair: tuple[Tensor | None, Tensor | None], rotation: Rotation, site: Site
+    ) -> None:
+        window, cache = site.window, site.window.cache.buffer
+        (b, t), context, tables = window.positions_BT.shape, window.context, rotation.tables
+        check_tables(tables, self._struct.size, x.dtype)
+        assert context <= len(tables[0])
+        assert cache.dtype == x.dtype
+        assert window.positions_BT.is_contiguous()
+        assert window.offsets_BT.is_contiguous()
+        site.visible.check((b, t, context), x.dtype)
+        layer, sequence, head = cache.stride()[:3]
+        scratch = x.new_empty(b * t * self._scratch)
+        call = _Call(
+            x.data_ptr(), *map(address, pair), *map(address, tables), address(site.visible.mask),
+            window.positions_BT.data_ptr(), window.offsets_BT.data_ptr(),
+            cache.data_ptr() + window.rows.first * sequence * cache.itemsize, scratch.data_ptr(),
+            b, t, context, layer, sequence, head, *site.visible.strides(),
+        )  # fmt: skip
+        kernels().decode(x.dtype, self._struct, call)
+
+
+def _layer(weights: Weights) -> _Layer:
+    def norm(one: RmsNorm | None) -> int | None:
+        return None if one is None else one.weight_H.data_ptr()
+
+    mlps = [
+        _Mlp(gated.gate_up.weight.data_ptr(), down.weight.data_ptr(), gated.gate_up.num_outputs // 2)
+        for gated, down in weights.mlps
+    ]
+    return _Layer(
+        norm(weights.input_norm), weights.qkv.weight.data_ptr(), address(weights.qkv.bias),
+        norm(weights.q_norm), norm(weights.k_norm), weights.out.weight.data_ptr(), address(weights.out.bias),
+        norm(weights.post_norm), (_Mlp * MLPS)(*mlps),
+    )  # fmt: skip
