@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,32 +13,9 @@ from torch import Tensor
 from farm.decode.chain import ChainProposal
 from farm.decode.control import Control, Signal
 from farm.decode.sampling import DRAFT, SamplingBatch, distribution, draw
-from farm.draft.lean import LeanDraft
+from farm.draft.lean import Ends, LeanDraft
 from farm.layers.cache import AnyRows, Rows, SlotCache
-
-
-class Head(Protocol):
-    """Embedding and head of the rows' targets as a draft uses them; the head may be pruned to a draft vocabulary."""
-
-    @property
-    def vocabulary_C(self) -> Tensor | None:  # noqa: N802 - a tensor's name carries its shape
-        """Token id of each column of the logits; None: all."""
-        ...
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """[B, ..., H] of token ids [B, ...]."""
-        ...
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[B, ..., C] of hidden states [B, ..., H]."""
-        ...
-
-    def token_ids(self, columns: Tensor) -> Tensor:
-        """Token ids of columns of `logits`."""
-        ...
+from farm.layers.decoder import Foreteller
 
 
 @dataclass(frozen=True)
@@ -55,11 +32,19 @@ class Pending:
     limits: tuple[int, ...]
 
 
+class Told(NamedTuple):
+    """What follows the last token that each row of a draft has read."""
+
+    logits_BC: Tensor
+    best_B: Tensor | None = None  # token id of the largest logit, where it came with them
+    peak_B: Tensor | None = None  # its probability, fp32
+
+
 class Reader(Protocol):
     """A draft at work on a batch of chains; it has read what was pending."""
 
     @property
-    def head(self) -> Head: ...
+    def head(self) -> Ends: ...
 
     @property
     def limits(self) -> tuple[int, ...]:
@@ -75,14 +60,15 @@ class Reader(Protocol):
         """Reads the next drafted token of each row."""
         ...
 
-    def logits(self) -> Tensor:
-        """[B, C] after what was read last."""
+    @property
+    def told(self) -> Told:
+        """What follows what was read last."""
         ...
 
 
 def run_draft(
     draft: LeanDraft,
-    head: Head,
+    head: Ends,
     tokens_BT: Tensor,
     hidden_BTH: Tensor,
     rows: AnyRows,
@@ -102,32 +88,60 @@ class ChainReader:
     """
 
     def __init__(
-        self, draft: LeanDraft, head: Head, pending: Pending, cache: SlotCache, num_steps: int
+        self, draft: LeanDraft, head: Ends, pending: Pending, cache: SlotCache, num_steps: int
     ) -> None:
         self.head, self.limits, self.forwards = head, pending.limits, 1
-        self._draft = draft
-        predicted_BTH = run_draft(draft, head, pending.tokens_BT, pending.hidden_BTH, pending.rows, cache)
-        rows_B = torch.arange(len(pending.count), device=predicted_BTH.device)
-        last_B = torch.tensor(pending.count, device=predicted_BTH.device) - 1
-        self.hidden_BH = predicted_BTH[rows_B, last_B]
+        self._draft, self._group = draft, draft.config.num_heads // draft.config.num_kv_heads
+        read_BTH = run_draft(draft, head, pending.tokens_BT, pending.hidden_BTH, pending.rows, cache)
+        rows_B = torch.arange(len(pending.count), device=read_BTH.device)
+        self._hidden_BH = read_BTH[rows_B, torch.tensor(pending.count, device=read_BTH.device) - 1]
         if not num_steps:
             return
         starts = [start + count for start, count in zip(pending.rows.starts, pending.count, strict=True)]
         window = cache.window(Rows(starts, pending.rows.first), num_steps)
         self._rotations = draft.rotation(window.positions_BT).steps()
-        self._sites = window.site(draft.config.num_heads // draft.config.num_kv_heads).steps()
+        self._sites = window.site(self._group).steps()
 
     def read(self, tokens_B: Tensor) -> None:
-        """Reads the next drafted token of each row; `hidden_BH` is then what follows it."""
-        step = self.forwards - 1
-        embedded_B1H, hidden_B1H = self.head.embed(tokens_B[:, None]), self.hidden_BH[:, None]
-        read_B1H = self._draft.read(embedded_B1H, hidden_B1H, self._rotations[step], self._sites[step])
-        self.hidden_BH = read_B1H[:, 0]
+        """Reads the next drafted token of each row."""
+        step, embedded_B1H = self.forwards - 1, self.head.embed(tokens_B[:, None])
+        hidden_B1H, rotation = self._hidden_BH[:, None], self._rotations[step]
+        self._hidden_BH = self._draft.read(embedded_B1H, hidden_B1H, rotation, self._sites[step])[:, 0]
         self.forwards += 1
 
-    def logits(self) -> Tensor:
-        """[B, C] after what was read last."""
-        return self.head.logits(self.hidden_BH)
+    @property
+    def told(self) -> Told:
+        """What follows what was read last."""
+        return Told(self.head.logits(self._hidden_BH))
+
+
+class FusedChainReader:
+    """As ChainReader, every token a row in one call of the kernels."""
+
+    def __init__(self, foreteller: Foreteller, head: Ends, pending: Pending) -> None:
+        self.head, self.limits, self.forwards = head, pending.limits, 1
+        self._foreteller = foreteller
+        foreteller.begin(pending.tokens_BT, pending.hidden_BTH, pending.rows, pending.count)
+
+    def read(self, tokens_B: Tensor) -> None:
+        """Reads the next drafted token of each row."""
+        self._foreteller.step(tokens_B)
+        self.forwards += 1
+
+    @property
+    def told(self) -> Told:
+        """What follows what was read last."""
+        return Told(self._foreteller.logits_BC, self._foreteller.best_B, self._foreteller.peak_B)
+
+
+def chain_reader(
+    draft: LeanDraft, head: Ends, pending: Pending, cache: SlotCache, num_steps: int
+) -> ChainReader | FusedChainReader:
+    """The draft at work on a batch of chains, as fast as this machine has it."""
+    foreteller = draft.foreteller(head, cache, num_steps)
+    if foreteller is None:
+        return ChainReader(draft, head, pending, cache, num_steps)
+    return FusedChainReader(foreteller, head, pending)
 
 
 @torch.inference_mode()
@@ -139,42 +153,43 @@ def propose(reader: Reader, limit: int, control: Control, batch: SamplingBatch) 
             if not control.more(index):
                 break
             reader.read(chain.tokens[-1])
-        logits_BC = reader.logits()
-        if not chain.extend(logits_BC):
+        told = reader.told
+        if not chain.extend(told):
             break
-    return chain.proposal(reader.forwards, logits_BC.device)
+    return chain.proposal(reader.forwards, told.logits_BC.device)
 
 
 class _Chain:
     """Tokens drafted so far; a row that stopped gets padding while others go on."""
 
-    def __init__(self, head: Head, control: Control, batch: SamplingBatch, limits: Sequence[int]) -> None:
+    def __init__(self, head: Ends, control: Control, batch: SamplingBatch, limits: Sequence[int]) -> None:
         self._head, self._control, self._batch = head, control, batch
         self._limits, self._lengths, self._going = limits, [0] * len(limits), [True] * len(limits)
         self.tokens: list[Tensor] = []
         self._probabilities: list[Tensor] = []
 
-    def extend(self, logits_BC: Tensor) -> bool:
+    def extend(self, told: Told) -> bool:
         """Adds a position to the rows that keep it; False when none does. What stops a row is seen before drawing."""
-        index, batch = len(self.tokens), self._batch
+        index, batch, logits_BC = len(self.tokens), self._batch, told.logits_BC
         if batch.penalties is not None:
+            told = Told(logits_BC)
             drafted = torch.stack(self.tokens, dim=1).tolist() if self.tokens else [[]] * len(self._lengths)
             vocabulary_C = self._head.vocabulary_C
             logits_BC = batch.penalties.apply(logits_BC[:, None], drafted, index, vocabulary_C)[:, 0]
         q_BC = None if batch.greedy else distribution(logits_BC, batch)
-        best_B = None
+        best_B = told.best_B if batch.greedy else None
         self._going = [going and index < most for going, most in zip(self._going, self._limits, strict=True)]
         if self._control.signal != "none":
-            seen_BC = _seen(logits_BC, q_BC, batch)
-            signal_B, best_B = _signal(seen_BC, self._control.signal)
+            signal_B = told.peak_B if batch.greedy and self._control.signal == "peak" else None
+            if signal_B is None:
+                signal_B = _signal(_seen(logits_BC, q_BC, batch), self._control.signal)
             kept = self._control.keep(index, signal_B.tolist())
             self._going = [going and keep for going, keep in zip(self._going, kept, strict=True)]
             if not any(self._going):
                 return False
         self._lengths = [length + going for length, going in zip(self._lengths, self._going, strict=True)]
         if q_BC is None:
-            best_B = logits_BC.argmax(dim=-1) if best_B is None else best_B
-            self.tokens.append(self._head.token_ids(best_B))
+            self.tokens.append(self._head.token_ids(logits_BC.argmax(dim=-1)) if best_B is None else best_B)
         else:
             self.tokens.append(self._head.token_ids(draw(q_BC, batch.uniform(index, DRAFT))))
             self._probabilities.append(expand(q_BC, self._head))
@@ -200,15 +215,12 @@ def _seen(logits_BC: Tensor, q_BC: Tensor | None, batch: SamplingBatch) -> Tenso
     return q_BC
 
 
-def _signal(seen_BC: Tensor, what: Signal) -> tuple[Tensor, Tensor | None]:
-    """Of each row's distribution: its entropy in nats; or its largest probability, and the column that has it."""
-    if what == "peak":
-        peak_B, best_B = seen_BC.max(dim=-1)
-        return peak_B, best_B
-    return torch.special.entr(seen_BC).sum(dim=-1), None
+def _signal(seen_BC: Tensor, what: Signal) -> Tensor:
+    """Of each row's distribution: its largest probability, or its entropy in nats."""
+    return seen_BC.amax(dim=-1) if what == "peak" else torch.special.entr(seen_BC).sum(dim=-1)
 
 
-def expand(q_BC: Tensor, head: Head) -> Tensor:
+def expand(q_BC: Tensor, head: Ends) -> Tensor:
     """q over the full vocabulary: 0 for every token outside the draft vocabulary."""
     if head.vocabulary_C is None:
         return q_BC

@@ -18,9 +18,9 @@ from farm.decode.buckets import Buckets
 from farm.decode.drafts import Drafts
 from farm.decode.graphs import Step, StepGraphs, Tensors
 from farm.decode.proposal import ToVerify
-from farm.decode.propose import ChainReader, Head, Pending, Reader, run_draft
+from farm.decode.propose import Pending, Reader, Told, chain_reader, run_draft
 from farm.decode.routes import Group
-from farm.draft.lean import LeanDraft
+from farm.draft.lean import Ends, LeanDraft
 from farm.layers.cache import Branches, Rows, SlotCache, StaticRows
 
 
@@ -60,7 +60,7 @@ class EagerSteps:
         self, drafts: Drafts, targets: tuple[str, ...], pending: Pending, cache: SlotCache, limit: int
     ) -> Reader:
         """See Steps."""
-        return ChainReader(*drafts.bind(targets), pending, cache, limit - 1)
+        return chain_reader(*drafts.bind(targets), pending, cache, limit - 1)
 
     def forget(self) -> None:
         """Nothing is kept."""
@@ -151,9 +151,10 @@ class StaticChainReader:
         self._next_B = self._next_B + 1
         self.forwards += 1
 
-    def logits(self) -> Tensor:
-        """[B, C] after what was read last."""
-        return self._logits_BC[: len(self.limits)]
+    @property
+    def told(self) -> Told:
+        """What follows what was read last."""
+        return Told(self._logits_BC[: len(self.limits)])
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ class _StaticDraft:
 
     graphs: StepGraphs
     draft: LeanDraft
-    head: Head
+    head: Ends
     cache: SlotCache
     context: int
 

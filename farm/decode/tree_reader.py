@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from farm.decode.propose import Head, Pending, run_draft
+from farm.decode.propose import Pending, run_draft
 from farm.decode.sampling import SamplingBatch
-from farm.draft.lean import LeanDraft
+from farm.draft.lean import Ends, LeanDraft
 from farm.layers.cache import Branches, Rows, SlotCache
 
 
@@ -38,7 +38,7 @@ class TreeReader:
     `drafts_B`: the rows that a draft extends. Others are read along, and their trees have a root alone.
     """
 
-    def __init__(self, draft: LeanDraft, head: Head, pending: Pending, cache: SlotCache) -> None:
+    def __init__(self, draft: LeanDraft, head: Ends, pending: Pending, cache: SlotCache) -> None:
         self.head, self._draft, self._cache = head, draft, cache
         predicted_BTH = run_draft(draft, head, pending.tokens_BT, pending.hidden_BTH, pending.rows, cache)
         rows_B = torch.arange(len(pending.count), device=predicted_BTH.device)

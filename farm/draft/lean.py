@@ -18,8 +18,8 @@ from farm.draft.model import Draft, DraftHead
 from farm.draft.routed import FlatExpert, RoutedDeltas
 from farm.draft.trunk import Trunk
 from farm.layers.attention import Rotation, attend_cached
-from farm.layers.cache import Site
-from farm.layers.decoder import Decoder, Weights
+from farm.layers.cache import Site, SlotCache
+from farm.layers.decoder import Decoder, DraftEnds, Foreteller, Weights
 from farm.layers.dense import Dense, Gated, RmsNorm
 
 
@@ -86,6 +86,30 @@ class LeanTrunk:
         return Decoder.of([weights], (config.num_heads, config.num_kv_heads, config.head_dim), self.fc)
 
 
+class Ends(Protocol):
+    """Embedding and head of the rows' targets as a draft uses them; the head may be pruned to a draft vocabulary."""
+
+    @property
+    def vocabulary_C(self) -> Tensor | None:  # noqa: N802 - a tensor's name carries its shape
+        """Token id of each column of the logits; None: all."""
+        ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """[B, ..., H] of token ids [B, ...]."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[B, ..., C] of hidden states [B, ..., H]."""
+        ...
+
+    def token_ids(self, columns: Tensor) -> Tensor:
+        """Token ids of columns of `logits`."""
+        ...
+
+
 class ExpertSum(Protocol):
     """One private expert for all rows, or one for each (farm/draft/routed.py)."""
 
@@ -134,6 +158,13 @@ class LeanDraft:
         n, g = self.config.num_heads, self.config.num_kv_heads
         return Rotation(self._lean.tables, positions_BT, n + g, g)
 
+    def foreteller(self, head: Ends, cache: SlotCache, num_steps: int) -> Foreteller | None:
+        """For chains of one token and `num_steps` more; None where the kernels cannot compute them."""
+        decoder = self._decoder
+        if decoder is None or not isinstance(head, LeanHead) or not decoder.can_foretell(head.ends):
+            return None
+        return Foreteller(decoder, head.ends, self._lean.tables, cache, num_steps)
+
     def read(
         self,
         embedded_BTH: Tensor,
@@ -173,6 +204,7 @@ class LeanHead:
         self.vocab_size, self.vocabulary_C = head.embedding_VH.shape[0], head.vocabulary_C
         self.embed, self.token_ids = head.embed, head.token_ids
         self._product = whole if head.vocabulary_C is None else Dense.of(head.weight_CH)
+        self.ends = DraftEnds(head.embedding_VH, self._product, head.vocabulary_C)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., C] of hidden states [..., H]."""

@@ -89,6 +89,7 @@ class Kernels:
             "linear": (free, [*[pointer] * 5, *[number] * 4, threads]),
             "attend": (free, [pointer, threads]),
             "decode": (free, [pointer, pointer, threads]),
+            "foretell": (free, [pointer, pointer, pointer, threads]),
             "rms_norm": (held, [*[pointer] * 3, number, number, real, threads]),
             "swiglu": (held, [pointer, pointer, number, number, threads]),
             "rotate": (held, [*[pointer] * 4, *[number] * 4, threads]),
@@ -193,11 +194,9 @@ class Kernels:
         self._calls["attend", q_BTND.dtype](ctypes.addressof(task), torch.get_num_threads())
         return out
 
-    def decode(self, dtype: torch.dtype, decoder: ctypes.Structure, call: ctypes.Structure) -> None:
-        """Runs the layers that the structs of farm/layers/decoder.py describe."""
-        self._calls["decode", dtype](
-            ctypes.addressof(decoder), ctypes.addressof(call), torch.get_num_threads()
-        )
+    def run(self, name: str, dtype: torch.dtype, *structs: ctypes.Structure) -> None:
+        """Runs layers that the structs of farm/layers/decoder.py describe."""
+        self._calls[name, dtype](*map(ctypes.addressof, structs), torch.get_num_threads())
 
 
 def check_tables(tables: tuple[Tensor, Tensor], size: int, dtype: torch.dtype) -> None:

@@ -31,8 +31,8 @@ struct Decoder {
 
 template <class T>
 struct Call {
-  T* x;                         // [M, H], written over
-  const T *embedded, *hidden;   // [M, H], what a draft's x is made of
+  T* x;                        // [M, H], written over
+  const T *embedded, *hidden;  // [M, H], what a draft's x is made of
   const T *cos, *sin, *mask;    // tables of positions; see Attention
   const int64_t *positions, *offsets;  // [M]: of the token, and of its entry among its row's
   T *cache, *scratch;  // keys of the first layer's first row; M (3 H + (N + 2 G) D + N D + the widest MLP) numbers
@@ -56,22 +56,23 @@ void place(const Decoder<T>& d, const Call<T>& c, T* qkv, T* cache) {
 
 // x = fc of the embedding beside the hidden state (EAGLE, arXiv 2401.15077).
 template <class T>
-void join(const Decoder<T>& d, const Call<T>& c, T* pairs) {
+void join(const Decoder<T>& d, const Call<T>& c, const int64_t* tokens, T* pairs) {
   const int64_t rows = c.sequences * c.tokens, bytes = d.hidden * sizeof(T);
 #pragma omp for schedule(static)
   for (int64_t row = 0; row < rows; row++) {
-    std::memcpy(pairs + row * 2 * d.hidden, c.embedded + row * d.hidden, bytes);
+    const T* embedded = c.embedded + (tokens ? tokens[row] : row) * d.hidden;
+    std::memcpy(pairs + row * 2 * d.hidden, embedded, bytes);
     std::memcpy(pairs + row * 2 * d.hidden + d.hidden, c.hidden + row * d.hidden, bytes);
   }
   linear<T>({pairs, d.fc, nullptr, nullptr, c.x, rows, 2 * d.hidden, d.hidden, kAsTheyAre});
 }
 
 template <class T>
-void decode(const Decoder<T>& d, const Call<T>& c) {
+void decode(const Decoder<T>& d, const Call<T>& c, const int64_t* tokens = nullptr) {
   const int64_t rows = c.sequences * c.tokens, all = d.heads + 2 * d.kv_heads, mixed_width = d.heads * d.size;
   T *normed = c.scratch, *pairs = normed + rows * d.hidden, *qkv = pairs + rows * 2 * d.hidden;
   T *mixed = qkv + rows * all * d.size, *gated = mixed + rows * mixed_width;
-  if (d.fc) join(d, c, pairs);
+  if (d.fc) join(d, c, tokens, pairs);
   for (int64_t index = 0; index < d.num_layers; index++) {
     const Layer<T>& layer = d.layers[index];
     T* cache = c.cache + index * c.cache_layer;
@@ -94,6 +95,50 @@ void decode(const Decoder<T>& d, const Call<T>& c) {
       linear<T>({gated, mlp.down, nullptr, c.x, c.x, rows, mlp.width, d.hidden, kAsTheyAre});
     }
   }
+}
+
+// What one call of a draft reads and foretells; `embedded` of the call is then the whole table.
+template <class T>
+struct Foretelling {
+  const int64_t *tokens, *last;  // [B, T]; [B]: the index of the token in each row that is the last one read
+  const int64_t* vocabulary;     // [C], token ids of the head's columns; none: all
+  const T* head;
+  T *hidden, *logits;  // [B, H] and [B, C] behind the last token read
+  int64_t* best;       // [B], the token id of the largest logit
+  float* peak;         // [B], its probability; none: not wanted
+  int64_t columns;
+};
+
+template <class T>
+void find_best(const Foretelling<T>& f, int64_t row) {
+  const T* logits = f.logits + row * f.columns;
+  Floats highest = Floats{} - INFINITY, total = {};
+  for (int64_t c = 0; c < f.columns; c += kLanes) {
+    const Floats some = load_some(logits + c, f.columns - c);
+    highest = some > highest && kLane + (int)c < (int)f.columns ? some : highest;
+  }
+  float most = highest[0];
+  for (int lane = 1; lane < kLanes; lane++) most = highest[lane] > most ? highest[lane] : most;
+  int64_t column = 0;
+  while (column < f.columns - 1 && (float)logits[column] != most) column++;
+  f.best[row] = f.vocabulary ? f.vocabulary[column] : column;
+  if (!f.peak) return;
+  for (int64_t c = 0; c < f.columns; c += kLanes) {
+    const Floats weight = exponential(load_some(logits + c, f.columns - c) - most);
+    total += kLane + (int)c < (int)f.columns ? weight : Floats{};
+  }
+  f.peak[row] = 1 / sum(total);
+}
+
+template <class T>
+void foretell(const Decoder<T>& d, const Call<T>& c, const Foretelling<T>& f) {
+  decode(d, c, f.tokens);
+#pragma omp for schedule(static)
+  for (int64_t b = 0; b < c.sequences; b++)
+    std::memcpy(f.hidden + b * d.hidden, c.x + (b * c.tokens + f.last[b]) * d.hidden, d.hidden * sizeof(T));
+  linear<T>({f.hidden, f.head, nullptr, nullptr, f.logits, c.sequences, d.hidden, f.columns, kAsTheyAre});
+#pragma omp for schedule(static)
+  for (int64_t b = 0; b < c.sequences; b++) find_best(f, b);
 }
 
 }  // namespace farm

@@ -36,6 +36,10 @@ static int64_t work_of(const Decoder<T>& decoder, const Call<T>& call) {
   }                                                                                                                  \
   extern "C" void decode_##name(const Decoder<T>* decoder, const Call<T>* call, int threads) {                       \
     share(threads, work_of(*decoder, *call), [&] { decode(*decoder, *call); });                                      \
+  }                                                                                                                  \
+  extern "C" void foretell_##name(const Decoder<T>* decoder, const Call<T>* call, const Foretelling<T>* foretelling, \
+                                  int threads) {                                                                     \
+    share(threads, work_of(*decoder, *call), [&] { foretell(*decoder, *call, *foretelling); });                      \
   }
 
 FOR(float, float32)

@@ -27,7 +27,7 @@ class Listens(Fixed):
 
 def heard(signal: Signal, *params: SamplingParams) -> list[float]:
     """The signals of the first round, a row each; every row has the same prompt."""
-    target, draft = tiny_pair()
+    target, draft = tiny_pair(seed=3)
     control = Listens(signal)
     engine = Engine(
         [Route(target, NO_STOP, draft)], num_slots=len(params), max_length=64, k=1, control=control
