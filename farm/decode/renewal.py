@@ -44,9 +44,10 @@ class Cost:
     Position j pays where sum_b S_bj > R dt: S_bj the probability that row b accepts all up to j, dt the position's
     share of draft and verification, R the rate that this rule itself reaches (Dinkelbach's iteration) or that of plain
     decoding. Acceptance is looked up by the largest probability of the draft's distribution, times are those of past
-    rounds. Where plain decoding is faster nothing is drafted, and a round in PROBE_EVERY looks again; as often, a
-    round drafts to the end, so that acceptance stays known where the rule would stop. Lengths are explored at first,
-    and where a like number of rows is known in one round of EXPLORE_EVERY.
+    rounds. Where plain decoding is faster nothing is drafted, and after PROBE_EVERY rounds one looks again, then after
+    twice as many: a draft that rests has to read all that was said before it can look. While drafting pays a round in
+    PROBE_EVERY drafts to the end, so that acceptance stays known where the rule would stop. Lengths are explored at
+    first, and where a like number of rows is known in one round of EXPLORE_EVERY.
     """
 
     signal: Signal = "peak"
@@ -59,6 +60,7 @@ class Cost:
         self._of_target: defaultdict[str, Acceptance] = defaultdict(lambda: Acceptance(max_length))
         # Tokens a second of rounds that followed the rule, by rows and the bucket that tells their seconds.
         self._rates: dict[tuple[int, Bucket], Ratio] = {}
+        self._probes, self._probe_in, self._pause = 0, self.PROBE_EVERY, self.PROBE_EVERY
         self._round, self._rest_until, self._rest, self._began = 0, 0, self.SHORTEST_REST, 0
         self._load, self._forced, self._rate = Load((), ()), False, 0.0
         self._prices: list[Price] = []  # of the first position, and of every one after it
@@ -71,7 +73,7 @@ class Cost:
         trial = self._costs.unexplored(load)
         if trial is not None and self._costs.borrows(load) and self._round % self.EXPLORE_EVERY:
             trial = None
-        elif trial is None and self._round % self.PROBE_EVERY == 0:
+        elif trial is None and self._is_time_to_probe():
             trial = self._probe(load)
         self._forced = trial is not None
         if trial is not None:
@@ -81,11 +83,22 @@ class Cost:
         self._prices = [Price.of(self._costs, load, index) for index in (0, 1)]
         return self.max_length
 
+    def _is_time_to_probe(self) -> bool:
+        self._probe_in -= 1
+        if self._probe_in > 0:
+            return False
+        self._pause = (
+            self.PROBE_EVERY if self._key() in self._rates else min(2 * self._pause, self.LONGEST_REST)
+        )
+        self._probe_in = self._pause
+        return True
+
     def _probe(self, load: Load) -> int:
         """A length to look at again: in turn a little and much more than is best, and none where that is not in use."""
         best, _ = self._costs.best(load, self._mean_survival())
         lengths = (0, 1 + best, 2 + 2 * best) if self._key() in self._rates else (1 + best,)
-        return min(self.max_length, lengths[self._round // self.PROBE_EVERY % len(lengths)])
+        self._probes += 1
+        return min(self.max_length, lengths[self._probes % len(lengths)])
 
     def _speculates(self) -> bool:
         """Whether the rule beats plain decoding: by what it reached lately, or else by what a fixed length would."""

@@ -1,6 +1,7 @@
 // Attention of a few queries a row over the cache: grouped heads, what is seen told by a number or by a mask.
 #pragma once
 
+#include "threads.h"
 #include "vectors.h"
 
 namespace farm {
@@ -150,11 +151,10 @@ void attend_some(const Attention<T>& a, int64_t b, int64_t g, int64_t first, int
 }
 
 template <class T>
-void attend(const Attention<T>& a) {
+void attend(Thread& thread, const Attention<T>& a) {
   const int64_t queries = a.group * a.tokens, tiles = (queries + kQueries - 1) / kQueries;
   const int64_t tasks = a.sequences * a.kv_heads * tiles;
-#pragma omp for schedule(static)
-  for (int64_t task = 0; task < tasks; task++) {
+  thread.each(tasks, [&](int64_t task) {
     const int64_t b = task / (a.kv_heads * tiles), g = task / tiles % a.kv_heads, first = task % tiles * kQueries;
     switch (a.size / kLanes) {
       case 1: attend_some<T, 1>(a, b, g, first, queries - first); break;
@@ -163,7 +163,7 @@ void attend(const Attention<T>& a) {
       case 6: attend_some<T, 6>(a, b, g, first, queries - first); break;
       case 8: attend_some<T, 8>(a, b, g, first, queries - first); break;
     }
-  }
+  });
 }
 
 }  // namespace farm

@@ -40,59 +40,56 @@ struct Call {
   int64_t cache_layer, kv_sequence, kv_head, mask_sequence, mask_row;  // in numbers
 };
 
-// Turns queries and keys, and keeps keys and values: keys of all heads lie in front of all values, in the cache as in qkv.
+// What a token's q/k/v go through before attention: norms of heads, rotation, and keys and values into the cache, where all
+// heads' keys lie in front of all values, as they do in q/k/v.
 template <class T>
-void place(const Decoder<T>& d, const Call<T>& c, T* qkv, T* cache) {
+void place(Thread& thread, const Decoder<T>& d, const Layer<T>& layer, const Call<T>& c, T* qkv, T* cache) {
   const int64_t all = d.heads + 2 * d.kv_heads;
-#pragma omp for schedule(static)
-  for (int64_t row = 0; row < c.sequences * c.tokens; row++) {
+  thread.each(c.sequences * c.tokens, [&](int64_t row) {
     T *x = qkv + row * all * d.size, *kv = x + d.heads * d.size;
+    for (int64_t head = 0; layer.q_norm && head < d.heads + d.kv_heads; head++)
+      norm_of_one(x + head * d.size, head < d.heads ? layer.q_norm : layer.k_norm, x + head * d.size, d.size, (float)d.eps);
     turn(x, c.cos + c.positions[row] * d.size, c.sin + c.positions[row] * d.size, d.heads + d.kv_heads, d.size);
     T* entry = cache + row / c.tokens * c.kv_sequence + c.offsets[row] * d.size;
     for (int64_t head = 0; head < 2 * d.kv_heads; head++)
       std::memcpy(entry + head * c.kv_head, kv + head * d.size, d.size * sizeof(T));
-  }
+  });
 }
 
 // x = fc of the embedding beside the hidden state (EAGLE, arXiv 2401.15077).
 template <class T>
-void join(const Decoder<T>& d, const Call<T>& c, const int64_t* tokens, T* pairs) {
+void join(Thread& thread, const Decoder<T>& d, const Call<T>& c, const int64_t* tokens, T* pairs) {
   const int64_t rows = c.sequences * c.tokens, bytes = d.hidden * sizeof(T);
-#pragma omp for schedule(static)
-  for (int64_t row = 0; row < rows; row++) {
+  thread.each(rows, [&](int64_t row) {
     const T* embedded = c.embedded + (tokens ? tokens[row] : row) * d.hidden;
     std::memcpy(pairs + row * 2 * d.hidden, embedded, bytes);
     std::memcpy(pairs + row * 2 * d.hidden + d.hidden, c.hidden + row * d.hidden, bytes);
-  }
-  linear<T>({pairs, d.fc, nullptr, nullptr, c.x, rows, 2 * d.hidden, d.hidden, kAsTheyAre});
+  });
+  linear<T>(thread, {pairs, d.fc, nullptr, nullptr, c.x, rows, 2 * d.hidden, d.hidden, kAsTheyAre});
 }
 
 template <class T>
-void decode(const Decoder<T>& d, const Call<T>& c, const int64_t* tokens = nullptr) {
+void decode(Thread& thread, const Decoder<T>& d, const Call<T>& c, const int64_t* tokens = nullptr) {
   const int64_t rows = c.sequences * c.tokens, all = d.heads + 2 * d.kv_heads, mixed_width = d.heads * d.size;
   T *normed = c.scratch, *pairs = normed + rows * d.hidden, *qkv = pairs + rows * 2 * d.hidden;
   T *mixed = qkv + rows * all * d.size, *gated = mixed + rows * mixed_width;
-  if (d.fc) join(d, c, tokens, pairs);
+  if (d.fc) join(thread, d, c, tokens, pairs);
   for (int64_t index = 0; index < d.num_layers; index++) {
     const Layer<T>& layer = d.layers[index];
     T* cache = c.cache + index * c.cache_layer;
-    if (layer.input_norm) rms_norm(c.x, layer.input_norm, normed, rows, d.hidden, (float)d.eps);
+    if (layer.input_norm) rms_norm(thread, c.x, layer.input_norm, normed, rows, d.hidden, (float)d.eps);
     const T* in = layer.input_norm ? normed : c.x;
-    linear<T>({in, layer.qkv, layer.qkv_bias, nullptr, qkv, rows, d.hidden, all * d.size, kAsTheyAre});
-    if (layer.q_norm) {
-      norm_heads(qkv, layer.q_norm, rows, all, 0, d.heads, d.size, (float)d.eps);
-      norm_heads(qkv, layer.k_norm, rows, all, d.heads, d.kv_heads, d.size, (float)d.eps);
-    }
-    place(d, c, qkv, cache);
-    attend<T>({qkv, cache, cache + d.kv_heads * c.kv_head, c.mask, c.mask ? nullptr : c.offsets, mixed, c.sequences,
-               c.tokens, d.kv_heads, d.heads / d.kv_heads, d.size, c.context, c.tokens * all * d.size, all * d.size,
-               c.kv_sequence, c.kv_head, c.mask_sequence, c.mask_row});
-    linear<T>({mixed, layer.out, layer.out_bias, c.x, c.x, rows, mixed_width, d.hidden, kAsTheyAre});
-    rms_norm(c.x, layer.post_norm, normed, rows, d.hidden, (float)d.eps);
+    linear<T>(thread, {in, layer.qkv, layer.qkv_bias, nullptr, qkv, rows, d.hidden, all * d.size, kAsTheyAre});
+    place(thread, d, layer, c, qkv, cache);
+    attend<T>(thread, {qkv, cache, cache + d.kv_heads * c.kv_head, c.mask, c.mask ? nullptr : c.offsets, mixed,
+                       c.sequences, c.tokens, d.kv_heads, d.heads / d.kv_heads, d.size, c.context,
+                       c.tokens * all * d.size, all * d.size, c.kv_sequence, c.kv_head, c.mask_sequence, c.mask_row});
+    linear<T>(thread, {mixed, layer.out, layer.out_bias, c.x, c.x, rows, mixed_width, d.hidden, kAsTheyAre});
+    rms_norm(thread, c.x, layer.post_norm, normed, rows, d.hidden, (float)d.eps);
     for (const Mlp<T>& mlp : layer.mlps) {
       if (!mlp.gate_up) continue;
-      linear<T>({normed, mlp.gate_up, nullptr, nullptr, gated, rows, d.hidden, 2 * mlp.width, kGated});
-      linear<T>({gated, mlp.down, nullptr, c.x, c.x, rows, mlp.width, d.hidden, kAsTheyAre});
+      linear<T>(thread, {normed, mlp.gate_up, nullptr, nullptr, gated, rows, d.hidden, 2 * mlp.width, kGated});
+      linear<T>(thread, {gated, mlp.down, nullptr, c.x, c.x, rows, mlp.width, d.hidden, kAsTheyAre});
     }
   }
 }
@@ -131,14 +128,13 @@ void find_best(const Foretelling<T>& f, int64_t row) {
 }
 
 template <class T>
-void foretell(const Decoder<T>& d, const Call<T>& c, const Foretelling<T>& f) {
-  decode(d, c, f.tokens);
-#pragma omp for schedule(static)
-  for (int64_t b = 0; b < c.sequences; b++)
+void foretell(Thread& thread, const Decoder<T>& d, const Call<T>& c, const Foretelling<T>& f) {
+  decode(thread, d, c, f.tokens);
+  thread.each(c.sequences, [&](int64_t b) {
     std::memcpy(f.hidden + b * d.hidden, c.x + (b * c.tokens + f.last[b]) * d.hidden, d.hidden * sizeof(T));
-  linear<T>({f.hidden, f.head, nullptr, nullptr, f.logits, c.sequences, d.hidden, f.columns, kAsTheyAre});
-#pragma omp for schedule(static)
-  for (int64_t b = 0; b < c.sequences; b++) find_best(f, b);
+  });
+  linear<T>(thread, {f.hidden, f.head, nullptr, nullptr, f.logits, c.sequences, d.hidden, f.columns, kAsTheyAre});
+  thread.each(c.sequences, [&](int64_t b) { find_best(f, b); });
 }
 
 }  // namespace farm

@@ -1,6 +1,7 @@
 // What lies between products and attention: norms, the gate, rotary positions, keys and values into the cache.
 #pragma once
 
+#include "threads.h"
 #include "vectors.h"
 
 namespace farm {
@@ -20,32 +21,19 @@ inline void norm_of_one(const T* x, const T* weight, T* y, int64_t width, float 
 }
 
 template <class T>
-void rms_norm(const T* x, const T* weight, T* y, int64_t rows, int64_t width, float eps) {
-#pragma omp for schedule(static)
-  for (int64_t row = 0; row < rows; row++) norm_of_one(x + row * width, weight, y + row * width, width, eps);
-}
-
-// In place, of some heads of each row: from head `first` on, `count` of them.
-template <class T>
-void norm_heads(T* x, const T* weight, int64_t rows, int64_t heads, int64_t first, int64_t count, int64_t size,
-                float eps) {
-#pragma omp for schedule(static)
-  for (int64_t row = 0; row < rows; row++)
-    for (int64_t head = first; head < first + count; head++) {
-      T* one = x + (row * heads + head) * size;
-      norm_of_one(one, weight, one, size, eps);
-    }
+void rms_norm(Thread& thread, const T* x, const T* weight, T* y, int64_t rows, int64_t width, float eps) {
+  thread.each(rows, [&](int64_t row) { norm_of_one(x + row * width, weight, y + row * width, width, eps); });
 }
 
 template <class T>
-void swiglu(const T* gate_up, T* y, int64_t rows, int64_t width) {
-#pragma omp for schedule(static)
-  for (int64_t row = 0; row < rows; row++)
+void swiglu(Thread& thread, const T* gate_up, T* y, int64_t rows, int64_t width) {
+  thread.each(rows, [&](int64_t row) {
     for (int64_t f = 0; f < width; f += kLanes) {
       const T *gate = gate_up + row * 2 * width + f, *up = gate + width;
       const Floats value = silu(load_some(gate, width - f)) * load_some(up, width - f);
       store_some(y + row * width + f, value, width - f);
     }
+  });
 }
 
 // Turns `heads` heads of one token in place; sin is negated in its first half.
@@ -65,20 +53,20 @@ inline void turn(T* x, const T* cos, const T* sin, int64_t heads, int64_t size) 
 
 // Of each row the first `rotated` heads, by its position's line of the tables.
 template <class T>
-void rotate(T* x, const T* cos, const T* sin, const int64_t* positions, int64_t rows, int64_t heads, int64_t rotated,
-            int64_t size) {
-#pragma omp for schedule(static)
-  for (int64_t row = 0; row < rows; row++)
+void rotate(Thread& thread, T* x, const T* cos, const T* sin, const int64_t* positions, int64_t rows, int64_t heads,
+            int64_t rotated, int64_t size) {
+  thread.each(rows, [&](int64_t row) {
     turn(x + row * heads * size, cos + positions[row] * size, sin + positions[row] * size, rotated, size);
+  });
 }
 
 // Keys and values of each row into the cache: `heads` vectors of `bytes` a row, to the entries named.
-void keep(const char* kv, int64_t row_bytes, const int64_t* entries, char* cache, int64_t rows, int64_t heads,
-          int64_t bytes) {
-#pragma omp for schedule(static)
-  for (int64_t row = 0; row < rows; row++)
+inline void keep(Thread& thread, const char* kv, int64_t row_bytes, const int64_t* entries, char* cache, int64_t rows,
+                 int64_t heads, int64_t bytes) {
+  thread.each(rows, [&](int64_t row) {
     for (int64_t head = 0; head < heads; head++)
       std::memcpy(cache + entries[row * heads + head] * bytes, kv + row * row_bytes + head * bytes, bytes);
+  });
 }
 
 }  // namespace farm

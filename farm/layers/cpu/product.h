@@ -1,6 +1,7 @@
 // Products of a few rows with weights that lie as farm/layers/kernels.py packs them.
 #pragma once
 
+#include "threads.h"
 #include "vectors.h"
 
 namespace farm {
@@ -112,13 +113,13 @@ void multiply_rows(const Task<T>& task, int64_t row, int64_t block, int64_t coun
 }
 
 template <class T>
-void linear(const Task<T>& task) {
+void linear(Thread& thread, const Task<T>& task) {
   const int64_t blocks = (task.outputs + kBlock - 1) / kBlock;
   const int64_t tiles = (task.rows + kRows - 1) / kRows, tile = (task.rows + tiles - 1) / tiles;
-#pragma omp for schedule(static)
-  for (int64_t block = 0; block < blocks; block++)
+  thread.each(blocks, [&](int64_t block) {
     for (int64_t row = 0; row < task.rows; row += tile)
       multiply_rows<T>(task, row, block, task.rows - row < tile ? task.rows - row : tile);
+  });
 }
 
 }  // namespace farm

@@ -11,16 +11,6 @@
 namespace farm {
 
 constexpr int kLanes = 16;
-// Below this much work a second thread costs more than it saves.
-constexpr int64_t kWorkOfAThread = 1 << 15;
-
-// Runs what shares its loops among threads (`omp for`; alone it is one thread's). Threads meet at the end of each loop.
-template <class Body>
-void share(int threads, int64_t work, const Body& body) {
-#pragma omp parallel num_threads(threads) if (threads > 1 && work >= kWorkOfAThread)
-  body();
-}
-
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
