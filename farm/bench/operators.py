@@ -115,8 +115,8 @@ def _attentions(forward: TargetForward) -> Iterator[Pair]:
         cache = forward.new_cache(rows, CONTEXT + 1)
         cache.buffer.normal_()
         window = cache.window(Rows([CONTEXT] * rows), 1)
-        mask, visible = window.mask(group, forward.dtype), window.visible(group)
-        read = list(zip(window.keys, window.values, strict=True))
+        mask, visible = window.mask(group, forward.dtype), window.site(group).visible
+        read = list(zip(*window.readable, strict=True))
         q_BTND = _normal(forward, rows, 1, heads, forward.head_dim)
         yield Pair(
             "attention", f"context {CONTEXT}", f"{rows} x {heads} x {forward.head_dim}", _name(forward.dtype),

@@ -7,6 +7,7 @@ A draft reads when it is about to propose, never before: a sequence that is deco
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,12 +20,21 @@ from farm.decode.propose_tree import propose_tree
 from farm.decode.routes import Route, Routes
 from farm.decode.sampling import SamplingBatch
 from farm.decode.scheduler import Move
-from farm.decode.steps import Steps
+from farm.decode.steps import EagerSteps, Steps
 from farm.decode.tree import TreeShape
 from farm.decode.tree_reader import TreeReader
 from farm.layers.cache import Rows, SlotCache
 
+KEPT_NOTES = 64
 READ_TOKENS = 256  # of a row that one forward reads at most when a draft has fallen behind
+
+
+class Note(NamedTuple):
+    """Tokens and the hidden states before them that stand from the rows' starts on."""
+
+    tokens_BT: Tensor
+    hidden_BTH: Tensor
+    rows: Rows
 
 
 class Drafting:
@@ -56,6 +66,8 @@ class Drafting:
         # At position t of a slot: x_{t+1} and the target's h_t. The draft has read the first `_read[slot]` positions.
         self._read, self._capacity = [0] * num_slots, capacity
         self._tokens_NP = torch.zeros(num_slots, capacity, dtype=torch.int64, device=like.device)
+        # What rounds committed and nothing has asked for yet: mostly the next proposal reads it from here.
+        self._notes: list[Note] = []
         self._hidden_NPH = torch.zeros(
             num_slots, capacity, like.hidden_size, dtype=like.dtype, device=like.device
         )
@@ -74,13 +86,17 @@ class Drafting:
     ) -> None:
         """Takes note of prefilled positions, row b's up to index `last_B[b]`, after which `next_B[b]` comes."""
         shifted_BT = tokens_BT.roll(-1, dims=1).scatter(1, last_B[:, None], next_B[:, None])
-        self._keep(shifted_BT, hidden_BTH, rows)
+        self._store()
+        self._keep(Note(shifted_BT, hidden_BTH, rows))
         if rows.starts[0] == 0:
             self._read[rows.first : rows.first + len(next_B)] = [0] * len(next_B)
 
     def committed(self, tokens_BT: Tensor, hidden_BTH: Tensor, lengths: Sequence[int]) -> None:
         """Takes note of what a round committed behind the `lengths` tokens of each row, and of padding behind that."""
-        self._keep(tokens_BT, hidden_BTH, Rows([length - 1 for length in lengths]))
+        self._notes.append(Note(tokens_BT, hidden_BTH, Rows([length - 1 for length in lengths])))
+        # What a graph has put out is written over by its next run.
+        if len(self._notes) > KEPT_NOTES or not isinstance(self._steps, EagerSteps):
+            self._store()
 
     def catch_up(self, load: Load, lengths: Sequence[int]) -> None:
         """Reads for the rows that may draft until a proposal can read the rest along."""
@@ -116,11 +132,15 @@ class Drafting:
         for row, (length, limit) in enumerate(zip(lengths, load.limits, strict=True)):
             if limit:
                 self._read[row] = length - 1
-        tokens_BT, hidden_BTH = self._kept(Rows(starts), max(counts))
-        return Pending(tokens_BT, hidden_BTH, Rows(starts), counts, load.limits)
+        rows, width = Rows(starts), max(counts)
+        if len(self._notes) == 1 and self._notes[0].rows.starts == starts and all(load.limits):
+            note = self._notes.pop()  # all that is unread, and never asked for again
+            return Pending(note.tokens_BT[:, :width], note.hidden_BTH[:, :width], rows, counts, load.limits)
+        return Pending(*self._kept(rows, width), rows, counts, load.limits)
 
     def move(self, move: Move) -> None:
         """Copies sequences to other slots."""
+        self._store()
         sources, destinations, length = list(move.sources), list(move.destinations), move.length
         self._cache.move(sources, destinations, length)
         self._tokens_NP[destinations, :length] = self._tokens_NP[sources, :length]
@@ -129,13 +149,20 @@ class Drafting:
         for destination, count in zip(destinations, read, strict=True):
             self._read[destination] = count
 
-    def _keep(self, tokens_BT: Tensor, hidden_BTH: Tensor, rows: Rows) -> None:
-        at_M = self._positions(rows, tokens_BT.shape[1])
-        self._tokens_NP.view(-1).index_copy_(0, at_M, tokens_BT.reshape(-1))
-        self._hidden_NPH.flatten(0, 1).index_copy_(0, at_M, hidden_BTH.flatten(0, 1))
+    def _store(self) -> None:
+        """Keeps what was noted, in the order of the rounds: each writes over the padding of the one before."""
+        for note in self._notes:
+            self._keep(note)
+        self._notes.clear()
+
+    def _keep(self, note: Note) -> None:
+        at_M = self._positions(note.rows, note.tokens_BT.shape[1])
+        self._tokens_NP.view(-1).index_copy_(0, at_M, note.tokens_BT.reshape(-1))
+        self._hidden_NPH.flatten(0, 1).index_copy_(0, at_M, note.hidden_BTH.flatten(0, 1))
 
     def _kept(self, rows: Rows, num_tokens: int) -> tuple[Tensor, Tensor]:
         """[B, T] tokens and [B, T, H] hidden states from the rows' starts on."""
+        self._store()
         at_M, size = self._positions(rows, num_tokens), (len(rows.starts), num_tokens)
         tokens_M = self._tokens_NP.view(-1).index_select(0, at_M)
         return tokens_M.view(size), self._hidden_NPH.flatten(0, 1).index_select(0, at_M).view(*size, -1)

@@ -45,14 +45,17 @@ class Cost:
     share of draft and verification, R the rate that this rule itself reaches (Dinkelbach's iteration) or that of plain
     decoding. Acceptance is looked up by the largest probability of the draft's distribution, times are those of past
     rounds. Where plain decoding is faster nothing is drafted, and after PROBE_EVERY rounds one looks again, then after
-    twice as many: a draft that rests has to read all that was said before it can look. While drafting pays a round in
-    PROBE_EVERY drafts to the end, so that acceptance stays known where the rule would stop. Lengths are explored at
-    first, and where a like number of rows is known in one round of EXPLORE_EVERY.
+    twice as many unless it is surprised: a draft that rests has to read all that was said before. While drafting pays,
+    a round in PROBE_EVERY drafts to the end, so that acceptance stays known where the rule would stop. Lengths are
+    explored at first, and where a like number of rows is known in one round of EXPLORE_EVERY.
     """
 
     signal: Signal = "peak"
-    PROBE_EVERY, EXPLORE_EVERY, MARGIN = 48, 16, 1.02
-    SHORTEST_REST, LONGEST_REST = 24, 768
+    PROBE_EVERY, EXPLORE_EVERY = 48, 16
+    # What speculation has to promise: rows of a batch that drafts end further apart, which no round's seconds show.
+    BEGIN, STAY = 1.1, 1.05
+    SURPRISE = 0.3  # share of first tokens accepted beyond what was expected
+    SHORTEST_REST, LONGEST_REST, RECKON_EVERY = 24, 768, 8
 
     def __init__(self, max_length: int) -> None:
         self.max_length = max_length
@@ -102,16 +105,20 @@ class Cost:
 
     def _speculates(self) -> bool:
         """Whether the rule beats plain decoding: by what it reached lately, or else by what a fixed length would."""
-        plain, key = self._costs.plain(self._load), self._key()
+        key = self._key()
+        if key not in self._rates and self._round < self._rest_until:
+            return False
+        plain = self._costs.plain(self._load)
         if key not in self._rates:
             _, fixed = self._costs.best(self._load, self._mean_survival())
-            if self._round < self._rest_until or fixed < self.MARGIN * plain:
+            if fixed < self.BEGIN * plain:
+                self._rest_until = self._round + self.RECKON_EVERY
                 return False
             self._rates[key] = Ratio(fixed, 8 * self._load.num_rows / fixed, memory=64)
             self._began = self._round
         known = self._rates[key].value
         self._rate = max(plain, known)
-        if known * self.MARGIN < plain:
+        if known < self.STAY * plain:
             del self._rates[key]
             confirmed = self._round - self._began < self._rest
             self._rest = min(2 * self._rest, self.LONGEST_REST) if confirmed else self.SHORTEST_REST
@@ -140,6 +147,8 @@ class Cost:
         key = self._key()
         if result.forwards and not self._forced and key in self._rates:
             self._rates[key].add(result.tokens, self._costs.seconds(result))
+        if self._forced and self._surprises(result):
+            self._pause, self._probe_in = self.PROBE_EVERY, min(self._probe_in, self.PROBE_EVERY)
         rows = zip(result.load.targets, result.drafted, result.accepted, strict=True)
         for row, (target, drafted, accepted) in enumerate(rows):
             known = self._of_target[target]
@@ -147,6 +156,14 @@ class Cost:
                 hit = float(index < accepted)
                 known.by_position[index].add(hit, 1.0)
                 known.by_peak.add(self._peaks[index][row], hit)
+
+    def _surprises(self, result: RoundResult) -> bool:
+        """Whether far more first tokens were accepted than what is known lets expect."""
+        rows = zip(result.load.targets, result.drafted, result.accepted, strict=True)
+        above = [
+            bool(got) - self._of_target[name].by_position[0].value for name, drafted, got in rows if drafted
+        ]
+        return bool(above) and sum(above) > self.SURPRISE * len(above)
 
     def _key(self) -> tuple[int, Bucket]:
         return self._load.num_rows, self._costs.source(self._load)

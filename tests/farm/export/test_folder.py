@@ -212,7 +212,7 @@ def test_old_and_new_transformers_read_the_same_rope_and_sizes(tmp_path: Path) -
     assert written["rope_theta"] == 7e5
     read = AutoConfig.from_pretrained(folder)
     assert read.rope_parameters == {"rope_theta": 7e5, "rope_type": "default"}
-    assert (read.dtype, read.head_dim, read.num_key_value_heads) == (torch.bfloat16, 8, 2)
+    assert (read.dtype, read.head_dim, read.num_key_value_heads) == (torch.bfloat16, 16, 2)
     assert read.rms_norm_eps == family.draft.config.rms_eps
     assert not read.tie_word_embeddings
 

@@ -1,0 +1,102 @@
+"""A decoder in one call computes what its operators compute one by one, for chains and trees, targets and drafts."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from farm.decode.propose import ChainReader, FusedChainReader, Pending, chain_reader
+from farm.draft.lean import LeanDraft, LeanHead
+from farm.draft.model import DraftHead
+from farm.layers.cache import Branches, Rows, SlotCache
+from farm.layers.kernels import available
+from farm.target.forward import TargetForward
+from tests.farm.models import tiny_model, tiny_pair
+
+pytestmark = pytest.mark.skipif(available() is None, reason="no C++ compiler")
+TOKENS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
+TREE = Branches(
+    torch.tensor([[0, 1, 1, 2, 2]]).repeat(2, 1),
+    torch.tensor([[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [1, 1, 0, 1, 0], [1, 0, 1, 0, 1]])
+    .bool()
+    .repeat(2, 1, 1),
+)
+
+
+def by_operators(forward: TargetForward) -> TargetForward:
+    forward._decoder = None
+    return forward
+
+
+@pytest.mark.parametrize("branches", [None, TREE], ids=["chain", "tree"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_target_in_one_call_is_the_target(kind: str, dtype: torch.dtype, branches: Branches | None) -> None:
+    model = tiny_model(kind).to(dtype)
+    whole, parts = TargetForward.of(model), by_operators(TargetForward.of(model))
+    assert whole._decoder is not None
+    caches, hidden = [], []
+    for forward in (whole, parts):
+        cache = forward.new_cache(4, 24)
+        forward.forward(TOKENS, Rows([0, 0], first=1), cache)
+        rows = Rows([5, 3], first=1, branches=branches)
+        hidden.append(forward.forward(TOKENS.flip(1), rows, cache))
+        caches.append(cache.buffer)
+    torch.testing.assert_close(*hidden, atol=1e-4 if dtype == torch.float32 else 0.2, rtol=0.05)
+    torch.testing.assert_close(*caches, atol=1e-4 if dtype == torch.float32 else 0.2, rtol=0.05)
+    assert bool((caches[0][:, [0, 3]] == 0).all()), "other slots stay as they are"
+
+
+def test_a_token_has_the_same_bits_alone_in_a_batch_and_in_a_verification() -> None:
+    """So greedy speculation gives the very tokens of plain decoding, ties and near ties included."""
+    forward = TargetForward.of(tiny_model())
+    together, alone = forward.new_cache(2, 24), forward.new_cache(2, 24)
+    both_BTH = forward.forward(TOKENS, Rows([0, 0]), together)
+    for t in range(5):
+        for row in range(2):
+            one = forward.forward(TOKENS[row : row + 1, t : t + 1], Rows([t], first=row), alone)
+            assert torch.equal(one[0, 0], both_BTH[row, t])
+            assert torch.equal(forward.logits(one)[0, 0], forward.logits(both_BTH)[row, t])
+    assert torch.equal(together.buffer, alone.buffer)
+
+
+def readers(pruned: bool) -> tuple[Any, Any]:
+    """The same draft over the same pending tokens, three steps ahead at most: in one call each, and by operators."""
+    target, draft = tiny_pair()
+    vocabulary = torch.tensor([0, 3, 7, 11, 30]) if pruned else None
+    head = LeanHead(DraftHead.of(target.embedding, target.head_weight, vocabulary), target.head)
+    lean, config = LeanDraft.of(draft), draft.config
+    hidden = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    pending = Pending(TOKENS, hidden, Rows([4, 6], first=1), (5, 3), (3, 3))
+    made = []
+    for make in (chain_reader, ChainReader):
+        cache = SlotCache(1, 4, 40, (config.num_kv_heads, config.head_dim))
+        cache.buffer[:, 1:3].normal_(generator=torch.Generator().manual_seed(1))
+        made.append(make(lean, head, replace(pending), cache, 3))
+    return tuple(made)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_a_draft_foretells_in_one_call_what_its_operators_do(pruned: bool) -> None:
+    fused, plain = readers(pruned)
+    assert isinstance(fused, FusedChainReader)
+    for _ in range(4):
+        told, expected = fused.told, plain.told
+        torch.testing.assert_close(told.logits_BC, expected.logits_BC, atol=1e-4, rtol=1e-4)
+        best_B = fused.head.token_ids(expected.logits_BC.argmax(dim=-1))
+        assert told.best_B.tolist() == best_B.tolist()
+        torch.testing.assert_close(told.peak_B, expected.logits_BC.softmax(dim=-1).amax(dim=-1))
+        if fused.forwards < 4:
+            fused.read(told.best_B)
+            plain.read(best_B)
+
+
+def test_of_equal_logits_the_first_is_best() -> None:
+    target, draft = tiny_pair()
+    head = LeanHead(DraftHead.of(target.embedding, torch.ones(32, 32), torch.arange(4, 32)), target.head)
+    cache = SlotCache(1, 1, 40, (draft.config.num_kv_heads, draft.config.head_dim))
+    pending = Pending(TOKENS[:1], torch.randn(1, 5, 32), Rows([0]), (5,), (1,))
+    told = chain_reader(LeanDraft.of(draft), head, pending, cache, 0).told
+    assert told.best_B is not None
+    assert told.best_B.tolist() == [4]
