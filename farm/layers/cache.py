@@ -167,7 +167,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Site:
-    """Where the tokens of a call write, and what they see there of what `group` query heads share, see Window.site."""
+    """Where the tokens of a call write their keys and values, and what they see."""
 
     window: Window
     visible: Visible

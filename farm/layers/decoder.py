@@ -73,6 +73,11 @@ class Weights(NamedTuple):
     def dense(self) -> list[Dense]:
         return [self.qkv, self.out, *(part for gated, down in self.mlps for part in (gated.gate_up, down))]
 
+    @property
+    def norms(self) -> list[RmsNorm]:
+        every = (self.input_norm, self.q_norm, self.k_norm, self.post_norm)
+        return [norm for norm in every if norm is not None]
+
 
 class Decoder:
     """Layers of one shape over a slot cache."""
@@ -97,8 +102,13 @@ class Decoder:
     ) -> Decoder | None:
         """None where the kernels cannot compute it."""
         weights = [dense for layer in layers for dense in layer.dense] + ([] if fc is None else [fc])
+        norms = [norm for layer in layers for norm in layer.norms]
+        numbers = [norm.weight_H for norm in norms] + [one.bias for one in weights if one.bias is not None]
         laid_out = all(dense.layout == "kernels" for dense in weights)
-        return cls(layers, heads, fc) if laid_out and heads[2] in HEAD_SIZES else None
+        alike = len({x.dtype for x in (*numbers, *(one.weight for one in weights))}) == 1
+        alike &= len({norm.eps for norm in norms}) == 1
+        known = laid_out and alike and heads[2] in HEAD_SIZES and all(x.is_contiguous() for x in numbers)
+        return cls(layers, heads, fc) if known else None
 
     def extend(self, x_MH: Tensor, rotation: Rotation, site: Site) -> Tensor:
         """x [M, H] behind all layers, written over; keys and values go to the site."""

@@ -119,6 +119,7 @@ class Kernels:
         assert x_MX.shape[1] == weights.shape[1] * weights.shape[3]
         x_MX, rows = x_MX.contiguous(), x_MX.shape[0]
         y = x_MX.new_empty(rows, num_outputs // 2 if form == "gated" else num_outputs)
+        assert bias_Y is None or (bias_Y.dtype, bias_Y.shape) == (y.dtype, (num_outputs,))
         if residual_MY is not None:
             assert residual_MY.shape == y.shape
             assert residual_MY.dtype == y.dtype

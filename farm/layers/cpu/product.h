@@ -7,6 +7,7 @@
 namespace farm {
 
 constexpr int kBlock = 2 * kLanes;  // outputs that a product computes at once
+constexpr int kAhead = 16;  // inputs whose weights are asked for before they are needed
 #ifdef __AVX512F__
 constexpr int kRows = 12;  // 24 of 32 registers hold sums
 #else
@@ -93,8 +94,8 @@ void multiply(const Task<T>& task, int64_t row, int64_t block) {
 #ifdef __AVX512F__
     asm("" : "+v"(first), "+v"(second));  // they stay in registers: read again for every row they would be the limit
 #endif
-    __builtin_prefetch(w + 16 * kBlock * P::kInputs);
-    __builtin_prefetch(w + (16 * kBlock + kLanes) * P::kInputs);
+    __builtin_prefetch(w + kAhead * kBlock * P::kInputs);
+    __builtin_prefetch(w + (kAhead * kBlock + kLanes) * P::kInputs);
 #pragma GCC unroll 12
     for (int m = 0; m < M; m++) {
       P::add(sums[m][0], first, x + m * task.inputs + k);

@@ -69,7 +69,9 @@ def test_the_private_expert_is_silent_and_learns(checkpoint: Path, tmp_path: Pat
     assert all(p.grad is not None and bool(p.grad.any()) for p in expert.parameters())
 
 
-def test_an_older_pickle_and_older_rope_keys_are_read(checkpoint: Path) -> None:
+def test_an_older_pickle_and_older_rope_keys_are_read(tmp_path: Path) -> None:
+    family = make_family(tmp_path, head_dim=HIDDEN // 4)  # which older ones do not say
+    checkpoint = export(family.task(dtype="float32"), tmp_path / "public")
     wanted = trunk_of_eagle(checkpoint)
     torch.save(load_file(checkpoint / "model.safetensors"), checkpoint / "pytorch_model.bin")
     (checkpoint / "model.safetensors").unlink()

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from farm.decode.propose import run_draft
-from farm.draft.model import Draft, DraftHead
+from farm.draft.lean import LeanDraft
+from farm.draft.model import DraftHead
 from farm.layers.cache import Rows, SlotCache
 from farm.target.forward import TargetForward
 from farm.train.unroll import shift, unroll
@@ -14,7 +15,7 @@ NUM_STEPS, LENGTH = 4, 12
 
 
 def serving_predictions(
-    draft: Draft, head: DraftHead, tokens_L: Tensor, hidden_TH: Tensor, index: int
+    draft: LeanDraft, head: DraftHead, tokens_L: Tensor, hidden_TH: Tensor, index: int
 ) -> list[Tensor]:
     """What the decode engine's draft predicts in a round that begins at `index`, with the proposals forced."""
     shape = (draft.config.num_kv_heads, draft.config.head_dim)
@@ -38,7 +39,9 @@ def test_unrolled_predictions_equal_the_engines_with_the_proposals_forced() -> N
     hidden_TH = target.forward(tokens_L[None, :LENGTH], Rows([0]), target.new_cache(1, LENGTH))[0]
     predicted = unroll(draft, head.embed(tokens_L[None, 1:]), hidden_TH[None], NUM_STEPS)
     for index in range(LENGTH - NUM_STEPS):
-        for step, expected in enumerate(serving_predictions(draft, head, tokens_L, hidden_TH, index)):
+        for step, expected in enumerate(
+            serving_predictions(LeanDraft.of(draft), head, tokens_L, hidden_TH, index)
+        ):
             torch.testing.assert_close(predicted[step][0, index], expected, atol=1e-5, rtol=0)
 
 
