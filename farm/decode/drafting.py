@@ -61,7 +61,7 @@ class Drafting:
         like, config = first.forward, first.draft.config
         shape = (config.num_kv_heads, config.head_dim)
         # Reading for all rows at once runs past the end of those that have less to read.
-        capacity += READ_TOKENS
+        capacity += min(READ_TOKENS, capacity)
         self._cache = SlotCache(1, num_slots, capacity, shape, like.dtype, like.device)
         # At position t of a slot: x_{t+1} and the target's h_t. The draft has read the first `_read[slot]` positions.
         self._read, self._capacity = [0] * num_slots, capacity

@@ -112,7 +112,7 @@ void find_best(const Foretelling<T>& f, int64_t row) {
   Floats highest = Floats{} - INFINITY, total = {};
   for (int64_t c = 0; c < f.columns; c += kLanes) {
     const Floats some = load_some(logits + c, f.columns - c);
-    highest = some > highest && kLane + (int)c < (int)f.columns ? some : highest;
+    highest = (some > highest) & (kLane + (int)c < (int)f.columns) ? some : highest;
   }
   float most = highest[0];
   for (int lane = 1; lane < kLanes; lane++) most = highest[lane] > most ? highest[lane] : most;

@@ -76,7 +76,16 @@ template <int kApart>
 inline Floats fold(Floats x, Floats y) {
   const Ints from_x = (kLane & ~(2 * kApart - 1)) | (kLane & (kApart - 1)), is_y = kLane & kApart;
   const Ints low = is_y ? from_x + kLanes : from_x;
+#ifdef __clang__
+  Floats sums;
+  for (int lane = 0; lane < kLanes; lane++) {
+    const Floats& from = low[lane] < kLanes ? x : y;
+    sums[lane] = from[low[lane] % kLanes] + from[low[lane] % kLanes + kApart];
+  }
+  return sums;
+#else
   return __builtin_shuffle(x, y, low) + __builtin_shuffle(x, y, low + kApart);
+#endif
 }
 
 // Lane i is the sum of the lanes of vector i.
