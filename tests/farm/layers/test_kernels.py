@@ -206,6 +206,10 @@ def test_a_machine_compiles_once_and_another_source_again(
 def test_a_home_that_cannot_be_written_is_no_obstacle(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    source = tmp_path / "cpu" / "kernels.cpp"
+    source.parent.mkdir()
+    source.write_text('extern "C" int one() { return 1; }')
+    monkeypatch.setattr(build, "SOURCE", source.parent)
     blocked = tmp_path / "file"
     blocked.write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
