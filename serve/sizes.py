@@ -14,7 +14,7 @@ import torch
 
 from farm.config import Refused, UserError
 from farm.decode import drafts, routes
-from farm.decode.drafting import READ_TOKENS
+from farm.decode.drafting import buffered
 from farm.decode.tree import TreeShape
 from farm.draft.checkpoint import DELTA, EXPERT_FILE, TRUNK_FILE, VOCABULARY, read_config
 from farm.draft.config import DraftConfig
@@ -114,7 +114,7 @@ class Sizes:
             return found
         entries = 2 * self.draft.config.num_kv_heads * self.draft.config.head_dim
         unread = 8 + hidden * self.item_bytes  # a token and a hidden state
-        return found + slots * (capacity + READ_TOKENS) * (entries * self.item_bytes + unread)
+        return found + slots * buffered(capacity) * (entries * self.item_bytes + unread)
 
     def _mixture_bytes(self, lora_bytes: int, adapter_bytes: int) -> int:
         """Of the stacks that an engine keeps for its last batches, at most: a LoRA and an adapter for every slot."""

@@ -29,6 +29,14 @@ KEPT_NOTES = 64
 READ_TOKENS = 256  # of a row that one forward reads at most when a draft has fallen behind
 
 
+def buffered(capacity: int) -> int:
+    """Positions that a draft keeps of a sequence of at most `capacity`.
+
+    Reading for all rows at once runs past the end of those that have less to read.
+    """
+    return capacity + min(READ_TOKENS, capacity)
+
+
 class Note(NamedTuple):
     """Tokens and the hidden states before them that stand from the rows' starts on."""
 
@@ -60,8 +68,7 @@ class Drafting:
         self._drafts = Drafts(first.draft, routes)
         like, config = first.forward, first.draft.config
         shape = (config.num_kv_heads, config.head_dim)
-        # Reading for all rows at once runs past the end of those that have less to read.
-        capacity += min(READ_TOKENS, capacity)
+        capacity = buffered(capacity)
         self._cache = SlotCache(1, num_slots, capacity, shape, like.dtype, like.device)
         # At position t of a slot: x_{t+1} and the target's h_t. The draft has read the first `_read[slot]` positions.
         self._read, self._capacity = [0] * num_slots, capacity
