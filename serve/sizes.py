@@ -113,8 +113,8 @@ class Sizes:
         if self.draft is None:
             return found
         entries = 2 * self.draft.config.num_kv_heads * self.draft.config.head_dim
-        unread = 8 + hidden * self.item_bytes  # a token and a hidden state
-        return found + slots * buffered(capacity) * (entries * self.item_bytes + unread)
+        # Of each position an entry of the draft's cache, and the target's hidden state until it is read.
+        return found + slots * buffered(capacity) * (entries + hidden) * self.item_bytes
 
     def _mixture_bytes(self, lora_bytes: int, adapter_bytes: int) -> int:
         """Of the stacks that an engine keeps for its last batches, at most: a LoRA and an adapter for every slot."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from farm.decode.control import Load, RoundResult, Signal
 from farm.decode.costs import Ratio, RoundCosts
+from farm.decode.growth import Growth
 
 
 @dataclass
@@ -29,6 +30,7 @@ class AdaEDL:
     """
 
     signal: Signal = "entropy"
+    growth: Growth | None = None
     GAMMA, BETA_RATE, BETA_LAMBDA, EPSILON = 0.2, 0.5, 0.9, 0.01
 
     def __init__(self, max_length: int, *, published: bool = False, start: float = 0.5) -> None:
@@ -53,7 +55,7 @@ class AdaEDL:
         return True
 
     def observe(self, result: RoundResult) -> None:
-        if not self.published:
+        if not self.published and result.forwards:
             self._learn(result)
         for target in set(result.load.targets):
             rows = [row for row, name in enumerate(result.load.targets) if name == target]

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from farm.decode.growth import Growth
+
 # What a control wants to know of a draft's distribution: nothing, its entropy in nats, or its largest probability.
 Signal = Literal["none", "entropy", "peak"]
 
@@ -33,7 +35,10 @@ class Load:
 
 @dataclass(frozen=True)
 class RoundResult:
-    """What came of one round: drafted and accepted tokens by row, draft forwards, seconds of drafting and the rest."""
+    """What came of one round: drafted and accepted tokens by row, draft forwards, seconds of drafting and the rest.
+
+    `signals[i][b]` is what the control wanted to know of row b's distribution at position i.
+    """
 
     load: Load
     drafted: tuple[int, ...]
@@ -41,6 +46,7 @@ class RoundResult:
     forwards: int
     draft_s: float
     rest_s: float
+    signals: Sequence[Sequence[float]] = ()
 
     @property
     def tokens(self) -> int:
@@ -53,9 +59,16 @@ class RoundResult:
 
 
 class Control(Protocol):
-    """Asked in this order in every round: `limit`, then for each position `keep` and `more`, at last `observe`."""
+    """Asked in this order in every round: `limit`, then for each position `keep` and `more`, at last `observe`.
+
+    Where `keep` and `more` decide by the largest probabilities alone, `growth` has the same decisions for who follows
+    them without asking; it is read after `limit`. A signal of "none" says that a chain always grows to its limit.
+    """
 
     signal: Signal
+
+    @property
+    def growth(self) -> Growth | None: ...
 
     def limit(self, load: Load) -> int:
         """Most tokens that this round may draft; 0 decodes plainly."""
@@ -76,6 +89,7 @@ class Fixed:
     """Always the same length; 0 switches speculation off."""
 
     signal: Signal = "none"
+    growth: Growth | None = None
 
     def __init__(self, length: int) -> None:
         self.length = length

@@ -5,32 +5,34 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from farm.decode.control import Load, RoundResult
 
 Bucket = tuple[int, int]  # rows, rounded up to a power of two, and groups
-LOOKS = 3  # measurements of a length before it counts as explored; the first may pay for allocations
+LOOKS = 3  # measurements of a length before it counts as explored
 # Measurements of a length of which the median counts: another process may have the core at any time.
 KEPT = 15
-PACE_ROUNDS = 8  # rounds by whose median the machine's present pace is told
+PACE_ROUNDS = 4  # rounds by whose median the machine's present pace is told
+SELDOM = 4  # once a length is well known, one round in so many is measured: measuring costs time too
 
 
-@dataclass
 class RunningMedian:
-    """Of the last measurements, 0 before the first."""
+    """Of the last `keep` measurements, `first` before the first."""
 
-    keep: int
-    looks: int = 0
-    value: float = 0.0
-    _last: deque[float] = field(default_factory=deque)
+    def __init__(self, keep: int, first: float = 0.0) -> None:
+        self.looks, self._last, self._value = 0, deque[float](maxlen=keep), first
+        self._stale = False
 
     def add(self, measured: float) -> None:
         self.looks += 1
         self._last.append(measured)
-        if len(self._last) > self.keep:
-            self._last.popleft()
-        self.value = statistics.median(self._last)
+        self._stale = True
+
+    @property
+    def value(self) -> float:
+        if self._stale:
+            self._value, self._stale = statistics.median(self._last), False
+        return self._value
 
 
 class Ratio:
@@ -59,8 +61,9 @@ class AcceptanceByPeak:
     def __init__(self) -> None:
         self._bins = [Ratio((i + 0.5) / self.BINS, self.PRIOR, self.MEMORY) for i in range(self.BINS)]
 
-    def of(self, peak: float) -> float:
-        return self._bins[self._bin(peak)].value
+    def table(self) -> list[float]:
+        """Of each bin, from the least certain on."""
+        return [one.value for one in self._bins]
 
     def add(self, peak: float, hit: float) -> None:
         self._bins[self._bin(peak)].add(hit, 1.0)
@@ -70,7 +73,7 @@ class AcceptanceByPeak:
 
 
 class SecondsByLength:
-    """Seconds of one part of a round by its length: 0 by itself, all others on one line (weighted least squares).
+    """Seconds of one part of a round that drafts, by its length, on one line (weighted least squares).
 
     A line, because what decides is the price of one token more, and the difference of two neighbouring medians is
     mostly noise. A length that was looked at less than LOOKS times stays off it: its median may be a stutter.
@@ -92,8 +95,8 @@ class SecondsByLength:
 
     @property
     def num_lengths(self) -> int:
-        """Of those above 0 that were measured."""
-        return sum(length > 0 for length in self._medians)
+        """That were measured."""
+        return len(self._medians)
 
     @property
     def step(self) -> float:
@@ -101,17 +104,16 @@ class SecondsByLength:
         return self._fit()[1]
 
     def at(self, length: int) -> float:
-        """Seconds at a length, tried or not; never less than at 0."""
+        """Seconds at a length, tried or not."""
         intercept, step = self._fit()
-        plain = self._medians[0].value if 0 in self._medians else intercept
-        return max(plain, intercept + step * length) if length else plain
+        return intercept + step * length
 
     def _fit(self) -> tuple[float, float]:
         if self._line is None:
-            lengths = [(n, m) for n, m in self._medians.items() if n]
-            settled = [(n, m) for n, m in lengths if m.looks >= LOOKS]
-            points = [(n, m.value, min(m.looks, self.MOST_LOOKS)) for n, m in settled or lengths]
-            points = points or [(0, self._medians[0].value, 1)]
+            every = list(self._medians.items())
+            settled = [(n, m) for n, m in every if m.looks >= LOOKS]
+            points = [(n, m.value, min(m.looks, self.MOST_LOOKS)) for n, m in settled or every]
+            points = points or [(0, 0.0, 1)]
             total = sum(weight for *_, weight in points)
             mean_n = sum(weight * n for n, _, weight in points) / total
             mean_s = sum(weight * s for _, s, weight in points) / total
@@ -122,13 +124,14 @@ class SecondsByLength:
         return self._line
 
 
-@dataclass
 class RoundCosts:
-    """Times by bucket of rows (powers of two) and groups, and by length, at one pace of the machine.
+    """Seconds of rounds by bucket of rows (powers of two) and groups, and by length.
 
-    Others use the machine too: for minutes all rounds may take twice as long. That is told from the last rounds,
-    whatever their lengths, and taken out of what each measures: so lengths that were looked at in different minutes
-    stay comparable.
+    Rounds that draft and plain ones are kept apart, each as they are among their like: what has just run lies in a
+    cache, so a plain round between two that draft takes longer than one behind another, and the other way round. Others
+    use the machine too: for minutes all rounds may take twice as long. Of rounds that draft that pace is told from the
+    last ones, whatever their lengths, and taken out of what each measures, so that lengths looked at in different
+    minutes stay comparable; of plain rounds the last few count.
 
     Drafting is kept by the number of draft forwards; the rest (verification, sampling, bookkeeping) by the number of
     drafted tokens that were verified.
@@ -137,37 +140,46 @@ class RoundCosts:
     round differs little between four rows and eight.
     """
 
-    max_length: int
-    _explored: set[Bucket] = field(default_factory=set)
-    _pace: RunningMedian = field(default_factory=lambda: RunningMedian(PACE_ROUNDS, value=1.0))
-    _draft: defaultdict[Bucket, SecondsByLength] = field(default_factory=lambda: defaultdict(SecondsByLength))
-    _rest: defaultdict[Bucket, SecondsByLength] = field(default_factory=lambda: defaultdict(SecondsByLength))
+    def __init__(self, max_length: int) -> None:
+        self.max_length = max_length
+        self._explored: set[Bucket] = set()
+        self._pace = RunningMedian(PACE_ROUNDS, 1.0)
+        self._plain: defaultdict[Bucket, RunningMedian] = defaultdict(lambda: RunningMedian(PACE_ROUNDS))
+        self._draft: defaultdict[Bucket, SecondsByLength] = defaultdict(SecondsByLength)
+        self._rest: defaultdict[Bucket, SecondsByLength] = defaultdict(SecondsByLength)
 
     def add(self, result: RoundResult) -> None:
         """Takes note of a round's seconds."""
-        bucket, length = _bucket(result.load), max(result.drafted)
-        draft, rest = self._draft[bucket], self._rest[bucket]
-        if rest.looks(length) and (draft.looks(result.forwards) or not result.forwards):
-            self._pace.add(result.seconds / self._round(bucket, result.forwards, length))
-        if result.forwards:
+        bucket = bucket_of(result.load)
+        if not result.forwards:
+            self._plain[bucket].add(result.seconds)
+            return
+        draft, rest, length = self._draft[bucket], self._rest[bucket], max(result.drafted)
+        looks = min(rest.looks(length), draft.looks(result.forwards))
+        if looks:
+            self._pace.add(result.seconds / self._drafting(bucket, result.forwards, length))
+        if looks < KEPT or self._pace.looks % SELDOM == 0:
             draft.add(result.forwards, result.draft_s / self._pace.value)
-        rest.add(length, result.rest_s / self._pace.value)
+            rest.add(length, result.rest_s / self._pace.value)
 
-    def unexplored(self, load: Load) -> int | None:
-        """A length to try next under this load, or None when enough is known."""
-        rest, most = self._rest[_bucket(load)], min(self.max_length, max(load.limits))
-        middle = self.max_length // 2
+    def unexplored(self, load: Load) -> tuple[int, ...]:
+        """Lengths to try in turn, so that a slow moment is not one length's, and then 0; () when all is known.
+
+        Plain decoding comes last, next to rounds that it is compared with.
+        """
+        bucket = bucket_of(load)
+        rest, most = self._rest[bucket], min(self.max_length, max(load.limits))
         # Near their end requests allow all kinds of lengths; few of them make a line.
-        lengths = {n for n in (0, 1, self.max_length) if n <= most} | {min(middle, most)}
-        least = min(sorted(lengths), key=rest.looks)  # in turn, so that a slow moment is not one length's
-        if rest.looks(least) < LOOKS:
-            return least
-        self._explored.add(_bucket(load))
-        return None
+        lengths = {n for n in (1, self.max_length) if n <= most} | {min(self.max_length // 2, most)}
+        drafting = tuple(n for n in sorted(lengths) if n and rest.looks(n) < LOOKS)
+        if drafting or self._plain[bucket].looks < LOOKS:
+            return drafting or (0,)
+        self._explored.add(bucket)
+        return ()
 
     def source(self, load: Load) -> Bucket:
         """The bucket whose seconds stand for this load's: its own once explored, or as long as no other is."""
-        own = rows, groups = _bucket(load)
+        own = rows, groups = bucket_of(load)
         known = [bucket for bucket in self._explored if bucket[1] == groups]
         if own in self._explored or not known:
             return own
@@ -175,49 +187,56 @@ class RoundCosts:
 
     def borrows(self, load: Load) -> bool:
         """Whether another bucket's seconds stand for this load's."""
-        return self.source(load) != _bucket(load)
+        return self.source(load) != bucket_of(load)
 
     def best(self, load: Load, survival: Sequence[float]) -> tuple[int, float]:
-        """The fixed length of most tokens a second, and that rate, given mean survival by position."""
-        tokens, best, source = float(load.num_rows), (0, self.plain(load)), self.source(load)
+        """The fixed length of most tokens a second, and that rate a row, given mean survival by position."""
+        tokens, best, source = 1.0, (0, self.plain(load)), self.source(load)
         for length in range(1, self.max_length + 1):
-            tokens += load.num_rows * survival[length - 1]
-            rate = tokens / self._round(source, length, length)
+            tokens += survival[length - 1]
+            rate = self.now(tokens / self._drafting(source, length, length))
             if rate > best[1]:
                 best = (length, rate)
         return best
 
     def plain(self, load: Load) -> float:
-        """Tokens a second of plain decoding."""
-        return load.num_rows / self._round(self.source(load), 0, 0)
+        """Tokens a second that plain decoding gives a row: loads that last alike may have more rows or fewer."""
+        return 1 / self._plain[self.source(load)].value
+
+    def now(self, rate: float) -> float:
+        """Tokens a second at the machine's present pace, of a rate over seconds without it."""
+        return rate / self._pace.value
+
+    def without_pace(self, rate: float) -> float:
+        """The rate that `now` would make this one of."""
+        return rate * self._pace.value
 
     def draft_step(self, load: Load, index: int) -> float:
-        """Seconds of one more draft forward, for position `index`."""
+        """Seconds of one more draft forward, for position `index`, without the pace."""
         draft = self._draft[self.source(load)]
         return draft.step if index else draft.at(1)
 
-    def verify_step(self, load: Load, index: int) -> float:
-        """Seconds of verifying position `index` beside those before it."""
-        rest = self._rest[self.source(load)]
-        return rest.step if index else max(0.0, rest.at(1) - rest.at(0))
+    def verify_step(self, load: Load) -> float:
+        """Seconds of verifying one position more, without the pace."""
+        return self._rest[self.source(load)].step
 
     def break_even(self, load: Load, rate: float) -> float | None:
         """The acceptance at which one more drafted token a row just pays, where `rate` tokens a second are reached.
 
         None while only one length is known.
         """
-        bucket = self.source(load)
-        if self._rest[bucket].num_lengths < 2:
+        if self._rest[self.source(load)].num_lengths < 2:
             return None
-        return rate * (self._draft[bucket].step + self._rest[bucket].step) / load.num_rows
+        return rate * (self.draft_step(load, 1) + self.verify_step(load)) / load.num_rows
 
     def seconds(self, result: RoundResult) -> float:
-        """What a round such as this takes, by the tables: without the luck of this one."""
-        return self._round(self.source(result.load), result.forwards, max(result.drafted))
+        """What a round that drafts such as this takes by the tables: without the luck of this one, and the pace."""
+        return self._drafting(self.source(result.load), result.forwards, max(result.drafted))
 
-    def _round(self, bucket: Bucket, forwards: int, length: int) -> float:
-        return (self._draft[bucket].at(forwards) if forwards else 0.0) + self._rest[bucket].at(length)
+    def _drafting(self, bucket: Bucket, forwards: int, length: int) -> float:
+        return self._draft[bucket].at(forwards) + self._rest[bucket].at(length)
 
 
-def _bucket(load: Load) -> Bucket:
+def bucket_of(load: Load) -> Bucket:
+    """Loads whose rounds are taken to last alike."""
     return 1 << (load.num_rows - 1).bit_length(), load.num_groups

@@ -6,7 +6,7 @@ A draft reads when it is about to propose, never before: a sequence that is deco
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,9 +38,8 @@ def buffered(capacity: int) -> int:
 
 
 class Note(NamedTuple):
-    """Tokens and the hidden states before them that stand from the rows' starts on."""
+    """Hidden states of a round's or a prefill's tokens, from the rows' starts on; behind what was kept is padding."""
 
-    tokens_BT: Tensor
     hidden_BTH: Tensor
     rows: Rows
 
@@ -70,10 +69,9 @@ class Drafting:
         shape = (config.num_kv_heads, config.head_dim)
         capacity = buffered(capacity)
         self._cache = SlotCache(1, num_slots, capacity, shape, like.dtype, like.device)
-        # At position t of a slot: x_{t+1} and the target's h_t. The draft has read the first `_read[slot]` positions.
+        # At position t of a slot the target's h_t. The draft has read the first `_read[slot]`, each beside x_{t+1}.
         self._read, self._capacity = [0] * num_slots, capacity
-        self._tokens_NP = torch.zeros(num_slots, capacity, dtype=torch.int64, device=like.device)
-        # What rounds committed and nothing has asked for yet: mostly the next proposal reads it from here.
+        # What rounds left and nothing has asked for yet: mostly the next proposal reads it from here.
         self._notes: list[Note] = []
         self._hidden_NPH = torch.zeros(
             num_slots, capacity, like.hidden_size, dtype=like.dtype, device=like.device
@@ -82,75 +80,92 @@ class Drafting:
     @property
     def num_bytes(self) -> int:
         """Of the cache and of what may have to be read; weights are the draft's."""
-        return self._cache.num_bytes + self._tokens_NP.nbytes + self._hidden_NPH.nbytes
+        return self._cache.num_bytes + self._hidden_NPH.nbytes
 
     def forget(self) -> None:
         """Drops what was made for targets that are hosted no more."""
         self._drafts.forget()
 
-    def prefilled(
-        self, tokens_BT: Tensor, hidden_BTH: Tensor, last_B: Tensor, next_B: Tensor, rows: Rows
-    ) -> None:
-        """Takes note of prefilled positions, row b's up to index `last_B[b]`, after which `next_B[b]` comes."""
-        shifted_BT = tokens_BT.roll(-1, dims=1).scatter(1, last_B[:, None], next_B[:, None])
+    def prefilled(self, hidden_BTH: Tensor, rows: Rows) -> None:
+        """Takes note of prefilled positions; behind the real ones of a row is padding."""
         self._store()
-        self._keep(Note(shifted_BT, hidden_BTH, rows))
+        self._keep(Note(hidden_BTH, rows))
         if rows.starts[0] == 0:
-            self._read[rows.first : rows.first + len(next_B)] = [0] * len(next_B)
+            self._read[rows.first : rows.first + len(rows)] = [0] * len(rows)
 
-    def committed(self, tokens_BT: Tensor, hidden_BTH: Tensor, lengths: Sequence[int]) -> None:
-        """Takes note of what a round committed behind the `lengths` tokens of each row, and of padding behind that."""
-        self._notes.append(Note(tokens_BT, hidden_BTH, Rows([length - 1 for length in lengths])))
+    def committed(self, hidden_BTH: Tensor, lengths: Sequence[int]) -> None:
+        """Takes note of the hidden states of what a round read behind all but the last of each row's tokens."""
+        self._notes.append(Note(hidden_BTH, Rows([length - 1 for length in lengths])))
         # What a graph has put out is written over by its next run.
         if len(self._notes) > KEPT_NOTES or not isinstance(self._steps, EagerSteps):
             self._store()
 
-    def catch_up(self, load: Load, lengths: Sequence[int]) -> None:
-        """Reads for the rows that may draft until a proposal can read the rest along."""
+    def catch_up(self, load: Load, sequences: Sequence[Sequence[int]]) -> None:
+        """Reads for the rows that may draft until a proposal can read the rest along; `sequences` are all tokens."""
         while True:
-            of_rows = zip(lengths, self._read[: len(lengths)], load.limits, strict=True)
-            unread = [length - 1 - read if limit else 0 for length, read, limit in of_rows]
+            unread = [
+                len(tokens) - 1 - read if limit else 0
+                for tokens, read, limit in zip(sequences, self._read, load.limits, strict=False)
+            ]
             behind = [row for row, count in enumerate(unread) if count > self.max_drafted + 1]
             if not behind:
                 return
             some = slice(behind[0], behind[-1] + 1)
             counts = [min(max(count - 1, 0), READ_TOKENS) for count in unread[some]]
             rows = Rows(self._read[some], some.start, counts=counts)
-            tokens_BT, hidden_BTH = self._kept(rows, max(counts))
+            tokens_BT = self._tokens(sequences[some], rows.starts, counts)
+            hidden_BTH = self._kept(rows, max(counts))
             run_draft(*self._drafts.bind(load.targets[some]), tokens_BT, hidden_BTH, rows, self._cache)
             self._read[some] = [read + count for read, count in zip(self._read[some], counts, strict=True)]
 
     def propose(
-        self, load: Load, lengths: Sequence[int], limit: int, control: Control, batch: SamplingBatch
+        self,
+        load: Load,
+        sequences: Sequence[Sequence[int]],
+        limit: int,
+        control: Control,
+        batch: SamplingBatch,
     ) -> Proposal:
-        """Reads what is unread and extends rows of `lengths` tokens by at most `limit` > 0 tokens each, or a tree."""
-        pending = self._pending(load, lengths)
+        """Reads what is unread and extends rows of `sequences` by at most `limit` > 0 tokens each, or a tree."""
+        pending = self._pending(load, sequences)
         if self._tree is not None:
             reader = TreeReader(*self._drafts.bind(load.targets), pending, self._cache)
             return propose_tree(reader, self._tree, batch)
         chains = self._steps.chain_reader(self._drafts, load.targets, pending, self._cache, limit)
         return propose(chains, limit, control, batch)
 
-    def _pending(self, load: Load, lengths: Sequence[int]) -> Pending:
+    def _pending(self, load: Load, sequences: Sequence[Sequence[int]]) -> Pending:
         """What is unread, and counted as read from now on; of a row that drafts nothing the last token, for company."""
-        of_rows = zip(lengths, self._read[: len(lengths)], load.limits, strict=True)
-        starts = [read if limit else length - 2 for length, read, limit in of_rows]
-        counts = tuple(length - 1 - start for length, start in zip(lengths, starts, strict=True))
-        for row, (length, limit) in enumerate(zip(lengths, load.limits, strict=True)):
+        ends = [len(tokens) - 1 for tokens in sequences]
+        of_rows = zip(ends, self._read, load.limits, strict=False)
+        starts = [read if limit else end - 1 for end, read, limit in of_rows]
+        counts = tuple(end - start for end, start in zip(ends, starts, strict=True))
+        for row, (end, limit) in enumerate(zip(ends, load.limits, strict=True)):
             if limit:
-                self._read[row] = length - 1
+                self._read[row] = end
         rows, width = Rows(starts), max(counts)
+        tokens_BT = self._tokens(sequences, starts, counts)
         if len(self._notes) == 1 and self._notes[0].rows.starts == starts and all(load.limits):
             note = self._notes.pop()  # all that is unread, and never asked for again
-            return Pending(note.tokens_BT[:, :width], note.hidden_BTH[:, :width], rows, counts, load.limits)
-        return Pending(*self._kept(rows, width), rows, counts, load.limits)
+            return Pending(tokens_BT, note.hidden_BTH[:, :width], rows, counts, load.limits)
+        return Pending(tokens_BT, self._kept(rows, width), rows, counts, load.limits)
+
+    def _tokens(
+        self, sequences: Sequence[Sequence[int]], starts: Sequence[int], counts: Sequence[int]
+    ) -> Tensor:
+        """[B, T]: beside h_t the token x_{t+1}, for `counts[b]` positions from a row's start on; behind it padding."""
+        width, of_rows = max(counts), zip(sequences, starts, counts, strict=True)
+        padded = [
+            [*tokens[start + 1 : start + 1 + count], *[0] * (width - count)]
+            for tokens, start, count in of_rows
+        ]
+        return torch.tensor(padded, dtype=torch.int64, device=self._hidden_NPH.device)
 
     def move(self, move: Move) -> None:
         """Copies sequences to other slots."""
         self._store()
         sources, destinations, length = list(move.sources), list(move.destinations), move.length
         self._cache.move(sources, destinations, length)
-        self._tokens_NP[destinations, :length] = self._tokens_NP[sources, :length]
         self._hidden_NPH[destinations, :length] = self._hidden_NPH[sources, :length]
         read = [self._read[source] for source in sources]
         for destination, count in zip(destinations, read, strict=True):
@@ -158,24 +173,42 @@ class Drafting:
 
     def _store(self) -> None:
         """Keeps what was noted, in the order of the rounds: each writes over the padding of the one before."""
-        for note in self._notes:
+        for note in _joined(self._notes):
             self._keep(note)
         self._notes.clear()
 
     def _keep(self, note: Note) -> None:
-        at_M = self._positions(note.rows, note.tokens_BT.shape[1])
-        self._tokens_NP.view(-1).index_copy_(0, at_M, note.tokens_BT.reshape(-1))
+        at_M = self._positions(note.rows, note.hidden_BTH.shape[1])
         self._hidden_NPH.flatten(0, 1).index_copy_(0, at_M, note.hidden_BTH.flatten(0, 1))
 
-    def _kept(self, rows: Rows, num_tokens: int) -> tuple[Tensor, Tensor]:
-        """[B, T] tokens and [B, T, H] hidden states from the rows' starts on."""
+    def _kept(self, rows: Rows, num_tokens: int) -> Tensor:
+        """[B, T, H] hidden states from the rows' starts on."""
         self._store()
         at_M, size = self._positions(rows, num_tokens), (len(rows.starts), num_tokens)
-        tokens_M = self._tokens_NP.view(-1).index_select(0, at_M)
-        return tokens_M.view(size), self._hidden_NPH.flatten(0, 1).index_select(0, at_M).view(*size, -1)
+        return self._hidden_NPH.flatten(0, 1).index_select(0, at_M).view(*size, -1)
 
     def _positions(self, rows: Rows, num_tokens: int) -> Tensor:
         """Where in a flat buffer the rows' next `num_tokens` positions lie, [M]."""
-        device = self._tokens_NP.device
+        device = self._hidden_NPH.device
         slots_B1 = torch.arange(rows.first, rows.first + len(rows.starts), device=device)[:, None]
         return (slots_B1 * self._capacity + rows.entries(num_tokens, device)).view(-1)
+
+
+def _joined(notes: Sequence[Note]) -> Iterator[Note]:
+    """The notes, those of plain rounds behind each other as one: a draft that rests is to cost next to nothing."""
+    run: list[Note] = []
+    for note in notes:
+        last = run[-1] if run else None
+        follows = last is not None and note.rows.starts == [start + 1 for start in last.rows.starts]
+        if run and not (follows and last is not None and last.hidden_BTH.shape[1] == 1):
+            yield _one(run)
+            run = []
+        run.append(note)
+    if run:
+        yield _one(run)
+
+
+def _one(run: Sequence[Note]) -> Note:
+    if len(run) == 1:
+        return run[0]
+    return Note(torch.cat([note.hidden_BTH for note in run], dim=1), run[0].rows)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -178,9 +178,12 @@ class Engine:
             outputs += self._prefill(prefill)
         live = self.scheduler.live
         if live:
+            begun = time.perf_counter()
             done = self.runner.run(live, sampling_batch(live), self.control)
-            self.control.observe(done.result)
             outputs += self._commit(done)
+            # Catching up is left out of what a control learns: it pays for rounds that have passed.
+            whole_s = time.perf_counter() - begun - done.catch_up_s
+            self.control.observe(replace(done.result, rest_s=whole_s - done.result.draft_s))
         self.seconds.host += time.perf_counter() - started - (self.seconds.on_tensors - on_tensors)
         return outputs
 
@@ -205,7 +208,7 @@ class Engine:
         kept = []
         for slot, sequence in enumerate(list(self.scheduler.live)):
             drafted, accepted = done.result.drafted[slot], done.result.accepted[slot]
-            new = self.scheduler.commit(slot, done.tokens[slot][: accepted + 1])
+            new = self.scheduler.commit(slot, done.tokens[slot])
             kept.append(len(new))
             if slot in done.logprobs:
                 sequence.logprobs += done.logprobs[slot][: len(new)]
@@ -232,7 +235,8 @@ class Engine:
             outputs.append(Output(sequence.request.id, visible, reason, completion, logprobs, drafted))
             if reason is not None:
                 ended.append(slot)
-        self._move(self.scheduler.release(ended))
+        if ended:
+            self._move(self.scheduler.release(ended))
         return outputs
 
     def _complete(self, sequence: LiveRequest, reason: FinishReason) -> Completion:

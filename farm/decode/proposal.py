@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from farm.decode.sampling import SamplingBatch
 from farm.layers.cache import Branches
+from farm.target.model import Reading
 
 
 class ToVerify(NamedTuple):
@@ -22,15 +23,14 @@ class ToVerify(NamedTuple):
 
 @dataclass(frozen=True)
 class Settled:
-    """What a verification decided, as a chain: row b commits the first `num_accepted_B[b]` + 1 of `tokens_BT`.
+    """What a verification decided, as a chain: row b commits `tokens[b]`, the accepted ones and the one that follows.
 
     Row b had drafted `lengths[b]` tokens; of a tree those are the depths that were offered. `hidden_BTH` are the
     hidden states of its last committed token and of the accepted ones, `nodes_BT` where in the tree these stand; None
     where they stand in line.
     """
 
-    tokens_BT: Tensor
-    num_accepted_B: Tensor
+    tokens: list[list[int]]
     lengths: tuple[int, ...]
     hidden_BTH: Tensor
     nodes_BT: Tensor | None = None
@@ -42,18 +42,23 @@ class Proposal(Protocol):
     @property
     def forwards(self) -> int: ...
 
+    @property
+    def signals(self) -> Sequence[Sequence[float]]:
+        """What the control was told of the drafted positions, see RoundResult."""
+        ...
+
     def to_verify(self, last_B: Tensor) -> ToVerify:
         """What the target has to read, given each row's last committed token."""
         ...
 
-    def settle(self, hidden_BTH: Tensor, logits_BTV: Tensor, batch: SamplingBatch) -> Settled:
-        """What is accepted by the target's hidden states and logits after each token of `to_verify`."""
+    def settle(self, reading: Reading, batch: SamplingBatch) -> Settled:
+        """What is accepted by what the target says of each token of `to_verify`."""
         ...
 
 
-def with_next(drafted_BK: Tensor, num_accepted_B: Tensor, next_B: Tensor) -> Tensor:
-    """[B, K + 1]: the accepted tokens of each row and the one that follows; behind it padding."""
-    if not drafted_BK.shape[1]:
-        return next_B[:, None]
-    tokens_BT = torch.cat((drafted_BK, next_B[:, None]), dim=1)
-    return tokens_BT.scatter_(1, num_accepted_B[:, None], next_B[:, None])
+def with_next(
+    drafted: Sequence[Sequence[int]], num_accepted: Sequence[int], following: Sequence[int]
+) -> list[list[int]]:
+    """The accepted tokens of each row and the one that follows."""
+    rows = zip(drafted, num_accepted, following, strict=True)
+    return [[*tokens[:num], token] for tokens, num, token in rows]

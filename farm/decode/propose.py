@@ -12,10 +12,11 @@ from torch import Tensor
 
 from farm.decode.chain import ChainProposal
 from farm.decode.control import Control, Signal
+from farm.decode.growth import Growth
 from farm.decode.sampling import DRAFT, SamplingBatch, distribution, draw
 from farm.draft.lean import Ends, LeanDraft
 from farm.layers.cache import AnyRows, Rows, SlotCache
-from farm.layers.decoder import Foreteller
+from farm.layers.foreteller import Chain, Foreteller
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,10 @@ class Reader(Protocol):
     @property
     def told(self) -> Told:
         """What follows what was read last."""
+        ...
+
+    def whole(self, growth: Growth | None) -> Chain | None:
+        """The likeliest chains in one call, by a rule or to the limit; None where it goes token by token."""
         ...
 
 
@@ -114,14 +119,25 @@ class ChainReader:
         """What follows what was read last."""
         return Told(self.head.logits(self._hidden_BH))
 
+    def whole(self, growth: Growth | None) -> None:
+        """Operators go token by token."""
+
 
 class FusedChainReader:
-    """As ChainReader, every token a row in one call of the kernels."""
+    """As ChainReader, every token a row in one call of the kernels, or all of them."""
 
     def __init__(self, foreteller: Foreteller, head: Ends, pending: Pending) -> None:
-        self.head, self.limits, self.forwards = head, pending.limits, 1
-        self._foreteller = foreteller
-        foreteller.begin(pending.tokens_BT, pending.hidden_BTH, pending.rows, pending.count)
+        self.head, self.limits, self.forwards = head, pending.limits, 0
+        self._foreteller, self._pending = foreteller, pending
+
+    def whole(self, growth: Growth | None) -> Chain:
+        """The likeliest chains in one call."""
+        pending = self._pending
+        chain = self._foreteller.chain(
+            pending.tokens_BT, pending.hidden_BTH, pending.rows, pending.count, growth
+        )
+        self.forwards = chain.forwards
+        return chain
 
     def read(self, tokens_B: Tensor) -> None:
         """Reads the next drafted token of each row."""
@@ -131,6 +147,9 @@ class FusedChainReader:
     @property
     def told(self) -> Told:
         """What follows what was read last."""
+        if not self.forwards:
+            pending, self.forwards = self._pending, 1
+            self._foreteller.begin(pending.tokens_BT, pending.hidden_BTH, pending.rows, pending.count)
         return Told(self._foreteller.logits_BC, self._foreteller.best_B, self._foreteller.peak_B)
 
 
@@ -147,6 +166,11 @@ def chain_reader(
 @torch.inference_mode()
 def propose(reader: Reader, limit: int, control: Control, batch: SamplingBatch) -> ChainProposal:
     """A chain of at most `limit` tokens a row behind what `reader` has read, as long as `control` lets it grow."""
+    if batch.greedy and batch.penalties is None and (control.signal == "none" or control.growth is not None):
+        whole = reader.whole(control.growth)
+        if whole is not None:
+            lengths = tuple(min(most, whole.tokens_BK.shape[1]) for most in reader.limits)
+            return ChainProposal(whole.tokens_BK, None, lengths, whole.forwards, whole.peaks)
     chain = _Chain(reader.head, control, batch, reader.limits)
     for index in range(limit):
         if index:
@@ -166,6 +190,7 @@ class _Chain:
         self._head, self._control, self._batch = head, control, batch
         self._limits, self._lengths, self._going = limits, [0] * len(limits), [True] * len(limits)
         self.tokens: list[Tensor] = []
+        self._signals: list[list[float]] = []
         self._probabilities: list[Tensor] = []
 
     def extend(self, told: Told) -> bool:
@@ -183,7 +208,8 @@ class _Chain:
             signal_B = told.peak_B if batch.greedy and self._control.signal == "peak" else None
             if signal_B is None:
                 signal_B = _signal(_seen(logits_BC, q_BC, batch), self._control.signal)
-            kept = self._control.keep(index, signal_B.tolist())
+            self._signals.append(signal_B.tolist())
+            kept = self._control.keep(index, self._signals[-1])
             self._going = [going and keep for going, keep in zip(self._going, kept, strict=True)]
             if not any(self._going):
                 return False
@@ -197,9 +223,11 @@ class _Chain:
 
     def proposal(self, forwards: int, device: torch.device) -> ChainProposal:
         if not self.tokens:
-            return replace(ChainProposal.none(len(self._lengths), device), forwards=forwards)
+            none = ChainProposal.none(len(self._lengths), device)
+            return replace(none, forwards=forwards, signals=self._signals)
         q_BKV = torch.stack(self._probabilities, dim=1) if self._probabilities else None
-        return ChainProposal(torch.stack(self.tokens, dim=1), q_BKV, tuple(self._lengths), forwards)
+        tokens_BK, lengths = torch.stack(self.tokens, dim=1), tuple(self._lengths)
+        return ChainProposal(tokens_BK, q_BKV, lengths, forwards, self._signals)
 
 
 def _seen(logits_BC: Tensor, q_BC: Tensor | None, batch: SamplingBatch) -> Tensor:

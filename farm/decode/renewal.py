@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from farm.decode.control import Load, RoundResult, Signal
-from farm.decode.costs import AcceptanceByPeak, Bucket, Ratio, RoundCosts
+from farm.decode.costs import LOOKS, AcceptanceByPeak, Bucket, Ratio, RoundCosts, bucket_of
+from farm.decode.growth import Growing, Growth
 
 
 class Acceptance:
@@ -26,16 +27,27 @@ class Acceptance:
         return survival
 
 
-class Price(NamedTuple):
-    """Seconds that one more position takes."""
+@dataclass
+class Trial:
+    """Rounds of some lengths in turn, whatever the rule says, to learn what they take and bring."""
 
-    draft: float
-    verify: float
+    load: Bucket
+    lengths: tuple[int, ...]
+    left: int
+    decides: bool = False  # at its end: whether to speculate
 
-    @classmethod
-    def of(cls, costs: RoundCosts, load: Load, index: int) -> Price:
-        """Of position `index`."""
-        return cls(costs.draft_step(load, index), costs.verify_step(load, index))
+    @property
+    def length(self) -> int:
+        """Of its next round."""
+        return self.lengths[self.left % len(self.lengths)]
+
+
+class Regime:
+    """Of loads that last alike: whether they speculate, at what rate a row, and for how many rounds more."""
+
+    def __init__(self, left: int) -> None:
+        self.speculates, self.rate, self.since = False, Ratio(1.0, 1.0, memory=1), 0
+        self.left, self.pause = left, left
 
 
 class Cost:
@@ -44,139 +56,161 @@ class Cost:
     Position j pays where sum_b S_bj > R dt: S_bj the probability that row b accepts all up to j, dt the position's
     share of draft and verification, R the rate that this rule itself reaches (Dinkelbach's iteration) or that of plain
     decoding. Acceptance is looked up by the largest probability of the draft's distribution, times are those of past
-    rounds. Where plain decoding is faster nothing is drafted, and after PROBE_EVERY rounds one looks again, then after
-    twice as many unless it is surprised: a draft that rests has to read all that was said before. While drafting pays,
-    a round in PROBE_EVERY drafts to the end, so that acceptance stays known where the rule would stop. Lengths are
-    explored at first, and where a like number of rows is known in one round of EXPLORE_EVERY.
+    rounds (farm/decode/costs.py).
+
+    Loads that last alike either speculate or decode plainly. Now and then a few rounds try the other way, after ever
+    longer pauses while they confirm what is done: a draft that rests has to read all that was said first. While
+    drafting pays, a round in DEEP_EVERY drafts far beyond what is best, so that acceptance stays known where the rule
+    would stop. Lengths are explored at first, a few rounds each, and where a like number of rows is known only now and
+    then.
     """
 
     signal: Signal = "peak"
-    PROBE_EVERY, EXPLORE_EVERY = 48, 16
-    # What speculation has to promise: rows of a batch that drafts end further apart, which no round's seconds show.
-    BEGIN, STAY = 1.1, 1.05
-    SURPRISE = 0.3  # share of first tokens accepted beyond what was expected
-    SHORTEST_REST, LONGEST_REST, RECKON_EVERY = 24, 768, 8
+    LOOK, SETTLE = 4, 1  # rounds of a trial that count, and those before them that pay for the change
+    DEEP_EVERY, EXPLORE_EVERY, RULE_ROUNDS = 48, 16, 8
+    SHORTEST_PAUSE, LONGEST_PAUSE = 96, 768
+    # What speculation has to promise and to keep, of one row and of several. Rows of a batch that drafts end further
+    # apart, which no round's seconds show, and a look sees but a few of the places that an answer has.
+    BEGIN, STAY = (1.03, 1.15), (1.0, 1.02)
 
     def __init__(self, max_length: int) -> None:
         self.max_length = max_length
+        self.growth: Growth | None = None
         self._costs = RoundCosts(max_length)
         self._of_target: defaultdict[str, Acceptance] = defaultdict(lambda: Acceptance(max_length))
-        # Tokens a second of rounds that followed the rule, by rows and the bucket that tells their seconds.
-        self._rates: dict[tuple[int, Bucket], Ratio] = {}
-        self._probes, self._probe_in, self._pause = 0, self.PROBE_EVERY, self.PROBE_EVERY
-        self._round, self._rest_until, self._rest, self._began = 0, 0, self.SHORTEST_REST, 0
-        self._load, self._forced, self._rate = Load((), ()), False, 0.0
-        self._prices: list[Price] = []  # of the first position, and of every one after it
-        self._survival_B: list[float] = []
-        self._peaks: list[list[float]] = []
+        self._regimes: defaultdict[Bucket, Regime] = defaultdict(lambda: Regime(self.SHORTEST_PAUSE))
+        self._explored: set[Bucket] = set()
+        self._trial: Trial | None = None
+        self._load, self._asked, self._round, self._alike, self._drafted = Load((), ()), False, 0, 0, False
+        self._growing: Growing | None = None
+        self._rule_load, self._rule_until, self._last_rule = self._load, 0, Growth((), (), (), (), ())
 
     def limit(self, load: Load) -> int:
+        self._load, self._asked, self.growth, self._growing = load, True, None, None
         self._round += 1
-        self._load, self._survival_B, self._peaks = load, [1.0] * load.num_rows, []
-        trial = self._costs.unexplored(load)
-        if trial is not None and self._costs.borrows(load) and self._round % self.EXPLORE_EVERY:
-            trial = None
-        elif trial is None and self._is_time_to_probe():
-            trial = self._probe(load)
-        self._forced = trial is not None
-        if trial is not None:
-            return trial
-        if not self._speculates():
+        key = bucket_of(load)
+        regime = self._regimes[key]
+        if self._trial is None or self._trial.load != key:
+            self._trial = self._next_trial(load, key, regime)
+        if self._trial is not None:
+            return self._follow(Growth.whole(load.limits, self._trial.length), self._trial.length)
+        if not regime.speculates:
             return 0
-        self._prices = [Price.of(self._costs, load, index) for index in (0, 1)]
-        return self.max_length
+        return self._follow(self._rule(load, regime.rate.value), self.max_length)
 
-    def _is_time_to_probe(self) -> bool:
-        self._probe_in -= 1
-        if self._probe_in > 0:
-            return False
-        self._pause = (
-            self.PROBE_EVERY if self._key() in self._rates else min(2 * self._pause, self.LONGEST_REST)
-        )
-        self._probe_in = self._pause
-        return True
+    def _follow(self, growth: Growth, length: int) -> int:
+        if length:
+            self.growth, self._growing = growth, Growing(growth)
+        return length
 
-    def _probe(self, load: Load) -> int:
-        """A length to look at again: in turn a little and much more than is best, and none where that is not in use."""
-        best, _ = self._costs.best(load, self._mean_survival())
-        lengths = (0, 1 + best, 2 + 2 * best) if self._key() in self._rates else (1 + best,)
-        self._probes += 1
-        return min(self.max_length, lengths[self._probes % len(lengths)])
+    def _next_trial(self, load: Load, key: Bucket, regime: Regime) -> Trial | None:
+        if key not in self._explored:
+            lengths = self._costs.unexplored(load)
+            if not lengths:
+                self._explored.add(key)
+                self._decide(load, regime)
+            elif not self._costs.borrows(load) or self._round % self.EXPLORE_EVERY == 0:
+                return Trial(key, lengths, self.SETTLE + LOOKS * len(lengths))
+        regime.left -= 1
+        if regime.left <= 0 or self._disappoints(load, regime):
+            regime.left = self.LONGEST_PAUSE  # until the trial's end says better
+            lengths = (0,) if regime.speculates else (1, max(1, self.max_length // 2))
+            return Trial(key, lengths, self.SETTLE + self.LOOK, decides=True)
+        if regime.speculates and self._round % self.DEEP_EVERY == 0:
+            return Trial(key, (min(self.max_length, 2 + 2 * self._best(load)[0]),), 1)
+        return None
 
-    def _speculates(self) -> bool:
-        """Whether the rule beats plain decoding: by what it reached lately, or else by what a fixed length would."""
-        key = self._key()
-        if key not in self._rates and self._round < self._rest_until:
+    def _disappoints(self, load: Load, regime: Regime) -> bool:
+        """Whether speculation brings less than plain decoding did when it was last seen; looked at now and then."""
+        if not regime.speculates or (self._round - regime.since) % self.RULE_ROUNDS:
             return False
-        plain = self._costs.plain(self._load)
-        if key not in self._rates:
-            _, fixed = self._costs.best(self._load, self._mean_survival())
-            if fixed < self.BEGIN * plain:
-                self._rest_until = self._round + self.RECKON_EVERY
-                return False
-            self._rates[key] = Ratio(fixed, 8 * self._load.num_rows / fixed, memory=64)
-            self._began = self._round
-        known = self._rates[key].value
-        self._rate = max(plain, known)
-        if known < self.STAY * plain:
-            del self._rates[key]
-            confirmed = self._round - self._began < self._rest
-            self._rest = min(2 * self._rest, self.LONGEST_REST) if confirmed else self.SHORTEST_REST
-            self._rest_until = self._round + self._rest
-            return False
-        return True
+        return self._costs.now(regime.rate.value) < self.STAY[load.num_rows > 1] * self._costs.plain(load)
+
+    def _decide(self, load: Load, regime: Regime) -> None:
+        """Whether loads such as this speculate from now on, and for how many rounds that goes unquestioned."""
+        plain, several = self._costs.plain(load), load.num_rows > 1
+        if regime.speculates:
+            keeps = self._costs.now(regime.rate.value) > self.STAY[several] * plain
+            short_lived = self._round - regime.since < regime.pause
+            regime.pause = self._longer(regime.pause) if keeps or short_lived else self.SHORTEST_PAUSE
+            regime.speculates = keeps
+        else:
+            _, promised = self._best(load)
+            regime.speculates = promised > self.BEGIN[several] * plain
+            if regime.speculates:
+                regime.rate, regime.since = (
+                    Ratio(promised, 8 * load.num_rows / promised, memory=64),
+                    self._round,
+                )
+            regime.pause = self.SHORTEST_PAUSE if regime.speculates else self._longer(regime.pause)
+        regime.left = regime.pause
+
+    def _longer(self, pause: int) -> int:
+        return min(2 * pause, self.LONGEST_PAUSE)
+
+    def _best(self, load: Load) -> tuple[int, float]:
+        return self._costs.best(load, self._mean_survival(load))
+
+    def _rule(self, load: Load, reached: float) -> Growth:
+        """Survival that pays for each position, at the rate that is reached; worked out anew every few rounds."""
+        if self._rule_load == load and self._round < self._rule_until:
+            return self._last_rule
+        rate = load.num_rows * max(self._costs.without_pace(self._costs.plain(load)), reached)
+        verify = self._costs.verify_step(load)
+        drafts = [self._costs.draft_step(load, index) for index in (0, 1)]
+        draft_above = [rate * (drafts[min(index, 1)] + verify) for index in range(self.max_length)]
+        of_rows = [self._of_target[name] for name in load.targets]
+        self._last_rule = Growth(
+            load.limits, [one.by_peak.table() for one in of_rows],
+            [[ratio.value for ratio in one.by_position] for one in of_rows],
+            [rate * verify] * self.max_length, draft_above,
+        )  # fmt: skip
+        self._rule_load, self._rule_until = load, self._round + self.RULE_ROUNDS
+        return self._last_rule
 
     def keep(self, index: int, signal_B: Sequence[float]) -> list[bool]:
-        self._peaks.append(list(signal_B))
-        rows = zip(self._load.targets, self._open(index), signal_B, strict=True)
-        self._survival_B = [
-            survival * self._of_target[name].by_peak.of(peak) for name, survival, peak in rows
-        ]
-        pays = self._forced or sum(self._survival_B) > self._rate * self._prices[min(index, 1)].verify
-        return [pays] * len(signal_B)
+        return [self._growing is not None and self._growing.keeps(index, signal_B)] * len(signal_B)
 
     def more(self, index: int) -> bool:
-        if self._forced:
-            return True
-        rows = zip(self._load.targets, self._open(index), strict=True)
-        expected = sum(survival * self._of_target[name].by_position[index].value for name, survival in rows)
-        return expected > self._rate * sum(self._prices[min(index, 1)])
+        return self._growing is not None and self._growing.grows(index)
 
     def observe(self, result: RoundResult) -> None:
-        self._costs.add(result)
-        key = self._key()
-        if result.forwards and not self._forced and key in self._rates:
-            self._rates[key].add(result.tokens, self._costs.seconds(result))
-        if self._forced and self._surprises(result):
-            self._pause, self._probe_in = self.PROBE_EVERY, min(self._probe_in, self.PROBE_EVERY)
+        drafted, asked, self._asked = result.forwards > 0, self._asked, False
+        self._alike = self._alike + 1 if drafted == self._drafted else 1
+        self._drafted = drafted
+        settled = self._alike > self.SETTLE
+        if settled:
+            self._costs.add(result)
+        if drafted:
+            self._learn(result)
+        if not asked:  # no row could have drafted anything
+            return
+        regime = self._regimes[bucket_of(result.load)]
+        if self._trial is not None:
+            self._count(self._trial, result.load, regime)
+        elif drafted and settled and regime.speculates:
+            regime.rate.add(result.tokens / result.load.num_rows, self._costs.seconds(result))
+
+    def _count(self, trial: Trial, load: Load, regime: Regime) -> None:
+        trial.left -= 1
+        if trial.left == 0:
+            self._trial = None
+            if trial.decides:
+                self._decide(load, regime)
+
+    def _learn(self, result: RoundResult) -> None:
         rows = zip(result.load.targets, result.drafted, result.accepted, strict=True)
         for row, (target, drafted, accepted) in enumerate(rows):
             known = self._of_target[target]
             for index in range(min(drafted, accepted + 1)):
                 hit = float(index < accepted)
                 known.by_position[index].add(hit, 1.0)
-                known.by_peak.add(self._peaks[index][row], hit)
+                known.by_peak.add(result.signals[index][row], hit)
 
-    def _surprises(self, result: RoundResult) -> bool:
-        """Whether far more first tokens were accepted than what is known lets expect."""
-        rows = zip(result.load.targets, result.drafted, result.accepted, strict=True)
-        above = [
-            bool(got) - self._of_target[name].by_position[0].value for name, drafted, got in rows if drafted
-        ]
-        return bool(above) and sum(above) > self.SURPRISE * len(above)
-
-    def _key(self) -> tuple[int, Bucket]:
-        return self._load.num_rows, self._costs.source(self._load)
-
-    def _mean_survival(self) -> list[float]:
-        """Over the rows of this round; beyond its limit a row accepts nothing."""
+    def _mean_survival(self, load: Load) -> list[float]:
+        """Over the rows of a round; beyond its limit a row accepts nothing."""
         total = [0.0] * self.max_length
-        for name, limit in zip(self._load.targets, self._load.limits, strict=True):
+        for name, limit in zip(load.targets, load.limits, strict=True):
             for index, survival in enumerate(self._of_target[name].mean_survival()[:limit]):
                 total[index] += survival
-        return [survival / self._load.num_rows for survival in total]
-
-    def _open(self, index: int) -> list[float]:
-        """Survival so far of the rows that may draft position `index`; 0 for the others."""
-        rows = zip(self._survival_B, self._load.limits, strict=True)
-        return [survival if index < limit else 0.0 for survival, limit in rows]
+        return [survival / load.num_rows for survival in total]

@@ -26,7 +26,7 @@ from farm.decode.scheduler import LiveRequest, Move, Prefill
 from farm.decode.steps import EagerSteps, StaticSteps, Steps
 from farm.decode.tree import TreeShape
 from farm.layers.cache import Rows
-from farm.target.model import TargetModel
+from farm.target.model import Reading, TargetModel
 
 
 @dataclass
@@ -46,15 +46,16 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Round:
-    """What a round committed, `tokens[b][: result.accepted[b] + 1]` of row b, and the hidden states of what it read.
+    """What a round committed, `tokens[b]` of row b, and the hidden states of what it read.
 
-    `logprobs` has the rows that ask for them.
+    `logprobs` has the rows that ask for them; `catch_up_s` went on what the draft had not read of earlier rounds.
     """
 
     tokens: list[list[int]]
     hidden_BTH: Tensor
     result: RoundResult
     logprobs: dict[int, list[TokenLogprob]]
+    catch_up_s: float
 
 
 class Prefilled(NamedTuple):
@@ -134,15 +135,11 @@ class Runner:
         if prefill.completes:
             last_BH = hidden_BTH[torch.arange(num_rows), last_B]
             logits_BV = group.forward.logits(last_BH)
-            next_B = _first_tokens(logits_BV, sampling_batch(prefill.rows))
-            first = next_B.tolist()
+            first = _first_tokens(logits_BV, sampling_batch(prefill.rows)).tolist()
             if asked := rows_that_ask([row.request.params for row in prefill.rows]):
                 logprobs = committed_logprobs(logits_BV[:, None], [[token] for token in first], asked)
-        else:
-            (row,), (end,) = prefill.rows, prefill.ends
-            next_B = torch.tensor([row.tokens[end]], device=self.device)
         if self.drafting is not None:
-            self.drafting.prefilled(tokens_BT, hidden_BTH, last_B, next_B, rows)
+            self.drafting.prefilled(hidden_BTH, rows)
         self.seconds.prefill += time.perf_counter() - started
         return Prefilled(hidden_BTH, first, logprobs)
 
@@ -151,46 +148,47 @@ class Runner:
 
         The caches hold all tokens of a sequence but the last.
         """
-        times, lengths = [time.perf_counter()], [len(row.tokens) for row in rows]
+        times, sequences = [time.perf_counter()], [row.tokens for row in rows]
+        lengths = list(map(len, sequences))
         targets = tuple(row.request.target for row in rows)
         groups = self.routes.groups(targets)
         load = Load(targets, self._limits(rows), len(groups))
-        limit = self._catch_up(load, lengths, control)
+        limit = self._catch_up(load, sequences, control)
         times.append(time.perf_counter())
         proposal: Proposal = ChainProposal.none(len(rows), self.device)
         if self.drafting is not None and limit > 0:
-            proposal = self.drafting.propose(load, lengths, limit, control, batch)
+            proposal = self.drafting.propose(load, sequences, limit, control, batch)
         times.append(time.perf_counter())
-        last_B = torch.tensor([row.tokens[-1] for row in rows], device=self.device)
-        hidden_BTH, logits_BTV = self._verify(groups, proposal.to_verify(last_B), lengths)
+        last_B = torch.tensor([tokens[-1] for tokens in sequences], device=self.device)
+        reading = self._verify(groups, proposal.to_verify(last_B), lengths)
         times.append(time.perf_counter())
-        settled = proposal.settle(hidden_BTH, logits_BTV, batch)
+        settled = proposal.settle(reading, batch)
         if settled.nodes_BT is not None:
             self.cache.keep(Rows([length - 1 for length in lengths]), settled.nodes_BT)
-        committed, accepted = settled.tokens_BT.tolist(), settled.num_accepted_B.tolist()
         logprobs = dict[int, list[TokenLogprob]]()
         if asked := rows_that_ask([row.request.params for row in rows]):
-            kept = [tokens[: num + 1] for tokens, num in zip(committed, accepted, strict=True)]
-            logprobs = committed_logprobs(logits_BTV, kept, asked, settled.nodes_BT)
+            logprobs = committed_logprobs(reading.logits_BTV, settled.tokens, asked, settled.nodes_BT)
         times.append(time.perf_counter())
         if self.drafting is not None:
-            self.drafting.committed(settled.tokens_BT, settled.hidden_BTH, lengths)
+            self.drafting.committed(settled.hidden_BTH, lengths)
         catch_up_s, draft_s, verify_s, sample_s = (b - a for a, b in itertools.pairwise(times))
         self.seconds.draft += catch_up_s + draft_s
         self.seconds.verify += verify_s
         self.seconds.sample += sample_s
-        # Catching up is left out of what a control learns: it pays for rounds that have passed.
         rest_s = time.perf_counter() - times[2]
-        result = RoundResult(load, settled.lengths, tuple(accepted), proposal.forwards, draft_s, rest_s)
-        return Round(committed, settled.hidden_BTH, result, logprobs)
+        accepted = tuple(len(tokens) - 1 for tokens in settled.tokens)
+        result = RoundResult(
+            load, settled.lengths, accepted, proposal.forwards, draft_s, rest_s, proposal.signals
+        )
+        return Round(settled.tokens, settled.hidden_BTH, result, logprobs, catch_up_s)
 
-    def _catch_up(self, load: Load, lengths: Sequence[int], control: Control) -> int:
+    def _catch_up(self, load: Load, sequences: Sequence[Sequence[int]], control: Control) -> int:
         """Most tokens that this round drafts; where that is not 0 the draft has read all but what it reads along."""
         if self.drafting is None or not any(load.limits):
             return 0
         limit = min(max(load.limits), control.limit(load))
         if limit > 0:
-            self.drafting.catch_up(load, lengths)
+            self.drafting.catch_up(load, sequences)
         return limit
 
     def _limits(self, rows: Sequence[LiveRequest]) -> tuple[int, ...]:
@@ -212,22 +210,21 @@ class Runner:
         if self.drafting is not None:
             self.drafting.move(move)
 
-    def _verify(
-        self, groups: Sequence[Group], read: ToVerify, lengths: Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
-        """Hidden states and logits of each row's last token and drafted ones, group by group."""
-        hidden, logits = [], []
+    def _verify(self, groups: Sequence[Group], read: ToVerify, lengths: Sequence[int]) -> Reading:
+        """What each row's target says of its last token and the drafted ones, group by group."""
+        readings = []
         for group in groups:
             of_group = slice(group.first, group.last)
             starts = [length - 1 for length in lengths[of_group]]
             branches = None if read.branches is None else read.branches.of_rows(of_group)
             of_rows = ToVerify(read.tokens_BT[of_group], branches)
-            hidden_BTH, logits_BTV = self.steps.verify(group, of_rows, starts, self.cache)
-            hidden.append(hidden_BTH)
-            logits.append(logits_BTV)
+            readings.append(self.steps.verify(group, of_rows, starts, self.cache))
         if len(groups) == 1:
-            return hidden[0], logits[0]
-        return torch.cat(hidden), torch.cat(logits)
+            return readings[0]
+        hidden, logits, best = zip(*readings, strict=True)
+        told = [one for one in best if one is not None]
+        best_BT = torch.cat(told) if len(told) == len(groups) else None
+        return Reading(torch.cat(hidden), torch.cat(logits), best_BT)
 
 
 def _first_tokens(logits_BV: Tensor, batch: SamplingBatch) -> Tensor:

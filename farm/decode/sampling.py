@@ -6,6 +6,7 @@ Target and draft logits pass the same `distribution`; what it returns is what is
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -68,49 +69,61 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class SamplingBatch:
-    """The settings of B requests as columns."""
+    """The settings of B requests; as columns where something asks for them, which greedy rounds never do."""
 
-    temperature_B: Tensor
-    top_p_B: Tensor
-    top_k_B: Tensor
-    min_p_B: Tensor
-    seed_B: Tensor
-    round_B: Tensor  # verification rounds the request has had; with it every draw has a counter of its own
-    greedy: bool  # every request is greedy: no probabilities are needed
-    filtered: bool  # some request has top_k, top_p or min_p
+    params: tuple[SamplingParams, ...]
+    rounds: tuple[
+        int, ...
+    ]  # verification rounds of each request; with it every draw has a counter of its own
     penalties: Penalties | None = None
 
     @classmethod
     def of(
         cls, params: Sequence[SamplingParams], rounds: Sequence[int], penalties: Penalties | None = None
     ) -> SamplingBatch:
-        return cls(
-            temperature_B=torch.tensor([p.temperature for p in params], dtype=torch.float32),
-            top_p_B=torch.tensor([p.top_p for p in params], dtype=torch.float32),
-            top_k_B=torch.tensor([p.top_k for p in params], dtype=torch.int64),
-            min_p_B=torch.tensor([p.min_p for p in params], dtype=torch.float32),
-            seed_B=torch.tensor([p.seed for p in params], dtype=torch.int64),
-            round_B=torch.tensor(rounds, dtype=torch.int64),
-            greedy=all(p.temperature == 0 for p in params),
-            filtered=any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in params),
-            penalties=penalties,
-        )
+        return cls(tuple(params), tuple(rounds), penalties)
+
+    @functools.cached_property
+    def greedy(self) -> bool:
+        """Whether every request is: no probabilities are needed."""
+        return all(one.temperature == 0 for one in self.params)
+
+    @functools.cached_property
+    def filtered(self) -> bool:
+        """Whether some request has top_k, top_p or min_p."""
+        return any(one.top_k > 0 or one.top_p < 1 or one.min_p > 0 for one in self.params)
+
+    @functools.cached_property
+    def temperature_B(self) -> Tensor:  # noqa: N802 - a tensor's name carries its shape
+        return torch.tensor([one.temperature for one in self.params], dtype=torch.float32)
+
+    @functools.cached_property
+    def top_p_B(self) -> Tensor:  # noqa: N802
+        return torch.tensor([one.top_p for one in self.params], dtype=torch.float32)
+
+    @functools.cached_property
+    def top_k_B(self) -> Tensor:  # noqa: N802
+        return torch.tensor([one.top_k for one in self.params], dtype=torch.int64)
+
+    @functools.cached_property
+    def min_p_B(self) -> Tensor:  # noqa: N802
+        return torch.tensor([one.min_p for one in self.params], dtype=torch.float32)
+
+    @functools.cached_property
+    def seed_B(self) -> Tensor:  # noqa: N802
+        return torch.tensor([one.seed for one in self.params], dtype=torch.int64)
+
+    @functools.cached_property
+    def round_B(self) -> Tensor:  # noqa: N802
+        return torch.tensor(self.rounds, dtype=torch.int64)
 
     def repeat(self, num: int) -> SamplingBatch:
         """Every request `num` times in a row, for `num` positions of it at once; penalties have been applied."""
-        columns = (c.repeat_interleave(num) for c in self._columns)
-        return SamplingBatch(*columns, self.greedy, self.filtered)
+        return self.rows([row for row in range(len(self.params)) for _ in range(num)])
 
-    def rows(self, rows: Tensor) -> SamplingBatch:
+    def rows(self, rows: Sequence[int]) -> SamplingBatch:
         """The settings of some of the requests; penalties have been applied."""
-        rows = rows.to(self.seed_B.device)
-        return SamplingBatch(*(column[rows] for column in self._columns), self.greedy, self.filtered)
-
-    @property
-    def _columns(self) -> tuple[Tensor, ...]:
-        return (
-            self.temperature_B, self.top_p_B, self.top_k_B, self.min_p_B, self.seed_B, self.round_B
-        )  # fmt: skip
+        return SamplingBatch(tuple(self.params[row] for row in rows), tuple(self.rounds[row] for row in rows))
 
     def uniform(self, index: int, use: int) -> Tensor:
         """u in [0, 1) as float64 [B], a function of (seed, round, index in the round, use) alone."""
@@ -137,7 +150,7 @@ def distribution(logits_BV: Tensor, batch: SamplingBatch) -> Tensor:
         p_BV.scatter_(-1, logits_BV.argmax(dim=-1, keepdim=True), 1.0)
         if bool(hot_B.any()):
             rows = hot_B.nonzero().squeeze(1)
-            p_BV[rows] = distribution(logits_BV[rows], batch.rows(rows))
+            p_BV[rows] = distribution(logits_BV[rows], batch.rows(rows.tolist()))
         return p_BV
     logits_BV = logits_BV.float() / batch.temperature_B.to(logits_BV.device)[:, None]
     if batch.filtered:

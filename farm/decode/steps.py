@@ -17,20 +17,20 @@ from torch.nn import functional
 from farm.decode.buckets import Buckets
 from farm.decode.drafts import Drafts
 from farm.decode.graphs import Step, StepGraphs, Tensors
+from farm.decode.growth import Growth
 from farm.decode.proposal import ToVerify
 from farm.decode.propose import Pending, Reader, Told, chain_reader, run_draft
 from farm.decode.routes import Group
 from farm.draft.lean import Ends, LeanDraft
 from farm.layers.cache import Branches, Rows, SlotCache, StaticRows
+from farm.target.model import Reading
 
 
 class Steps(Protocol):
     """How forwards are run."""
 
-    def verify(
-        self, group: Group, read: ToVerify, starts: Sequence[int], cache: SlotCache
-    ) -> tuple[Tensor, Tensor]:
-        """Hidden states [B, T, H] and logits [B, T, V] of a group's rows, each from its start on."""
+    def verify(self, group: Group, read: ToVerify, starts: Sequence[int], cache: SlotCache) -> Reading:
+        """What the target says of a group's rows, each from its start on."""
         ...
 
     def chain_reader(
@@ -47,14 +47,10 @@ class Steps(Protocol):
 class EagerSteps:
     """Every forward in its own shape."""
 
-    def verify(
-        self, group: Group, read: ToVerify, starts: Sequence[int], cache: SlotCache
-    ) -> tuple[Tensor, Tensor]:
+    def verify(self, group: Group, read: ToVerify, starts: Sequence[int], cache: SlotCache) -> Reading:
         """See Steps."""
         loras = group.lora_rows(read.tokens_BT.shape[1])
-        rows = Rows(starts, group.first, read.branches)
-        hidden_BTH = group.forward.forward(read.tokens_BT, rows, cache, loras)
-        return hidden_BTH, group.forward.logits(hidden_BTH)
+        return group.forward.read(read.tokens_BT, Rows(starts, group.first, read.branches), cache, loras)
 
     def chain_reader(
         self, drafts: Drafts, targets: tuple[str, ...], pending: Pending, cache: SlotCache, limit: int
@@ -78,9 +74,7 @@ class StaticSteps:
     graphs: StepGraphs
     spare: int
 
-    def verify(
-        self, group: Group, read: ToVerify, starts: Sequence[int], cache: SlotCache
-    ) -> tuple[Tensor, Tensor]:
+    def verify(self, group: Group, read: ToVerify, starts: Sequence[int], cache: SlotCache) -> Reading:
         """See Steps. A model whose code may wait for the host runs as it is."""
         if not group.forward.capturable:
             return EagerSteps().verify(group, read, starts, cache)
@@ -95,8 +89,7 @@ class StaticSteps:
         shape = (len(inputs[0]), width, context, read.branches is not None)
         key = ("verify", id(group.forward), id(group.loras), padded.which, group.first, *shape)
         outputs = self.graphs.run(key, lambda: _verify(padded, width, context, cache), tuple(inputs))
-        hidden_BTH, logits_BTV = (output[:num_rows, :num_tokens] for output in outputs)
-        return hidden_BTH, logits_BTV
+        return Reading(*(output[:num_rows, :num_tokens] for output in outputs))
 
     def chain_reader(
         self, drafts: Drafts, targets: tuple[str, ...], pending: Pending, cache: SlotCache, limit: int
@@ -155,6 +148,9 @@ class StaticChainReader:
     def told(self) -> Told:
         """What follows what was read last."""
         return Told(self._logits_BC[: len(self.limits)])
+
+    def whole(self, growth: Growth | None) -> None:
+        """Graphs go token by token."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from farm.decode.sampling import ACCEPT, NEXT, SamplingBatch, distribution
 from farm.decode.tree import Tree
 from farm.decode.verify_tree import Drawn, TreeVerdict, verify_tree_greedy, verify_tree_sampled
 from farm.layers.cache import Branches
+from farm.target.model import Reading
 
 
 @dataclass(frozen=True)
@@ -22,20 +24,21 @@ class TreeProposal:
     tree: Tree
     drawn: Drawn | None
     forwards: int
+    signals: Sequence[Sequence[float]] = ()  # no control looks into trees
 
     def to_verify(self, last_B: Tensor) -> ToVerify:  # noqa: ARG002 - the roots are the last committed tokens
         """All nodes in one call."""
         return ToVerify(self.tree.tokens_BM, Branches(self.tree.depths_BM, self.tree.ancestors()))
 
-    def settle(self, hidden_BTH: Tensor, logits_BTV: Tensor, batch: SamplingBatch) -> Settled:
+    def settle(self, reading: Reading, batch: SamplingBatch) -> Settled:
         """Follows each tree from its root down and puts the path in line."""
-        path, next_B = self._verdict(logits_BTV, batch)
+        path, next_B = self._verdict(reading.logits_BTV, batch)
+        hidden_BTH = reading.hidden_BTH
         nodes_BT = path.nodes_BP
         drafted_BK = self.tree.tokens_BM.gather(1, nodes_BT)[:, 1:]
         on_path_BTH = hidden_BTH.gather(1, nodes_BT[..., None].expand(-1, -1, hidden_BTH.shape[2]))
-        tokens_BT = with_next(drafted_BK, path.num_accepted_B, next_B)
-        offered = tuple(path.num_offered_B.tolist())
-        return Settled(tokens_BT, path.num_accepted_B, offered, on_path_BTH, nodes_BT)
+        tokens = with_next(drafted_BK.tolist(), path.num_accepted_B.tolist(), next_B.tolist())
+        return Settled(tokens, tuple(path.num_offered_B.tolist()), on_path_BTH, nodes_BT)
 
     def _verdict(self, logits_BMV: Tensor, batch: SamplingBatch) -> TreeVerdict:
         """Only nodes that are reached get a distribution."""

@@ -8,6 +8,7 @@ p and q are the distributions after all sampling settings; q is the one the toke
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,16 +25,19 @@ class Verdict:
     next_B: Tensor
 
 
-def verify_greedy(drafted_BK: Tensor, best_BK1: Tensor, lengths_B: Tensor) -> Verdict:
-    """Accepts while the drafted token is the target's argmax; `best_BK1` [B, K + 1] holds the target's choices.
+def verify_greedy(
+    drafted: Sequence[Sequence[int]], best: Sequence[Sequence[int]], lengths: Sequence[int]
+) -> list[int]:
+    """How many drafted tokens each row accepts: those before the first that is not the target's choice.
 
-    Row b has drafted `lengths_B[b]` tokens; what follows them is padding.
+    `best[b]` holds the target's argmax at every drafted position and after the last; row b has drafted `lengths[b]`
+    tokens, what follows them is padding. Comparing a few integers takes less than the operators that would do it.
     """
-    if not drafted_BK.shape[1]:
-        return Verdict(torch.zeros_like(lengths_B), best_BK1[:, 0])
-    agrees_BK = (drafted_BK == best_BK1[:, :-1]) & within(lengths_B, drafted_BK)
-    num_accepted_B = prefix_length(agrees_BK)
-    return Verdict(num_accepted_B, best_BK1.gather(1, num_accepted_B[:, None]).squeeze(1))
+    num_accepted = []
+    for tokens, choices, length in zip(drafted, best, lengths, strict=True):
+        pairs = enumerate(zip(tokens[:length], choices, strict=False))
+        num_accepted.append(next((i for i, (token, choice) in pairs if token != choice), length))
+    return num_accepted
 
 
 def verify_sampled(

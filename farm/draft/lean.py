@@ -19,8 +19,9 @@ from farm.draft.routed import FlatExpert, RoutedDeltas
 from farm.draft.trunk import Trunk
 from farm.layers.attention import Rotation, attend_cached
 from farm.layers.cache import Site, SlotCache
-from farm.layers.decoder import Decoder, DraftEnds, Foreteller, Weights
+from farm.layers.decoder import Decoder, TokenEnds, Weights
 from farm.layers.dense import Dense, Gated, RmsNorm
+from farm.layers.foreteller import Foreteller
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ class LeanHead:
         self.vocab_size, self.vocabulary_C = head.embedding_VH.shape[0], head.vocabulary_C
         self.embed, self.token_ids = head.embed, head.token_ids
         self._product = whole if head.vocabulary_C is None else Dense.of(head.weight_CH)
-        self.ends = DraftEnds(head.embedding_VH, self._product, head.vocabulary_C)
+        self.ends = TokenEnds(head.embedding_VH, self._product, head.vocabulary_C)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., C] of hidden states [..., H]."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from farm.layers.attention import Rotation
-from farm.layers.cache import Rows, Site, SlotCache
+from farm.layers.cache import Site
 from farm.layers.dense import Dense, Gated, RmsNorm
 from farm.layers.kernels import HEAD_SIZES, address, check_tables, fields, kernels
 
@@ -37,23 +37,36 @@ class _Decoder(ctypes.Structure):
     _fields_ = [*fields("layers fc", "num_layers hidden heads kv_heads size"), ("eps", ctypes.c_double)]
 
 
-class _Call(ctypes.Structure):
+class Call(ctypes.Structure):
+    """Mirrors the struct of the same name in cpu/decoder.h."""
+
     _fields_ = [
         *fields("x embedded hidden cos sin mask positions offsets cache scratch", "sequences tokens context"),
         *fields("", "cache_layer kv_sequence kv_head mask_sequence mask_row"),
     ]
 
 
-class _Foretelling(ctypes.Structure):
-    _fields_ = fields("tokens last vocabulary head hidden logits best peak", "columns")
+class Foretelling(ctypes.Structure):
+    """Mirrors the struct of the same name in cpu/decoder.h."""
+
+    _fields_ = fields("tokens last vocabulary norm head hidden logits best peak", "columns")
 
 
-class DraftEnds(NamedTuple):
-    """The embedding and head that a draft is run with."""
+class TokenEnds(NamedTuple):
+    """What stands before and behind the layers: a target's own, or those that a draft is run with."""
 
     embedding_VH: Tensor
     head: Dense  # [C, H]
-    vocabulary_C: Tensor | None  # token id of each column; None: all
+    vocabulary_C: Tensor | None = None  # token id of each column; None: all
+    norm: RmsNorm | None = None
+
+
+class Foretold(NamedTuple):
+    """Behind each of M tokens: the hidden state, the logits and the token id of the largest of them."""
+
+    hidden_MH: Tensor
+    logits_MC: Tensor
+    best_M: Tensor
 
 
 class Weights(NamedTuple):
@@ -126,9 +139,26 @@ class Decoder:
         self._run(x_BTH, (embedded_BTH, hidden_BTH), rotation, site)
         return x_BTH
 
-    def can_foretell(self, ends: DraftEnds) -> bool:
-        """Whether a Foreteller knows these ends."""
+    def can_foretell(self, ends: TokenEnds) -> bool:
+        """Whether the kernels know these ends."""
         return ends.head.layout == "kernels" and ends.head.bias is None and ends.embedding_VH.is_contiguous()
+
+    def foretell(self, tokens_BT: Tensor, ends: TokenEnds, rotation: Rotation, site: Site) -> Foretold:
+        """From token ids to the logits behind every token."""
+        tokens_BT, num, new = tokens_BT.contiguous(), tokens_BT.numel(), ends.embedding_VH.new_empty
+        assert tokens_BT.shape == site.window.positions_BT.shape
+        out = Foretold(
+            new(num, self.struct.hidden), new(num, ends.head.num_outputs), tokens_BT.new_empty(num)
+        )
+        x_MH, scratch = new(num, self.struct.hidden), new(num * self.scratch)
+        call = self._call(x_MH, (ends.embedding_VH, None), rotation, site, scratch)
+        norm_H = None if ends.norm is None else ends.norm.weight_H
+        told = Foretelling(
+            tokens_BT.data_ptr(), None, address(ends.vocabulary_C), address(norm_H),
+            *(part.data_ptr() for part in (ends.head.weight, *out)), None, ends.head.num_outputs,
+        )  # fmt: skip
+        kernels().run("foretell", x_MH.dtype, self.struct, call, told)
+        return out
 
     def _run(
         self,
@@ -137,6 +167,17 @@ class Decoder:
         rotation: Rotation,
         site: Site,
     ) -> None:
+        scratch = x.new_empty(x.numel() // self.struct.hidden * self.scratch)
+        kernels().run("decode", x.dtype, self.struct, self._call(x, pair, rotation, site, scratch))
+
+    def _call(
+        self,
+        x: Tensor,
+        pair: tuple[Tensor | None, Tensor | None],
+        rotation: Rotation,
+        site: Site,
+        scratch: Tensor,
+    ) -> Call:
         window, cache = site.window, site.window.cache.buffer
         (b, t), context, tables = window.positions_BT.shape, window.context, rotation.tables
         check_tables(tables, self.struct.size, x.dtype)
@@ -146,104 +187,12 @@ class Decoder:
         assert window.offsets_BT.is_contiguous()
         site.visible.check((b, t, context), x.dtype)
         layer, sequence, head = cache.stride()[:3]
-        scratch = x.new_empty(b * t * self.scratch)
-        call = _Call(
+        return Call(
             x.data_ptr(), *map(address, pair), *map(address, tables), address(site.visible.mask),
             window.positions_BT.data_ptr(), window.offsets_BT.data_ptr(),
             cache.data_ptr() + window.rows.first * sequence * cache.itemsize, scratch.data_ptr(),
             b, t, context, layer, sequence, head, *site.visible.strides(),
         )  # fmt: skip
-        kernels().run("decode", x.dtype, self.struct, call)
-
-
-class Foreteller:
-    """A draft at work on a batch: reads tokens from their ids to the logits behind them, a call of the kernels each.
-
-    It first reads T tokens a row, of which `counts[b]` are real and the others padding, then one at a time, up to
-    `num_steps` of them. Addresses are worked out once; outputs of each call stay in memory of their own.
-    """
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        ends: DraftEnds,
-        tables: tuple[Tensor, Tensor],
-        cache: SlotCache,
-        num_steps: int,
-    ) -> None:
-        assert decoder.can_foretell(ends)
-        check_tables(tables, decoder.struct.size, cache.buffer.dtype)
-        assert cache.buffer.dtype == ends.embedding_VH.dtype == ends.head.weight.dtype
-        self._decoder, self._ends, self._tables, self._cache = decoder, ends, tables, cache
-        self._num_steps, self._done = num_steps, 0
-
-    def begin(self, tokens_BT: Tensor, hidden_BTH: Tensor, rows: Rows, counts: Sequence[int]) -> None:
-        """Reads the first tokens, row b's from `rows.starts[b]` on."""
-        (b, t), k, hidden = tokens_BT.shape, self._num_steps, self._decoder.struct.hidden
-        tokens_BT, hidden_BTH, cache = tokens_BT.contiguous(), hidden_BTH.contiguous(), self._cache
-        end = max(start + max(t, count + k) for start, count in zip(rows.starts, counts, strict=True))
-        assert end <= min(cache.capacity, len(self._tables[0]))
-        assert rows.branches is None
-        assert hidden_BTH.shape == (b, t, hidden)
-        assert hidden_BTH.dtype == cache.buffer.dtype
-        read = [start + i for start in rows.starts for i in range(t)]
-        steps = [
-            start + count + i for i in range(k) for start, count in zip(rows.starts, counts, strict=True)
-        ]
-        self._numbers = torch.tensor([*read, *steps, *(count - 1 for count in counts), *[0] * b])
-        self._first, self._size, self._columns = b * t, b, self._ends.head.num_outputs
-        new = hidden_BTH.new_empty
-        self._hidden_KBH, self._logits_KBC = new(k + 1, b, hidden), new(k + 1, b, self._columns)
-        self._best_KB, self._peak_KB = tokens_BT.new_empty(k + 1, b), new((k + 1, b), dtype=torch.float32)
-        # x of the tokens, then what lies between operators.
-        self._scratch = new(b * t * (hidden + self._decoder.scratch))
-        layer, sequence, head = cache.buffer.stride()[:3]
-        numbers, first_row = self._numbers.data_ptr(), rows.first * sequence * cache.buffer.itemsize
-        self._call = _Call(
-            self._scratch.data_ptr(), self._ends.embedding_VH.data_ptr(), hidden_BTH.data_ptr(),
-            *map(address, self._tables), None, numbers, numbers, cache.buffer.data_ptr() + first_row,
-            self._scratch.data_ptr() + b * t * hidden * cache.buffer.itemsize, b, t, end, layer, sequence, head, 0, 0,
-        )  # fmt: skip
-        self._foretelling = _Foretelling(
-            tokens_BT.data_ptr(), numbers + 8 * (b * t + k * b), address(self._ends.vocabulary_C),
-            self._ends.head.weight.data_ptr(), self._hidden_KBH.data_ptr(), self._logits_KBC.data_ptr(),
-            self._best_KB.data_ptr(), self._peak_KB.data_ptr(), self._columns,
-        )  # fmt: skip
-        self._run()
-        self._call.tokens, self._foretelling.last = 1, self._foretelling.last + 8 * b
-
-    def step(self, tokens_B: Tensor) -> None:
-        """Reads one token more a row."""
-        assert tokens_B.is_contiguous()
-        assert tokens_B.shape == (self._size,)
-        assert self._done <= self._num_steps
-        call, told, done = self._call, self._foretelling, self._done
-        call.positions = call.offsets = self._numbers.data_ptr() + 8 * (self._first + (done - 1) * self._size)
-        call.hidden, told.tokens = told.hidden, tokens_B.data_ptr()
-        told.hidden += self._hidden_KBH[0].nbytes
-        told.logits += self._logits_KBC[0].nbytes
-        told.best += 8 * self._size
-        told.peak += 4 * self._size
-        self._run()
-
-    def _run(self) -> None:
-        self._done += 1
-        kernels().run("foretell", self._scratch.dtype, self._decoder.struct, self._call, self._foretelling)
-
-    @property
-    def logits_BC(self) -> Tensor:  # noqa: N802 - a tensor's name carries its shape
-        """Behind the token that each row has read last."""
-        return self._logits_KBC[self._done - 1]
-
-    @property
-    def best_B(self) -> Tensor:  # noqa: N802
-        """Token id of the largest logit."""
-        return self._best_KB[self._done - 1]
-
-    @property
-    def peak_B(self) -> Tensor:  # noqa: N802
-        """Its probability, fp32."""
-        return self._peak_KB[self._done - 1]
 
 
 def _layer(weights: Weights) -> _Layer:

@@ -18,9 +18,10 @@ from torch.nn import functional
 
 from farm.layers.attention import Rotation, attend_cached, plain_frequencies, rotary_tables, signed
 from farm.layers.cache import AnyRows, Site, SlotCache
-from farm.layers.decoder import Decoder, Weights
+from farm.layers.decoder import Decoder, TokenEnds, Weights
 from farm.layers.dense import Dense, Gated, RmsNorm, swiglu
 from farm.layers.lora import LoraRows, Part
+from farm.target.model import Reading
 
 SUPPORTED = ("llama", "qwen2", "qwen3")
 
@@ -97,6 +98,7 @@ class TargetForward:
         self.layers = [_fuse(placed, f"model.layers.{i}.", self.eps) for i in range(config.num_hidden_layers)]
         heads = (self.num_heads, self.num_kv_heads, self.head_dim)
         self._decoder = Decoder.of([layer.weights for layer in self.layers], heads)
+        self._ends = TokenEnds(self.embedding, self.head, norm=self.norm)
         inv_freq, scaling = _rope(config, self.head_dim)
         # Slack for the drafted tokens that one verification may run past the last position.
         cos, sin = rotary_tables(inv_freq.to(device), self.max_positions + 64, scaling)
@@ -130,10 +132,7 @@ class TargetForward:
         `loras` adds to every product what the row's own LoRA says.
         Tokens of trees have their positions, and what they see, from `rows.branches`.
         """
-        window = cache.window(rows, tokens_BT.shape[1])
-        n, g = self.num_heads + self.num_kv_heads, self.num_kv_heads
-        rotation = Rotation((self.cos, self.sin), window.positions_BT, n, g)
-        site = window.site(self.num_heads // self.num_kv_heads)
+        rotation, site = self._place(tokens_BT, rows, cache)
         real_M = None if loras is not None else rows.real(tokens_BT.shape[1], self.device)
         x_MH = functional.embedding(_pack(tokens_BT.reshape(-1), real_M), self.embedding)
         if self._decoder is not None and real_M is None and loras is None:
@@ -143,6 +142,24 @@ class TargetForward:
             for index, layer in enumerate(self.layers):
                 x_MH = self._layer(x_MH, index, layer, context)
         return _spread(self.norm(x_MH), real_M, tokens_BT.numel()).view(*tokens_BT.shape, self.hidden_size)
+
+    @torch.inference_mode()
+    def read(
+        self, tokens_BT: Tensor, rows: AnyRows, cache: SlotCache, loras: LoraRows | None = None
+    ) -> Reading:
+        """As `forward`, with the logits after every token; one call of the kernels where nothing changes by row."""
+        if self._decoder is None or loras is not None or not self._decoder.can_foretell(self._ends):
+            hidden_BTH = self.forward(tokens_BT, rows, cache, loras)
+            return Reading(hidden_BTH, self.logits(hidden_BTH))
+        told = self._decoder.foretell(tokens_BT, self._ends, *self._place(tokens_BT, rows, cache))
+        hidden_BTH, logits_BTV = (x.view(*tokens_BT.shape, -1) for x in (told.hidden_MH, told.logits_MC))
+        return Reading(hidden_BTH, logits_BTV, told.best_M.view(tokens_BT.shape))
+
+    def _place(self, tokens_BT: Tensor, rows: AnyRows, cache: SlotCache) -> tuple[Rotation, Site]:
+        window = cache.window(rows, tokens_BT.shape[1])
+        n, g = self.num_heads + self.num_kv_heads, self.num_kv_heads
+        rotation = Rotation((self.cos, self.sin), window.positions_BT, n, g)
+        return rotation, window.site(self.num_heads // self.num_kv_heads)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits [..., V] of post-norm hidden states [..., H]."""

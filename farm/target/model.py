@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sized
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,14 @@ from torch import Tensor
 from farm.layers.cache import AnyRows, SlotCache
 from farm.layers.dense import Dense
 from farm.layers.lora import LoraRows
+
+
+class Reading(NamedTuple):
+    """What a target says of B x T tokens it has read: post-norm hidden states, and the logits of what follows each."""
+
+    hidden_BTH: Tensor
+    logits_BTV: Tensor
+    best_BT: Tensor | None = None  # the token of the largest logit, where it came with them
 
 
 class TargetModel(Protocol):
@@ -77,6 +85,12 @@ class TargetModel(Protocol):
 
         Raises ValueError for `loras` where the model cannot take any.
         """
+        ...
+
+    def read(
+        self, tokens_BT: Tensor, rows: AnyRows, cache: SlotCache, loras: LoraRows | None = None
+    ) -> Reading:
+        """As `forward`, with the logits after every token."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:

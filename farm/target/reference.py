@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from farm.layers.cache import AnyRows, Rows, SlotCache, Window
 from farm.layers.dense import Dense
 from farm.layers.lora import LoraRows
+from farm.target.model import Reading
 
 # Of the trial, as shares of the logits' norm: two orders of summation differ by far less, a wrong mask by far more.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
@@ -96,6 +97,13 @@ class ReferenceForward:
             use_cache=True,
         ).last_hidden_state
         return hidden_BTH
+
+    def read(
+        self, tokens_BT: Tensor, rows: AnyRows, cache: SlotCache, loras: LoraRows | None = None
+    ) -> Reading:
+        """As `forward`, with the logits after every token."""
+        hidden_BTH = self.forward(tokens_BT, rows, cache, loras)
+        return Reading(hidden_BTH, self.logits(hidden_BTH))
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

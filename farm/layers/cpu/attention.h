@@ -1,12 +1,18 @@
 // Attention of a few queries a row over the cache: grouped heads, what is seen told by a number or by a mask.
 #pragma once
 
+#include <numeric>
+
 #include "threads.h"
 #include "vectors.h"
 
 namespace farm {
 
-constexpr int kQueries = 4;     // that share a reading of keys and values
+#ifdef __AVX512F__
+constexpr int kQueries = 6;     // that share a reading of keys and values; 24 of 32 registers hold their sums
+#else
+constexpr int kQueries = 4;
+#endif
 constexpr int kPositions = 64;  // of which weights are held
 
 template <class T>
@@ -150,18 +156,26 @@ void attend_some(const Attention<T>& a, int64_t b, int64_t g, int64_t first, int
   Softmax<T, kVectors, kCount>(a, b, g, first).run();
 }
 
+// Into how many tiles the queries of one sequence's key/value head go, so that threads get as much work each.
+inline int64_t tiles_of(int64_t queries, int64_t heads, int64_t threads) {
+  const int64_t least = (queries + kQueries - 1) / kQueries, step = threads / std::gcd(heads, threads);
+  const int64_t even = (least + step - 1) / step * step;
+  return even < queries ? even : queries;
+}
+
 template <class T>
 void attend(Thread& thread, const Attention<T>& a) {
-  const int64_t queries = a.group * a.tokens, tiles = (queries + kQueries - 1) / kQueries;
-  const int64_t tasks = a.sequences * a.kv_heads * tiles;
-  thread.each(tasks, [&](int64_t task) {
-    const int64_t b = task / (a.kv_heads * tiles), g = task / tiles % a.kv_heads, first = task % tiles * kQueries;
+  const int64_t queries = a.group * a.tokens, heads = a.sequences * a.kv_heads;
+  const int64_t tiles = tiles_of(queries, heads, thread.count());
+  thread.each(heads * tiles, [&](int64_t task) {
+    const int64_t b = task / (a.kv_heads * tiles), g = task / tiles % a.kv_heads, tile = task % tiles;
+    const int64_t first = queries * tile / tiles, count = queries * (tile + 1) / tiles - first;
     switch (a.size / kLanes) {
-      case 1: attend_some<T, 1>(a, b, g, first, queries - first); break;
-      case 2: attend_some<T, 2>(a, b, g, first, queries - first); break;
-      case 4: attend_some<T, 4>(a, b, g, first, queries - first); break;
-      case 6: attend_some<T, 6>(a, b, g, first, queries - first); break;
-      case 8: attend_some<T, 8>(a, b, g, first, queries - first); break;
+      case 1: attend_some<T, 1>(a, b, g, first, count); break;
+      case 2: attend_some<T, 2>(a, b, g, first, count); break;
+      case 4: attend_some<T, 4>(a, b, g, first, count); break;
+      case 6: attend_some<T, 6>(a, b, g, first, count); break;
+      case 8: attend_some<T, 8>(a, b, g, first, count); break;
     }
   });
 }

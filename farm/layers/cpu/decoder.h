@@ -2,6 +2,9 @@
 // bound by calls.
 #pragma once
 
+#include <algorithm>
+#include <vector>
+
 #include "attention.h"
 #include "elementwise.h"
 #include "product.h"
@@ -32,7 +35,7 @@ struct Decoder {
 template <class T>
 struct Call {
   T* x;                        // [M, H], written over
-  const T *embedded, *hidden;  // [M, H], what a draft's x is made of
+  const T *embedded, *hidden;  // [M, H], what a draft's x is made of; where tokens are named, `embedded` is the whole table
   const T *cos, *sin, *mask;    // tables of positions; see Attention
   const int64_t *positions, *offsets;  // [M]: of the token, and of its entry among its row's
   T *cache, *scratch;  // keys of the first layer's first row; M (3 H + (N + 2 G) D + N D + the widest MLP) numbers
@@ -94,15 +97,15 @@ void decode(Thread& thread, const Decoder<T>& d, const Call<T>& c, const int64_t
   }
 }
 
-// What one call of a draft reads and foretells; `embedded` of the call is then the whole table.
+// What a call reads and foretells, from token ids to logits.
 template <class T>
 struct Foretelling {
-  const int64_t *tokens, *last;  // [B, T]; [B]: the index of the token in each row that is the last one read
+  const int64_t *tokens, *last;  // [B, T]; [B]: the index in each row behind which is foretold, none: behind every token
   const int64_t* vocabulary;     // [C], token ids of the head's columns; none: all
-  const T* head;
-  T *hidden, *logits;  // [B, H] and [B, C] behind the last token read
-  int64_t* best;       // [B], the token id of the largest logit
-  float* peak;         // [B], its probability; none: not wanted
+  const T *norm, *head;          // [H] in front of a target's head; a draft has none
+  T *hidden, *logits;            // [R, H] and [R, C], R = B or M
+  int64_t* best;                 // [R], the token id of the largest logit
+  float* peak;                   // [R], its probability; none: not wanted
   int64_t columns;
 };
 
@@ -117,6 +120,7 @@ void find_best(const Foretelling<T>& f, int64_t row) {
   float most = highest[0];
   for (int lane = 1; lane < kLanes; lane++) most = highest[lane] > most ? highest[lane] : most;
   int64_t column = 0;
+  while (column + kLanes < f.columns && !any(load(logits + column) == most)) column += kLanes;
   while (column < f.columns - 1 && (float)logits[column] != most) column++;
   f.best[row] = f.vocabulary ? f.vocabulary[column] : column;
   if (!f.peak) return;
@@ -127,14 +131,85 @@ void find_best(const Foretelling<T>& f, int64_t row) {
   f.peak[row] = 1 / sum(total);
 }
 
+// x = embeddings, of what has no fc to make it.
+template <class T>
+void embed(Thread& thread, const Decoder<T>& d, const Call<T>& c, const int64_t* tokens) {
+  thread.each(c.sequences * c.tokens, [&](int64_t row) {
+    std::memcpy(c.x + row * d.hidden, c.embedded + tokens[row] * d.hidden, d.hidden * sizeof(T));
+  });
+}
+
 template <class T>
 void foretell(Thread& thread, const Decoder<T>& d, const Call<T>& c, const Foretelling<T>& f) {
+  const int64_t rows = f.last ? c.sequences : c.sequences * c.tokens;
+  if (!d.fc) embed(thread, d, c, f.tokens);
   decode(thread, d, c, f.tokens);
-  thread.each(c.sequences, [&](int64_t b) {
-    std::memcpy(f.hidden + b * d.hidden, c.x + (b * c.tokens + f.last[b]) * d.hidden, d.hidden * sizeof(T));
+  thread.each(rows, [&](int64_t row) {
+    const T* x = c.x + (f.last ? row * c.tokens + f.last[row] : row) * d.hidden;
+    T* hidden = f.hidden + row * d.hidden;
+    if (f.norm)
+      norm_of_one(x, f.norm, hidden, d.hidden, (float)d.eps);
+    else
+      std::memcpy(hidden, x, d.hidden * sizeof(T));
   });
-  linear<T>(thread, {f.hidden, f.head, nullptr, nullptr, f.logits, c.sequences, d.hidden, f.columns, kAsTheyAre});
-  thread.each(c.sequences, [&](int64_t b) { find_best(f, b); });
+  linear<T>(thread, {f.hidden, f.head, nullptr, nullptr, f.logits, rows, d.hidden, f.columns, kAsTheyAre});
+  thread.each(rows, [&](int64_t row) { find_best(f, row); });
+}
+
+// When the chains of a batch grow; see farm/decode/growth.py.
+struct Growth {
+  const double *accepted, *expected;         // [B, bins] and [B, width]; none: they grow to the end
+  const double *verify_above, *draft_above;  // [width]
+  const int64_t* limits;                     // [B]
+  const int64_t *positions, *zeros;          // [length, B] of the drafted tokens; [B]
+  int64_t *forwards, *kept;                  // told: how often the draft ran, and how many positions are verified
+  int64_t bins, width, length;               // `length` positions at most
+};
+
+// A round that follows it. Every thread works it out for itself, from the same numbers.
+class Growing {
+ public:
+  Growing(const Growth& growth, int64_t rows) : g_(growth), survival_(growth.accepted ? rows : 0, 1.) {}
+
+  bool keeps(int64_t index, const float* peak) {
+    if (!g_.accepted) return true;
+    double sum = 0;
+    for (size_t b = 0; b < survival_.size(); b++) {
+      const int64_t bin = (int64_t)((double)peak[b] * g_.bins);
+      survival_[b] = index < g_.limits[b] ? survival_[b] * g_.accepted[b * g_.bins + std::min(bin, g_.bins - 1)] : 0;
+      sum += survival_[b];
+    }
+    return sum > g_.verify_above[index];
+  }
+
+  bool grows(int64_t index) const {
+    if (!g_.accepted) return true;
+    double sum = 0;
+    for (size_t b = 0; b < survival_.size(); b++)
+      sum += index < g_.limits[b] ? survival_[b] * g_.expected[b * g_.width + index] : 0;
+    return sum > g_.draft_above[index];
+  }
+
+ private:
+  const Growth& g_;
+  std::vector<double> survival_;
+};
+
+// The most likely chains behind what is pending, a token at a time. Outputs of every step stand behind each other, but
+// for the logits, which nobody asks for.
+template <class T>
+void chain(Thread& thread, const Decoder<T>& d, Call<T> c, Foretelling<T> f, const Growth& g) {
+  const int64_t rows = c.sequences;
+  Growing growing(g, rows);
+  int64_t index = 0, forwards = 1;
+  foretell(thread, d, c, f);
+  while (growing.keeps(index, f.peak) && ++index < g.length && growing.grows(index)) {
+    c.tokens = 1, c.hidden = f.hidden, c.positions = c.offsets = g.positions + (index - 1) * rows;
+    f.tokens = f.best, f.last = g.zeros, f.hidden += rows * d.hidden, f.best += rows, f.peak += f.peak ? rows : 0;
+    foretell(thread, d, c, f);
+    forwards++;
+  }
+  if (thread.index() == 0) *g.forwards = forwards, *g.kept = index;
 }
 
 }  // namespace farm

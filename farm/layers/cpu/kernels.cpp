@@ -40,6 +40,10 @@ static int64_t work_of(const Decoder<T>& decoder, const Call<T>& call) {
   extern "C" void foretell_##name(const Decoder<T>* decoder, const Call<T>* call, const Foretelling<T>* foretelling,  \
                                   int threads) {                                                                      \
     share(threads, work_of(*decoder, *call), [&](Thread& thread) { foretell(thread, *decoder, *call, *foretelling); });\
+  }                                                                                                                   \
+  extern "C" void chain_##name(const Decoder<T>* decoder, const Call<T>* call, const Foretelling<T>* foretelling,     \
+                               const Growth* growth, int threads) {                                                   \
+    share(threads, work_of(*decoder, *call), [&](Thread& thread) { chain(thread, *decoder, *call, *foretelling, *growth); });\
   }
 
 FOR(float, float32)

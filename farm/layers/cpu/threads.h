@@ -26,6 +26,9 @@ class Thread {
  public:
   Thread(std::atomic<int64_t>& arrivals, int index, int threads) : arrivals_(arrivals), index_(index), threads_(threads) {}
 
+  int count() const { return threads_; }
+  int index() const { return index_; }
+
   // Calls body(i) for this thread's share of 0..count - 1 and waits for the others'.
   template <class Body>
   void each(int64_t count, const Body& body) {

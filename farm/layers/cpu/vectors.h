@@ -120,6 +120,12 @@ inline Floats exponential(Floats x) {
   return (Floats)((Ints)series + ((Ints)whole << 23));
 }
 
+inline bool any(Ints mask) {
+  int32_t found = 0;
+  for (int lane = 0; lane < kLanes; lane++) found |= mask[lane];
+  return found;
+}
+
 inline Floats silu(Floats x) { return x / (1.f + exponential(-x)); }
 
 }  // namespace farm

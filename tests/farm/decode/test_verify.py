@@ -181,10 +181,7 @@ def test_enumeration_rejects_a_length_that_reads_the_probability_of_what_was_dra
 
 
 def test_padding_behind_a_short_row_is_never_accepted() -> None:
-    drafted, best = torch.tensor([[1, 2, 3]] * 3), torch.tensor([[1, 2, 3, 4]] * 3)
-    verdict = verify_greedy(drafted, best, torch.tensor([0, 1, 3]))
-    assert verdict.num_accepted_B.tolist() == [0, 1, 3]
-    assert verdict.next_B.tolist() == [1, 2, 4]
+    assert verify_greedy([[1, 2, 3]] * 3, [[1, 2, 3, 4]] * 3, [0, 1, 3]) == [0, 1, 3]
 
 
 def test_verdict_follows_the_uniform_numbers() -> None:
@@ -200,11 +197,7 @@ def test_verdict_follows_the_uniform_numbers() -> None:
 
 
 def test_greedy_accepts_the_agreeing_prefix_only() -> None:
-    drafted = torch.tensor([[1, 2, 3], [9, 2, 3], [1, 2, 9]])
-    best = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]])
-    verdict = verify_greedy(drafted, best, torch.tensor([3, 3, 3]))
-    assert verdict.num_accepted_B.tolist() == [3, 0, 2]
-    assert verdict.next_B.tolist() == [4, 1, 3]
+    assert verify_greedy([[1, 2, 3], [9, 2, 3], [1, 2, 9]], [[1, 2, 3, 4]] * 3, [3, 3, 3]) == [3, 0, 2]
     assert prefix_length(torch.tensor([[True, False, True]])).tolist() == [1]
 
 

@@ -1,12 +1,17 @@
 """A decoder in one call computes what its operators compute one by one, for chains and trees, targets and drafts."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from farm.decode.propose import ChainReader, FusedChainReader, Pending, chain_reader
+from farm.decode.chain import ChainProposal
+from farm.decode.control import Fixed, Signal
+from farm.decode.growth import Growing, Growth
+from farm.decode.propose import ChainReader, FusedChainReader, Pending, chain_reader, propose
+from farm.decode.sampling import SamplingBatch, SamplingParams
 from farm.draft.lean import LeanDraft, LeanHead
 from farm.draft.model import DraftHead
 from farm.layers.cache import Branches, Rows, SlotCache
@@ -61,19 +66,19 @@ def test_a_token_has_the_same_bits_alone_in_a_batch_and_in_a_verification() -> N
     assert torch.equal(together.buffer, alone.buffer)
 
 
-def readers(pruned: bool) -> tuple[Any, Any]:
+def readers(pruned: bool, limits: tuple[int, ...] = (3, 3), num_steps: int = 3) -> tuple[Any, Any]:
     """The same draft over the same pending tokens, three steps ahead at most: in one call each, and by operators."""
     target, draft = tiny_pair()
     vocabulary = torch.tensor([0, 3, 7, 11, 30]) if pruned else None
     head = LeanHead(DraftHead.of(target.embedding, target.head_weight, vocabulary), target.head)
     lean, config = LeanDraft.of(draft), draft.config
     hidden = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
-    pending = Pending(TOKENS, hidden, Rows([4, 6], first=1), (5, 3), (3, 3))
+    pending = Pending(TOKENS, hidden, Rows([4, 6], first=1), (5, 3), limits)
     made = []
     for make in (chain_reader, ChainReader):
         cache = SlotCache(1, 4, 40, (config.num_kv_heads, config.head_dim))
         cache.buffer[:, 1:3].normal_(generator=torch.Generator().manual_seed(1))
-        made.append(make(lean, head, replace(pending), cache, 3))
+        made.append(make(lean, head, replace(pending), cache, num_steps))
     return tuple(made)  # type: ignore[return-value]
 
 
@@ -100,3 +105,65 @@ def test_of_equal_logits_the_first_is_best() -> None:
     told = chain_reader(LeanDraft.of(draft), head, pending, cache, 0).told
     assert told.best_B is not None
     assert told.best_B.tolist() == [4]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("branches", [None, TREE], ids=["chain", "tree"])
+def test_a_target_from_token_ids_to_its_choice_is_its_parts(kind: str, branches: Branches | None) -> None:
+    forward = TargetForward.of(tiny_model(kind))
+    caches = [forward.new_cache(4, 24) for _ in range(2)]
+    for cache in caches:
+        forward.forward(TOKENS, Rows([0, 0], first=1), cache)
+    rows = Rows([5, 3], first=1, branches=branches)
+    reading = forward.read(TOKENS.flip(1), rows, caches[0])
+    hidden_BTH = forward.forward(TOKENS.flip(1), rows, caches[1])
+    logits_BTV = forward.logits(hidden_BTH)
+    assert torch.equal(reading.hidden_BTH, hidden_BTH)
+    assert torch.equal(reading.logits_BTV, logits_BTV)
+    assert reading.best_BT is not None
+    assert torch.equal(reading.best_BT, logits_BTV.argmax(dim=-1))
+    assert torch.equal(caches[0].buffer, caches[1].buffer)
+
+
+def grown(limits: tuple[int, ...], growth: Growth | None) -> tuple[ChainProposal, ChainProposal]:
+    """What one call drafts by a rule, and what its operators do that ask at every position."""
+
+    class Asks(Fixed):
+        signal: Signal = "peak"
+
+        def __init__(self) -> None:
+            super().__init__(3)
+            self._growing = None if growth is None else Growing(growth)
+
+        def keep(self, index: int, signal_B: Sequence[float]) -> list[bool]:
+            keeps = self._growing is None or self._growing.keeps(index, signal_B)
+            return [keeps] * len(signal_B)
+
+        def more(self, index: int) -> bool:
+            return self._growing is None or self._growing.grows(index)
+
+    knows, asks = Asks(), Asks()
+    knows.growth = growth
+    if growth is None:
+        knows.signal = "none"
+    batch = SamplingBatch.of([SamplingParams()] * 2, [0, 0])
+    fused, plain = readers(pruned=True, limits=limits, num_steps=2)
+    return propose(fused, 3, knows, batch), propose(plain, 3, asks, batch)
+
+
+@pytest.mark.parametrize("limits", [(3, 3), (1, 3), (0, 2)])
+@pytest.mark.parametrize("above", [None, -1.0, 0.3, 0.6, 1.0, 1.4, 9.0])
+def test_a_chain_in_one_call_grows_as_one_that_is_asked_for_token_by_token(
+    limits: tuple[int, ...], above: float | None
+) -> None:
+    growth = None
+    if above is not None:
+        tables = [[0.2, 0.5, 0.7, 0.9]] * 2
+        growth = Growth(limits, tables, [[0.9, 0.8, 0.7]] * 2, [above] * 3, [0.8 * above] * 3)
+    whole, parts = grown(limits, growth)
+    assert whole.lengths == parts.lengths
+    assert whole.forwards == parts.forwards
+    for row, length in enumerate(whole.lengths):
+        assert whole.tokens_BK[row, :length].tolist() == parts.tokens_BK[row, :length].tolist()
+    if growth is not None:
+        torch.testing.assert_close(torch.tensor(whole.signals), torch.tensor(parts.signals))
