@@ -13,6 +13,7 @@ LOOKS = 3  # measurements of a length before it counts as explored
 # Measurements of a length of which the median counts: another process may have the core at any time.
 KEPT = 15
 PACE_ROUNDS = 4  # rounds by whose median the machine's present pace is told
+PLAIN_ROUNDS = 16  # plain rounds of which the median counts: they come without end where nothing is drafted
 SELDOM = 4  # once a length is well known, one round in so many is measured: measuring costs time too
 
 
@@ -28,9 +29,13 @@ class RunningMedian:
         self._last.append(measured)
         self._stale = True
 
+    def clear(self) -> None:
+        """Drops the measurements; the median stays until there are others."""
+        self._last.clear()
+
     @property
     def value(self) -> float:
-        if self._stale:
+        if self._stale and self._last:
             self._value, self._stale = statistics.median(self._last), False
         return self._value
 
@@ -144,7 +149,7 @@ class RoundCosts:
         self.max_length = max_length
         self._explored: set[Bucket] = set()
         self._pace = RunningMedian(PACE_ROUNDS, 1.0)
-        self._plain: defaultdict[Bucket, RunningMedian] = defaultdict(lambda: RunningMedian(PACE_ROUNDS))
+        self._plain: defaultdict[Bucket, RunningMedian] = defaultdict(lambda: RunningMedian(PLAIN_ROUNDS))
         self._draft: defaultdict[Bucket, SecondsByLength] = defaultdict(SecondsByLength)
         self._rest: defaultdict[Bucket, SecondsByLength] = defaultdict(SecondsByLength)
 
@@ -210,6 +215,10 @@ class RoundCosts:
     def without_pace(self, rate: float) -> float:
         """The rate that `now` would make this one of."""
         return rate * self._pace.value
+
+    def forget_plain(self, load: Load) -> None:
+        """What plain rounds took is about to be measured anew."""
+        self._plain[bucket_of(load)].clear()
 
     def draft_step(self, load: Load, index: int) -> float:
         """Seconds of one more draft forward, for position `index`, without the pace."""

@@ -43,11 +43,15 @@ class Trial:
 
 
 class Regime:
-    """Of loads that last alike: whether they speculate, at what rate a row, and for how many rounds more."""
+    """Of loads that last alike: whether they speculate, at what rate a row, and for how many rounds more.
 
-    def __init__(self, left: int) -> None:
+    What is done is looked into after `left` rounds; `rest` and `watch` are the pauses before that, of plain decoding
+    and of speculation, and grow while it is confirmed.
+    """
+
+    def __init__(self, pause: int) -> None:
         self.speculates, self.rate, self.since = False, Ratio(1.0, 1.0, memory=1), 0
-        self.left, self.pause = left, left
+        self.left, self.rest, self.watch = pause, pause, pause
 
 
 class Cost:
@@ -68,7 +72,7 @@ class Cost:
     signal: Signal = "peak"
     LOOK, SETTLE = 4, 1  # rounds of a trial that count, and those before them that pay for the change
     DEEP_EVERY, EXPLORE_EVERY, RULE_ROUNDS = 48, 16, 8
-    SHORTEST_PAUSE, LONGEST_PAUSE = 96, 768
+    FIRST_WATCH, SHORTEST_PAUSE, LONGEST_PAUSE = 16, 96, 768
     # What speculation has to promise and to keep, of one row and of several. Rows of a batch that drafts end further
     # apart, which no round's seconds show, and a look sees but a few of the places that an answer has.
     BEGIN, STAY = (1.03, 1.15), (1.0, 1.02)
@@ -115,6 +119,8 @@ class Cost:
         if regime.left <= 0 or self._disappoints(load, regime):
             regime.left = self.LONGEST_PAUSE  # until the trial's end says better
             lengths = (0,) if regime.speculates else (1, max(1, self.max_length // 2))
+            if regime.speculates:
+                self._costs.forget_plain(load)
             return Trial(key, lengths, self.SETTLE + self.LOOK, decides=True)
         if regime.speculates and self._round % self.DEEP_EVERY == 0:
             return Trial(key, (min(self.max_length, 2 + 2 * self._best(load)[0]),), 1)
@@ -130,20 +136,21 @@ class Cost:
         """Whether loads such as this speculate from now on, and for how many rounds that goes unquestioned."""
         plain, several = self._costs.plain(load), load.num_rows > 1
         if regime.speculates:
-            keeps = self._costs.now(regime.rate.value) > self.STAY[several] * plain
-            short_lived = self._round - regime.since < regime.pause
-            regime.pause = self._longer(regime.pause) if keeps or short_lived else self.SHORTEST_PAUSE
-            regime.speculates = keeps
+            if self._costs.now(regime.rate.value) > self.STAY[several] * plain:
+                regime.left = regime.watch = self._longer(regime.watch)
+                return
+            lasted = self._round - regime.since > self.LONGEST_PAUSE
+            regime.rest = self.SHORTEST_PAUSE if lasted else self._longer(regime.rest)
         else:
             _, promised = self._best(load)
-            regime.speculates = promised > self.BEGIN[several] * plain
-            if regime.speculates:
-                regime.rate, regime.since = (
-                    Ratio(promised, 8 * load.num_rows / promised, memory=64),
-                    self._round,
-                )
-            regime.pause = self.SHORTEST_PAUSE if regime.speculates else self._longer(regime.pause)
-        regime.left = regime.pause
+            if promised > self.BEGIN[several] * plain:
+                rate = self._costs.without_pace(promised)
+                regime.rate, regime.since = Ratio(rate, 4 / rate, memory=64), self._round
+                regime.left = regime.watch = self.FIRST_WATCH
+                regime.speculates = True
+                return
+            regime.rest = self._longer(regime.rest)
+        regime.left, regime.speculates = regime.rest, False
 
     def _longer(self, pause: int) -> int:
         return min(2 * pause, self.LONGEST_PAUSE)
