@@ -1,7 +1,7 @@
 # M = B T rows, H hidden, F mlp width, N query heads, G key/value heads, D head size
 """All layers of a decoder in one call of the kernels: what Python and torch cost between operators falls away.
 
-A target's layers and a draft's one layer take this way whenever nothing changes them by row; the same arithmetic,
+A target's layers take this way, and a draft's one layer whenever nothing changes it by row; the same arithmetic,
 operator by operator, is in farm/target/forward.py and farm/draft/lean.py.
 """
 
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -18,8 +19,10 @@ from farm.layers.attention import Rotation
 from farm.layers.cache import Site
 from farm.layers.dense import Dense, Gated, RmsNorm
 from farm.layers.kernels import HEAD_SIZES, address, check_tables, fields, kernels
+from farm.layers.lora import Lora, LoraRows, Part
 
 MLPS = 2  # of a layer, at most
+PARTS: tuple[Part, ...] = ("qkv", "out", "gate_up", "down")  # of a layer, in the order of cpu/lora.h
 
 
 class _Mlp(ctypes.Structure):
@@ -41,9 +44,19 @@ class Call(ctypes.Structure):
     """Mirrors the struct of the same name in cpu/decoder.h."""
 
     _fields_ = [
-        *fields("x embedded hidden cos sin mask positions offsets cache scratch", "sequences tokens context"),
+        *fields(
+            "x embedded hidden cos sin mask positions offsets cache scratch loras", "sequences tokens context"
+        ),
         *fields("", "cache_layer kv_sequence kv_head mask_sequence mask_row"),
     ]
+
+
+class _Factors(ctypes.Structure):
+    _fields_ = fields("down up", "rank")
+
+
+class _Loras(ctypes.Structure):
+    _fields_ = fields("factors which", "target")
 
 
 class Foretelling(ctypes.Structure):
@@ -108,6 +121,8 @@ class Decoder:
         self.struct = _Decoder(ctypes.addressof(self._layers), front, len(layers), hidden, n, g, d, norm.eps)
         widest = max(gated.gate_up.num_outputs // 2 for layer in layers for gated, _ in layer.mlps)
         self.scratch = 3 * hidden + (n + 2 * g) * d + n * d + widest
+        self._apart = 2 * widest  # of scratch too where rows have LoRAs
+        self._factors: WeakKeyDictionary[Lora, Any] = WeakKeyDictionary()
 
     @classmethod
     def of(
@@ -123,11 +138,11 @@ class Decoder:
         known = laid_out and alike and heads[2] in HEAD_SIZES and all(x.is_contiguous() for x in numbers)
         return cls(layers, heads, fc) if known else None
 
-    def extend(self, x_MH: Tensor, rotation: Rotation, site: Site) -> Tensor:
+    def extend(self, x_MH: Tensor, rotation: Rotation, site: Site, loras: LoraRows | None = None) -> Tensor:
         """x [M, H] behind all layers, written over; keys and values go to the site."""
         assert x_MH.is_contiguous()
         assert x_MH.shape == (site.window.positions_BT.numel(), self.struct.hidden)
-        self._run(x_MH, (None, None), rotation, site)
+        self._run(x_MH, (None, None), rotation, site, loras)
         return x_MH
 
     def predict(self, embedded_BTH: Tensor, hidden_BTH: Tensor, rotation: Rotation, site: Site) -> Tensor:
@@ -143,15 +158,24 @@ class Decoder:
         """Whether the kernels know these ends."""
         return ends.head.layout == "kernels" and ends.head.bias is None and ends.embedding_VH.is_contiguous()
 
-    def foretell(self, tokens_BT: Tensor, ends: TokenEnds, rotation: Rotation, site: Site) -> Foretold:
+    def foretell(
+        self,
+        tokens_BT: Tensor,
+        ends: TokenEnds,
+        rotation: Rotation,
+        site: Site,
+        loras: LoraRows | None = None,
+    ) -> Foretold:
         """From token ids to the logits behind every token."""
         tokens_BT, num, new = tokens_BT.contiguous(), tokens_BT.numel(), ends.embedding_VH.new_empty
         assert tokens_BT.shape == site.window.positions_BT.shape
         out = Foretold(
             new(num, self.struct.hidden), new(num, ends.head.num_outputs), tokens_BT.new_empty(num)
         )
-        x_MH, scratch = new(num, self.struct.hidden), new(num * self.scratch)
+        x_MH = new(num, self.struct.hidden)
+        scratch, of_rows = self._scratch(x_MH, num, loras), self._loras(loras, site)
         call = self._call(x_MH, (ends.embedding_VH, None), rotation, site, scratch)
+        call.loras = of_rows and ctypes.addressof(of_rows)
         norm_H = None if ends.norm is None else ends.norm.weight_H
         told = Foretelling(
             tokens_BT.data_ptr(), None, address(ends.vocabulary_C), address(norm_H),
@@ -166,9 +190,37 @@ class Decoder:
         pair: tuple[Tensor | None, Tensor | None],
         rotation: Rotation,
         site: Site,
+        loras: LoraRows | None = None,
     ) -> None:
-        scratch = x.new_empty(x.numel() // self.struct.hidden * self.scratch)
-        kernels().run("decode", x.dtype, self.struct, self._call(x, pair, rotation, site, scratch))
+        scratch = self._scratch(x, x.numel() // self.struct.hidden, loras)
+        call, of_rows = self._call(x, pair, rotation, site, scratch), self._loras(loras, site)
+        call.loras = of_rows and ctypes.addressof(of_rows)
+        kernels().run("decode", x.dtype, self.struct, call)
+
+    def _scratch(self, like: Tensor, num_rows: int, loras: LoraRows | None) -> Tensor:
+        return like.new_empty(num_rows * (self.scratch + (self._apart if loras is not None else 0)))
+
+    def _loras(self, loras: LoraRows | None, site: Site) -> _Loras | None:
+        """As the kernels read them; the addresses are of what the stack and the result hold."""
+        if loras is None:
+            return None
+        stack, flat_EP = loras.stack, loras.stack.flat_EP
+        assert flat_EP.is_contiguous()
+        assert flat_EP.dtype == site.window.cache.buffer.dtype
+        assert len(loras.which) == len(site.window.positions_BT)
+        assert max(loras.which) < stack.num_targets
+        if stack not in self._factors:
+            deltas = [stack.delta(layer, part) for layer in range(self.struct.num_layers) for part in PARTS]
+            every = [
+                _Factors() if one is None
+                else _Factors(one.down_EXR.data_ptr(), one.up_ERY.data_ptr(), one.up_ERY.shape[1])
+                for one in deltas
+            ]  # fmt: skip
+            self._factors[stack] = (_Factors * len(every))(*every)
+        which = (ctypes.c_int64 * len(loras.which))(*loras.which)
+        found = _Loras(ctypes.addressof(self._factors[stack]), ctypes.addressof(which), flat_EP.shape[1])
+        found.kept = which
+        return found
 
     def _call(
         self,
@@ -190,7 +242,7 @@ class Decoder:
         return Call(
             x.data_ptr(), *map(address, pair), *map(address, tables), address(site.visible.mask),
             window.positions_BT.data_ptr(), window.offsets_BT.data_ptr(),
-            cache.data_ptr() + window.rows.first * sequence * cache.itemsize, scratch.data_ptr(),
+            cache.data_ptr() + window.rows.first * sequence * cache.itemsize, scratch.data_ptr(), None,
             b, t, context, layer, sequence, head, *site.visible.strides(),
         )  # fmt: skip
 

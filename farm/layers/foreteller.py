@@ -126,7 +126,8 @@ class Foreteller:
         self._call = Call(
             self._scratch.data_ptr(), self._ends.embedding_VH.data_ptr(), hidden_BTH.data_ptr(),
             *map(address, self._tables), None, numbers, numbers, cache.buffer.data_ptr() + first_row,
-            self._scratch.data_ptr() + b * t * hidden * cache.buffer.itemsize, b, t, end, layer, sequence, head, 0, 0,
+            self._scratch.data_ptr() + b * t * hidden * cache.buffer.itemsize, None, b, t, end,
+            layer, sequence, head, 0, 0,
         )  # fmt: skip
         self._foretelling = Foretelling(
             tokens_BT.data_ptr(), numbers + 8 * (b * t + k * b), address(self._ends.vocabulary_C),

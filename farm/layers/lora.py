@@ -7,6 +7,7 @@ of the LoRAs present, one grouped product each, so that cost grows with the targ
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -105,30 +106,48 @@ def stack_loras(loras: Sequence[Lora]) -> Lora:
     return Lora(places, torch.cat([lora.at(places).flat_EP for lora in loras]))
 
 
+class _Gathered(NamedTuple):
+    """Which tokens each LoRA multiplies, and where what it adds goes."""
+
+    from_N: Tensor  # tokens by target, padded to the largest number
+    changed_M: Tensor  # tokens that some LoRA changes
+    place_M: Tensor  # where those are among the N
+
+
 class LoraRows:
     """The LoRA that each row of a forward call has."""
 
     def __init__(self, stack: Lora, which: Sequence[int], num_tokens: int, device: torch.device) -> None:
         """`which[b]` is the index of row b's LoRA in the stack, -1 for none; each row has `num_tokens` tokens."""
-        self.stack = stack
-        members = [
-            [row for row, one in enumerate(which) if one == index] for index in range(stack.num_targets)
+        self.stack, self.which, self._num_tokens, self._device = stack, tuple(which), num_tokens, device
+
+    @functools.cached_property
+    def _members(self) -> list[list[int]]:
+        which = self.which
+        return [
+            [row for row, one in enumerate(which) if one == index] for index in range(self.stack.num_targets)
         ]
+
+    @functools.cached_property
+    def _in_line(self) -> bool:
+        """Whether rows stand by target in equal numbers: then they are a view."""
+        members, total = self._members, len(self.which)
         most = max(map(len, members))
-        # Rows that stand by target in equal numbers are a view; others are gathered, padded to the largest number.
-        self._in_line = [row for rows in members for row in rows] == list(range(most * len(members)))
-        self._in_line &= len(which) == most * len(members)
-        if self._in_line:
-            return
-        token_T = torch.arange(num_tokens, device=device)
+        ordered = [row for rows in members for row in rows] == list(range(most * len(members)))
+        return ordered and total == most * len(members)
+
+    @functools.cached_property
+    def _gathered(self) -> _Gathered:
+        members, device, num = self._members, self._device, self._num_tokens
+        most, token_T = max(map(len, members)), torch.arange(num, device=device)
 
         def tokens_of(rows: list[int]) -> Tensor:
-            return (torch.tensor(rows, device=device)[:, None] * num_tokens + token_T).view(-1)
+            return (torch.tensor(rows, device=device)[:, None] * num + token_T).view(-1)
 
-        self._gather_N = tokens_of([row for rows in members for row in (*rows, *[0] * (most - len(rows)))])
-        self._changed_M = tokens_of([row for rows in members for row in rows])
         places = [e * most + i for e, rows in enumerate(members) for i in range(len(rows))]
-        self._place_M = tokens_of(places)
+        padded = [row for rows in members for row in (*rows, *[0] * (most - len(rows)))]
+        changed = [row for rows in members for row in rows]
+        return _Gathered(tokens_of(padded), tokens_of(changed), tokens_of(places))
 
     def add(self, layer: int, part: Part, x_MX: Tensor, y_MY: Tensor) -> Tensor:
         """y with each row's delta of x added in place."""
@@ -141,6 +160,7 @@ class LoraRows:
             z_ENR = torch.bmm(x_MX.view(num, -1, x_MX.shape[1]), delta.down_EXR)
             y_MY.view(num, -1, y_MY.shape[1]).baddbmm_(z_ENR, delta.up_ERY)
             return y_MY
-        z_ENR = torch.bmm(x_MX[self._gather_N].view(num, -1, x_MX.shape[1]), delta.down_EXR)
+        tokens = self._gathered
+        z_ENR = torch.bmm(x_MX[tokens.from_N].view(num, -1, x_MX.shape[1]), delta.down_EXR)
         added_NY = torch.bmm(z_ENR, delta.up_ERY).flatten(0, 1)
-        return y_MY.index_add_(0, self._changed_M, added_NY[self._place_M])
+        return y_MY.index_add_(0, tokens.changed_M, added_NY[tokens.place_M])

@@ -135,8 +135,8 @@ class TargetForward:
         rotation, site = self._place(tokens_BT, rows, cache)
         real_M = None if loras is not None else rows.real(tokens_BT.shape[1], self.device)
         x_MH = functional.embedding(_pack(tokens_BT.reshape(-1), real_M), self.embedding)
-        if self._decoder is not None and real_M is None and loras is None:
-            x_MH = self._decoder.extend(x_MH, rotation, site)
+        if self._decoder is not None and real_M is None:
+            x_MH = self._decoder.extend(x_MH, rotation, site, loras)
         else:
             context = Context((tokens_BT.shape[0], tokens_BT.shape[1]), rotation, site, real_M, loras)
             for index, layer in enumerate(self.layers):
@@ -147,11 +147,12 @@ class TargetForward:
     def read(
         self, tokens_BT: Tensor, rows: AnyRows, cache: SlotCache, loras: LoraRows | None = None
     ) -> Reading:
-        """As `forward`, with the logits after every token; one call of the kernels where nothing changes by row."""
-        if self._decoder is None or loras is not None or not self._decoder.can_foretell(self._ends):
+        """As `forward`, with the logits after every token; one call of the kernels where there are any."""
+        if self._decoder is None or not self._decoder.can_foretell(self._ends):
             hidden_BTH = self.forward(tokens_BT, rows, cache, loras)
             return Reading(hidden_BTH, self.logits(hidden_BTH))
-        told = self._decoder.foretell(tokens_BT, self._ends, *self._place(tokens_BT, rows, cache))
+        rotation, site = self._place(tokens_BT, rows, cache)
+        told = self._decoder.foretell(tokens_BT, self._ends, rotation, site, loras)
         hidden_BTH, logits_BTV = (x.view(*tokens_BT.shape, -1) for x in (told.hidden_MH, told.logits_MC))
         return Reading(hidden_BTH, logits_BTV, told.best_M.view(tokens_BT.shape))
 

@@ -7,6 +7,7 @@
 
 #include "attention.h"
 #include "elementwise.h"
+#include "lora.h"
 #include "product.h"
 
 namespace farm {
@@ -38,7 +39,9 @@ struct Call {
   const T *embedded, *hidden;  // [M, H], what a draft's x is made of; where tokens are named, `embedded` is the whole table
   const T *cos, *sin, *mask;    // tables of positions; see Attention
   const int64_t *positions, *offsets;  // [M]: of the token, and of its entry among its row's
-  T *cache, *scratch;  // keys of the first layer's first row; M (3 H + (N + 2 G) D + N D + the widest MLP) numbers
+  T* cache;  // keys of the first layer's first row
+  T* scratch;  // M (3 H + (N + 2 G) D + N D + the widest MLP) numbers, with LoRAs that and twice the widest MLP
+  const Loras<T>* loras;  // none: no row has one
   int64_t sequences, tokens, context;
   int64_t cache_layer, kv_sequence, kv_head, mask_sequence, mask_row;  // in numbers
 };
@@ -82,17 +85,30 @@ void decode(Thread& thread, const Decoder<T>& d, const Call<T>& c, const int64_t
     T* cache = c.cache + index * c.cache_layer;
     if (layer.input_norm) rms_norm(thread, c.x, layer.input_norm, normed, rows, d.hidden, (float)d.eps);
     const T* in = layer.input_norm ? normed : c.x;
+    const auto adapt = [&](Part part, const T* x, T* y, int64_t inputs, int64_t outputs) {
+      add_loras(thread, c.loras, index, part, x, y, c.sequences, c.tokens, inputs, outputs);
+    };
     linear<T>(thread, {in, layer.qkv, layer.qkv_bias, nullptr, qkv, rows, d.hidden, all * d.size, kAsTheyAre});
+    adapt(kQkv, in, qkv, d.hidden, all * d.size);
     place(thread, d, layer, c, qkv, cache);
     attend<T>(thread, {qkv, cache, cache + d.kv_heads * c.kv_head, c.mask, c.mask ? nullptr : c.offsets, mixed,
                        c.sequences, c.tokens, d.kv_heads, d.heads / d.kv_heads, d.size, c.context,
                        c.tokens * all * d.size, all * d.size, c.kv_sequence, c.kv_head, c.mask_sequence, c.mask_row});
     linear<T>(thread, {mixed, layer.out, layer.out_bias, c.x, c.x, rows, mixed_width, d.hidden, kAsTheyAre});
+    adapt(kOut, mixed, c.x, mixed_width, d.hidden);
     rms_norm(thread, c.x, layer.post_norm, normed, rows, d.hidden, (float)d.eps);
     for (const Mlp<T>& mlp : layer.mlps) {
       if (!mlp.gate_up) continue;
-      linear<T>(thread, {normed, mlp.gate_up, nullptr, nullptr, gated, rows, d.hidden, 2 * mlp.width, kGated});
+      if (c.loras) {  // gates only once they are whole
+        T* apart = gated + rows * mlp.width;
+        linear<T>(thread, {normed, mlp.gate_up, nullptr, nullptr, apart, rows, d.hidden, 2 * mlp.width, kApart});
+        adapt(kGateUp, normed, apart, d.hidden, 2 * mlp.width);
+        swiglu(thread, apart, gated, rows, mlp.width);
+      } else {
+        linear<T>(thread, {normed, mlp.gate_up, nullptr, nullptr, gated, rows, d.hidden, 2 * mlp.width, kGated});
+      }
       linear<T>(thread, {gated, mlp.down, nullptr, c.x, c.x, rows, mlp.width, d.hidden, kAsTheyAre});
+      adapt(kDown, gated, c.x, mlp.width, d.hidden);
     }
   }
 }

@@ -16,6 +16,7 @@ from farm.draft.lean import LeanDraft, LeanHead
 from farm.draft.model import DraftHead
 from farm.layers.cache import Branches, Rows, SlotCache
 from farm.layers.kernels import available
+from farm.layers.lora import Lora, LoraRows, stack_loras
 from farm.target.forward import TargetForward
 from tests.farm.models import tiny_model, tiny_pair
 
@@ -167,3 +168,50 @@ def test_a_chain_in_one_call_grows_as_one_that_is_asked_for_token_by_token(
         assert whole.tokens_BK[row, :length].tolist() == parts.tokens_BK[row, :length].tolist()
     if growth is not None:
         torch.testing.assert_close(torch.tensor(whole.signals), torch.tensor(parts.signals))
+
+
+def random_lora(forward: TargetForward, rank: int, seed: int) -> Lora:
+    """Changes qkv, gate/up and down of every layer, and the attention's output of the first."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def factors(num_inputs: int, num_outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+        down_XR = torch.randn(num_inputs, rank, generator=generator) / num_inputs**0.5
+        return down_XR.to(forward.dtype), torch.randn(rank, num_outputs, generator=generator).to(
+            forward.dtype
+        )
+
+    found = {}
+    for index, layer in enumerate(forward.layers):
+        gate_up = layer.gate_up.gate_up.num_outputs
+        found[index, "qkv"] = factors(forward.hidden_size, layer.qkv.num_outputs)
+        found[index, "gate_up"] = factors(forward.hidden_size, gate_up)
+        found[index, "down"] = factors(gate_up // 2, forward.hidden_size)
+        if index == 0:
+            found[index, "out"] = factors(forward.num_heads * forward.head_dim, forward.hidden_size)
+    return Lora.of(found)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("which", [(0,), (1, -1), (2, 0, 2, -1, 1)])
+@pytest.mark.parametrize("rank", [3, 16, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loras_by_row_in_one_call_are_those_of_the_operators(
+    dtype: torch.dtype, rank: int, which: tuple[int, ...]
+) -> None:
+    model = tiny_model().to(dtype)
+    whole, parts = TargetForward.of(model), by_operators(TargetForward.of(model))
+    stack = stack_loras([random_lora(whole, rank, seed) for seed in range(3)])
+    tokens, said = torch.arange(3 * len(which)).view(-1, 3) % 30, []
+    for forward in (whole, parts):
+        cache = forward.new_cache(6, 24)
+        loras = LoraRows(stack, which, 3, forward.device)
+        forward.forward(tokens, Rows([0] * len(which), first=1), cache, loras)
+        for start, num in ((3, 3), (6, 1)):
+            loras = LoraRows(stack, which, num, forward.device)
+            rows = Rows([start] * len(which), first=1)
+            said.append(forward.read(tokens[:, :num].flip(1), rows, cache, loras))
+    for whole_said, parts_said in zip(said[:2], said[2:], strict=True):
+        expected, tolerance = parts_said.logits_BTV, 1e-4 if dtype == torch.float32 else 0.05
+        error = (whole_said.logits_BTV - expected).float().norm() / expected.float().norm()
+        assert error < tolerance
+    plain = whole.read(tokens, Rows([0] * len(which)), whole.new_cache(6, 24)).logits_BTV
+    assert (plain - said[0].logits_BTV).abs().max() > 0.1, "a LoRA that changes nothing shows nothing"
