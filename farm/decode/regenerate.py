@@ -21,6 +21,7 @@ from farm.decode.conversation import Conversation
 from farm.decode.endpoint import Endpoint, ask_all
 from farm.decode.engine import OFFLINE_PREFILL_TOKENS, Engine, FinishReason, Request, Route
 from farm.layers.cache import Rows
+from farm.layers.lora import LoraRows
 from farm.sections import Dtype, RegenerateSettings, TargetSpec
 from farm.target.load import LoadedTarget, open_target
 
@@ -65,7 +66,7 @@ def _decode(target: LoadedTarget, asked: Sequence[Conversation], settings: Regen
     for under_way in _turns(asked):
         requests = [request for _, request in under_way]
         engine = Engine(
-            [Route(target.forward, target.stop_ids)],
+            [Route(target.forward, target.stop_ids, lora=target.lora)],
             num_slots=min(settings.batch_rows, len(requests)),
             max_length=max(len(one.prompt_ids) + one.params.max_new_tokens for one in requests), k=0,
             prefill_tokens=OFFLINE_PREFILL_TOKENS, capture=True,
@@ -169,7 +170,10 @@ def _prefill(
         padded = [[*rows[index][:-1], *[0] * (length + 1 - len(rows[index]))] for index in batch]
         tokens_BT = torch.tensor(padded, device=target.forward.device)
         cache = target.forward.new_cache(len(batch), length)
-        hidden_BTH = target.forward.forward(tokens_BT, Rows([0] * len(batch)), cache)
+        loras = None
+        if target.lora is not None:
+            loras = LoraRows(target.lora, [0] * len(batch), length, target.forward.device)
+        hidden_BTH = target.forward.forward(tokens_BT, Rows([0] * len(batch)), cache, loras)
         for index, hidden_TH in zip(batch, hidden_BTH, strict=True):
             yield index, hidden_TH[: len(rows[index]) - 1]
 

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from farm.target.load import LoadedTarget
 
 
+Load = Callable[[TargetSpec], "LoadedTarget"]
+Beside = Callable[[TargetSpec, "LoadedTarget"], "LoadedTarget | None"]  # a LoRA target, over its checkpoint
+
+
 @dataclass(frozen=True)
 class ActorConfig:
     """What every actor of the pool is built from; it crosses Ray whole, models cross as paths."""
@@ -34,39 +38,61 @@ class ActorConfig:
 
 
 class LiveTargets:
-    """Least-recently-used targets under a budget in bytes; room is made before the next one loads."""
+    """Least-recently-used targets under a budget in bytes; room is made before the next one loads.
 
-    def __init__(self, memory_bytes: int, load: "Callable[[TargetSpec], LoadedTarget]") -> None:
-        self._budget, self._load = memory_bytes, load
+    LoRA targets lie beside one copy of their checkpoint, where `beside` can put them; it gives None for one that has
+    to be merged, which then is a checkpoint of its own.
+    """
+
+    def __init__(self, memory_bytes: int, load: Load, beside: Beside | None = None) -> None:
+        self._budget, self._load, self._beside = memory_bytes, load, beside
         self._live: OrderedDict[str, LoadedTarget] = OrderedDict()
         self._known_bytes: dict[str, int] = {}
         self.num_loads = 0
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the live targets, the least recently used first."""
+        """Names of the live targets, the least recently used first; a shared checkpoint's is its path."""
         return tuple(self._live)
 
     def get(self, spec: TargetSpec) -> "LoadedTarget":
         """The loaded target; whatever `load` raises passes through and leaves the others loaded."""
+        if spec.lora is None or self._beside is None:
+            return self._whole(spec.name, spec)
+        checkpoint = self._whole(spec.model, spec.model_copy(update={"lora": None}))
         if spec.name not in self._live:
-            self._make_room(self._known_bytes.get(spec.name, self._guess_bytes()))
+            target = self._beside(spec, checkpoint)
+            if target is None:
+                return self._whole(spec.name, spec)
             self.num_loads += 1
-            target = self._load(spec)
-            self._known_bytes[spec.name] = target.num_bytes
-            self._make_room(target.num_bytes)
+            self._make_room(target.num_bytes, spec.model)
             self._live[spec.name] = target
         self._live.move_to_end(spec.name)
+        self._live.move_to_end(spec.model)  # goes after all that lie beside it
         return self._live[spec.name]
+
+    def _whole(self, name: str, spec: TargetSpec) -> "LoadedTarget":
+        if name not in self._live:
+            self._make_room(self._known_bytes.get(name, self._guess_bytes()))
+            self.num_loads += 1
+            target = self._load(spec)
+            self._known_bytes[name] = target.num_bytes
+            self._make_room(target.num_bytes)
+            self._live[name] = target
+        self._live.move_to_end(name)
+        return self._live[name]
 
     def _guess_bytes(self) -> int:
         """A family's members are alike, so an unseen target is taken to be as large as the largest seen."""
         return max(self._known_bytes.values(), default=0)
 
-    def _make_room(self, num_bytes: int) -> None:
+    def _make_room(self, num_bytes: int, kept: str = "") -> None:
         freed = False
-        while self._live and sum(t.num_bytes for t in self._live.values()) + num_bytes > self._budget:
-            self._live.popitem(last=False)
+        while sum(t.num_bytes for t in self._live.values()) + num_bytes > self._budget:
+            oldest = next((name for name in self._live if name != kept), None)
+            if oldest is None:
+                break
+            del self._live[oldest]
             freed = True
         if freed:
             gc.collect()
@@ -85,12 +111,15 @@ class RegenerateActor:
         import torch
 
         from farm.target.load import open_target
+        from farm.target.lora import open_beside
 
         torch.set_num_threads(config.num_threads)
         self._config = config
         self._artifacts = Artifacts(open_store(config.store))
         self._failures: dict[str, str] = {}
-        self._targets = LiveTargets(config.memory_bytes, partial(open_target, dtype=config.dtype))
+        self._targets = LiveTargets(
+            config.memory_bytes, partial(open_target, dtype=config.dtype), open_beside
+        )
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         rows = [

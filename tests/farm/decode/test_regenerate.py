@@ -7,11 +7,13 @@ import torch
 
 from farm.data.prompts import Prompt
 from farm.decode.conversation import sampling_of
-from farm.decode.regenerate import prefill_rows, regenerate_rows
+from farm.decode.regenerate import _prefill, prefill_rows, regenerate_rows
 from farm.layers.cache import Rows
 from farm.sections import RegenerateSettings, TargetSpec
 from farm.target import zoo
 from farm.target.load import LoadedTarget, load_target
+from farm.target.lora import open_beside
+from tests.farm.decode.family import write_lora
 from tests.farm.models import tiny_model
 
 SETTINGS = RegenerateSettings(max_new_tokens=12, batch_rows=4)
@@ -97,3 +99,26 @@ def test_bfloat16_targets_answer_and_keep_their_features(tmp_path: Path) -> None
     for answer in regenerate_rows(target, prompts(3), SETTINGS):
         assert answer.features is not None
         assert len(answer.features) == len(answer.prompt_ids) + len(answer.answer_ids) - 1
+
+
+def test_a_lora_beside_its_checkpoint_answers_as_the_one_merged_into_it(tmp_path: Path) -> None:
+    """So that regeneration may hold one checkpoint for all of its LoRAs."""
+    model, tokenizer = tiny_model(vocab=1024), zoo.train_tokenizer()
+    zoo.save(model, tokenizer, tmp_path / "base")
+    write_lora(tmp_path / "lora", model, rank=3, seed=0)
+    spec = TargetSpec(name="a", model=str(tmp_path / "base"), lora=str(tmp_path / "lora"), prompts="p")
+    merged = load_target(spec, dtype="float32", device="cpu")
+    checkpoint = load_target(spec.model_copy(update={"lora": None}), dtype="float32", device="cpu")
+    beside = open_beside(spec, checkpoint)
+    assert beside is not None
+    assert beside.forward is checkpoint.forward
+    settings = RegenerateSettings(max_new_tokens=6, greedy_share=1.0)
+    told = [regenerate_rows(one, prompts(5), settings) for one in (beside, merged, checkpoint)]
+    own, expected, plain = ([answer.answer_ids for answer in answers] for answers in told)
+    assert own == expected != plain
+    for answer, whole in zip(*told[:2], strict=True):
+        assert answer.features is not None
+        assert whole.features is not None
+        torch.testing.assert_close(answer.features, whole.features, atol=2e-2, rtol=2e-2)
+        again = dict(_prefill(beside, [[*answer.prompt_ids, *answer.answer_ids]], 4))[0]
+        torch.testing.assert_close(again.to(answer.features.dtype), answer.features, atol=2e-2, rtol=2e-2)

@@ -109,3 +109,24 @@ def test_a_target_larger_than_the_budget_lives_alone() -> None:
     for name in "ab":
         targets.get(TargetSpec(name=name, model=name, prompts="p"))
     assert targets.names == ("b",)
+
+
+def test_loras_of_one_checkpoint_share_it_and_go_before_it() -> None:
+    """A checkpoint that went while a LoRA still lies beside it would free nothing."""
+
+    def beside(spec: TargetSpec, checkpoint: Any) -> Any:
+        assert checkpoint.num_bytes == 40
+        return None if spec.name == "odd" else _fake_target(spec.name, 10)
+
+    targets = LiveTargets(100, lambda spec: _fake_target(spec.name, 40), beside)
+    lora = {
+        name: TargetSpec(name=name, model="base", lora=name, prompts="p") for name in ("a", "b", "c", "odd")
+    }
+    for name in "abacab":
+        targets.get(lora[name])
+    assert targets.num_loads == 4, "the checkpoint once, each LoRA once"
+    assert targets.names == ("c", "a", "b", "base")
+    targets.get(TargetSpec(name="other", model="other", prompts="p"))
+    assert targets.names == ("a", "b", "base", "other"), "one LoRA made the room"
+    targets.get(lora["odd"])
+    assert targets.names == ("base", "odd"), "one that has to be merged is a checkpoint of its own"
