@@ -30,7 +30,8 @@ class RunningMedian:
         self._stale = True
 
     def clear(self) -> None:
-        """Drops the measurements; the median stays until there are others."""
+        """Drops the measurements; their median stays until there are others."""
+        self._value = self.value
         self._last.clear()
 
     @property
@@ -74,7 +75,7 @@ class AcceptanceByPeak:
         self._bins[self._bin(peak)].add(hit, 1.0)
 
     def _bin(self, peak: float) -> int:
-        return min(self.BINS - 1, int(peak * self.BINS))
+        return min(self.BINS - 1, int(peak * self.BINS)) if peak > 0 else 0  # a nan is no number to trust
 
 
 class SecondsByLength:
@@ -141,8 +142,8 @@ class RoundCosts:
     Drafting is kept by the number of draft forwards; the rest (verification, sampling, bookkeeping) by the number of
     drafted tokens that were verified.
 
-    A bucket that has not been explored reads the table of the nearest one that has: what one more token costs beside a
-    round differs little between four rows and eight.
+    A bucket that has not been explored goes by the table of the nearest one that has: what one more token costs beside
+    a round differs little between four rows and eight.
     """
 
     def __init__(self, max_length: int) -> None:
@@ -189,10 +190,6 @@ class RoundCosts:
         if own in self._explored or not known:
             return own
         return min(known, key=lambda bucket: max(bucket[0], rows) / min(bucket[0], rows))
-
-    def borrows(self, load: Load) -> bool:
-        """Whether another bucket's seconds stand for this load's."""
-        return self.source(load) != bucket_of(load)
 
     def best(self, load: Load, survival: Sequence[float]) -> tuple[int, float]:
         """The fixed length of most tokens a second, and that rate a row, given mean survival by position."""

@@ -20,7 +20,7 @@ from farm.decode.propose_tree import propose_tree
 from farm.decode.routes import Route, Routes
 from farm.decode.sampling import SamplingBatch
 from farm.decode.scheduler import Move
-from farm.decode.steps import EagerSteps, Steps
+from farm.decode.steps import Steps
 from farm.decode.tree import TreeShape
 from farm.decode.tree_reader import TreeReader
 from farm.layers.cache import Rows, SlotCache
@@ -67,6 +67,8 @@ class Drafting:
         self._drafts = Drafts(first.draft, routes)
         like, config = first.forward, first.draft.config
         shape = (config.num_kv_heads, config.head_dim)
+        if capacity > (known := len(self._drafts.tables[0])):
+            raise ValueError(f"drafts know {known} positions, {capacity} are wanted: lower max_length")
         capacity = buffered(capacity)
         self._cache = SlotCache(1, num_slots, capacity, shape, like.dtype, like.device)
         # At position t of a slot the target's h_t. The draft has read the first `_read[slot]`, each beside x_{t+1}.
@@ -96,8 +98,7 @@ class Drafting:
     def committed(self, hidden_BTH: Tensor, lengths: Sequence[int]) -> None:
         """Takes note of the hidden states of what a round read behind all but the last of each row's tokens."""
         self._notes.append(Note(hidden_BTH, Rows([length - 1 for length in lengths])))
-        # What a graph has put out is written over by its next run.
-        if len(self._notes) > KEPT_NOTES or not isinstance(self._steps, EagerSteps):
+        if len(self._notes) > KEPT_NOTES:
             self._store()
 
     def catch_up(self, load: Load, sequences: Sequence[Sequence[int]]) -> None:

@@ -73,6 +73,11 @@ class Drafts:
         self._changed = functools.lru_cache(KEPT_TRUNKS)(self._changed_anew)
         self.bind = functools.lru_cache(1)(self._bind_anew)  # a batch stays the same for many rounds
 
+    @property
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """cos and sin of every position that drafts know."""
+        return self._trunk.tables
+
     def _bind_anew(self, targets: tuple[str, ...]) -> Bound:
         """The trunk with each row's expert, and each row's head."""
         groups = self._routes.groups(targets)

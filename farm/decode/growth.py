@@ -49,7 +49,7 @@ class Growing:
         growth = self._growth
         rows = zip(self._survival_B, growth.limits, growth.accepted, peak_B, strict=True)
         self._survival_B = [
-            survival * table[min(len(table) - 1, int(peak * len(table)))] if index < limit else 0.0
+            survival * table[_bin(peak, len(table))] if index < limit else 0.0
             for survival, limit, table, peak in rows
         ]
         return sum(self._survival_B) > growth.verify_above[index]
@@ -60,3 +60,7 @@ class Growing:
         rows = zip(self._survival_B, growth.limits, growth.expected, strict=True)
         hoped = [survival * table[index] if index < limit else 0.0 for survival, limit, table in rows]
         return sum(hoped) > growth.draft_above[index]
+
+
+def _bin(peak: float, num: int) -> int:
+    return min(num - 1, int(peak * num)) if peak > 0 else 0  # a nan is no number to trust

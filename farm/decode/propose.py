@@ -38,7 +38,6 @@ class Told(NamedTuple):
 
     logits_BC: Tensor
     best_B: Tensor | None = None  # token id of the largest logit, where it came with them
-    peak_B: Tensor | None = None  # its probability, fp32
 
 
 class Reader(Protocol):
@@ -150,7 +149,7 @@ class FusedChainReader:
         if not self.forwards:
             pending, self.forwards = self._pending, 1
             self._foreteller.begin(pending.tokens_BT, pending.hidden_BTH, pending.rows, pending.count)
-        return Told(self._foreteller.logits_BC, self._foreteller.best_B, self._foreteller.peak_B)
+        return Told(self._foreteller.logits_BC, self._foreteller.best_B)
 
 
 def chain_reader(
@@ -205,9 +204,7 @@ class _Chain:
         best_B = told.best_B if batch.greedy else None
         self._going = [going and index < most for going, most in zip(self._going, self._limits, strict=True)]
         if self._control.signal != "none":
-            signal_B = told.peak_B if batch.greedy and self._control.signal == "peak" else None
-            if signal_B is None:
-                signal_B = _signal(_seen(logits_BC, q_BC, batch), self._control.signal)
+            signal_B = _signal(_seen(logits_BC, q_BC, batch), self._control.signal)
             self._signals.append(signal_B.tolist())
             kept = self._control.keep(index, self._signals[-1])
             self._going = [going and keep for going, keep in zip(self._going, kept, strict=True)]

@@ -29,9 +29,11 @@ class Acceptance:
 
 @dataclass
 class Trial:
-    """Rounds of some lengths in turn, whatever the rule says, to learn what they take and bring."""
+    """Rounds of some lengths in turn, whatever the rule says, to learn what they take and bring.
 
-    load: Bucket
+    It belongs to loads that last alike, and waits while there are others.
+    """
+
     lengths: tuple[int, ...]
     left: int
     decides: bool = False  # at its end: whether to speculate
@@ -84,46 +86,49 @@ class Cost:
         self._of_target: defaultdict[str, Acceptance] = defaultdict(lambda: Acceptance(max_length))
         self._regimes: defaultdict[Bucket, Regime] = defaultdict(lambda: Regime(self.SHORTEST_PAUSE))
         self._explored: set[Bucket] = set()
-        self._trial: Trial | None = None
-        self._load, self._asked, self._round, self._alike, self._drafted = Load((), ()), False, 0, 0, False
+        self._trials: dict[Bucket, Trial] = {}
+        self._asked, self._round, self._alike, self._drafted = False, 0, 0, False
         self._growing: Growing | None = None
-        self._rule_load, self._rule_until, self._last_rule = self._load, 0, Growth((), (), (), (), ())
+        self._rule_load, self._rule_until, self._last_rule = Load((), ()), 0, Growth((), (), (), (), ())
 
     def limit(self, load: Load) -> int:
-        self._load, self._asked, self.growth, self._growing = load, True, None, None
+        self._asked, self.growth, self._growing = True, None, None
         self._round += 1
-        key = bucket_of(load)
-        regime = self._regimes[key]
-        if self._trial is None or self._trial.load != key:
-            self._trial = self._next_trial(load, key, regime)
-        if self._trial is not None:
-            return self._follow(Growth.whole(load.limits, self._trial.length), self._trial.length)
+        own, like = bucket_of(load), self._costs.source(load)
+        trial = self._trials.get(own) or self._next_trial(load, own, like)
+        if trial is not None:
+            self._trials[own] = trial
+            return self._follow(Growth.whole(load.limits, trial.length), trial.length)
+        regime = self._regimes[like]
         if not regime.speculates:
             return 0
-        return self._follow(self._rule(load, regime.rate.value), self.max_length)
+        growth = self._rule(load, regime.rate.value)
+        # Of a batch whose targets are drafted badly not even the first token is worth a forward.
+        return self._follow(growth, self.max_length if Growing(growth).grows(0) else 0)
 
     def _follow(self, growth: Growth, length: int) -> int:
         if length:
             self.growth, self._growing = growth, Growing(growth)
         return length
 
-    def _next_trial(self, load: Load, key: Bucket, regime: Regime) -> Trial | None:
-        if key not in self._explored:
+    def _next_trial(self, load: Load, own: Bucket, like: Bucket) -> Trial | None:
+        if own not in self._explored:
             lengths = self._costs.unexplored(load)
             if not lengths:
-                self._explored.add(key)
-                self._decide(load, regime)
-            elif not self._costs.borrows(load) or self._round % self.EXPLORE_EVERY == 0:
-                return Trial(key, lengths, self.SETTLE + LOOKS * len(lengths))
+                self._explored.add(own)
+                self._decide(load, self._regimes[own])
+            elif like == own or self._round % self.EXPLORE_EVERY == 0:
+                return Trial(lengths, self.SETTLE + LOOKS * len(lengths))
+            return None
+        regime = self._regimes[own]
         regime.left -= 1
         if regime.left <= 0 or self._disappoints(load, regime):
-            regime.left = self.LONGEST_PAUSE  # until the trial's end says better
             lengths = (0,) if regime.speculates else (1, max(1, self.max_length // 2))
             if regime.speculates:
                 self._costs.forget_plain(load)
-            return Trial(key, lengths, self.SETTLE + self.LOOK, decides=True)
+            return Trial(lengths, self.SETTLE + self.LOOK, decides=True)
         if regime.speculates and self._round % self.DEEP_EVERY == 0:
-            return Trial(key, (min(self.max_length, 2 + 2 * self._best(load)[0]),), 1)
+            return Trial((min(self.max_length, 2 + 2 * self._best(load)[0]),), 1)
         return None
 
     def _disappoints(self, load: Load, regime: Regime) -> bool:
@@ -192,16 +197,18 @@ class Cost:
             self._learn(result)
         if not asked:  # no row could have drafted anything
             return
-        regime = self._regimes[bucket_of(result.load)]
-        if self._trial is not None:
-            self._count(self._trial, result.load, regime)
+        own = bucket_of(result.load)
+        regime = self._regimes[own]
+        if own in self._trials:
+            self._count(own, result.load, regime)
         elif drafted and settled and regime.speculates:
             regime.rate.add(result.tokens / result.load.num_rows, self._costs.seconds(result))
 
-    def _count(self, trial: Trial, load: Load, regime: Regime) -> None:
+    def _count(self, own: Bucket, load: Load, regime: Regime) -> None:
+        trial = self._trials[own]
         trial.left -= 1
         if trial.left == 0:
-            self._trial = None
+            del self._trials[own]
             if trial.decides:
                 self._decide(load, regime)
 

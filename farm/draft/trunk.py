@@ -22,7 +22,9 @@ from farm.draft.config import DraftConfig
 from farm.draft.expert import Expert
 from farm.layers.attention import attend, plain_frequencies, rotary_tables, rotate, signed
 
-MAX_POSITIONS = 32_768
+MAX_POSITIONS = (
+    32_768 + 128
+)  # the last for the drafted tokens that one verification may run past a sequence's end
 
 KeysValues = tuple[Tensor, Tensor]
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pydantic import ValidationError
 
 from farm.evaluate.records import Report, TargetRow
-from farm.evaluate.triage import Cost, Past
+from farm.evaluate.triage import Cost, Past, Tier
 from farm.store import NotFound, ObjectStore
+
+# What triage offers for a tier of `adapt.tier`; those that are not named are experts, with or without low-rank changes.
+OFFERED: Mapping[str, Tier] = {"low-rank": "low-rank", "eda": "full", "full": "full"}
 
 
 def read_history(store: ObjectStore) -> tuple[Past, ...]:
@@ -54,7 +57,7 @@ def _past(report: Report, row: TargetRow) -> Past | None:
     return Past(
         target=row.name,
         kind=row.kind,
-        tier="expert",
+        tier=OFFERED.get(row.tier or "", "expert"),
         tau_before=before,
         tau_after=after,
         tau_base=base,

@@ -68,6 +68,7 @@ class TargetRow(Strict):
     alpha_base_draft: tuple[Figure, ...] = ()
     alpha_adapted: tuple[Figure, ...] = ()
     finish_reasons: FinishReasons | None = None
+    tier: str | None = None  # that was adapted; None: nothing was, or an older report does not say
     rows: int | None = None  # that were regenerated
     faults: dict[str, int] = Field(default_factory=dict)  # of their answers, by name
     rejected: int | None = None  # answers that are not trained on because of theirs

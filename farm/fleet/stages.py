@@ -251,6 +251,7 @@ def _conclude(run: Run, target: TargetPlan, evaluation: Artifact, fit: Fit) -> N
     fields = run.fields[target.name]
     fields |= {name: value for name, value in evaluation.manifest["row"].items() if name != "stage_seconds"}
     run.took(target.name, EVALUATE, evaluation)
+    fields["tier"] = run.manifest.adapt.tier
     run.dtype = evaluation.manifest["dtype"]
     tau = fields.get("tau_base_draft")
     if tau is not None and run.tau_base_on_base:

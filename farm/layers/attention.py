@@ -59,6 +59,11 @@ class Rotation:
         cos_BTND = spare_values(cos_BT1D, self.num_rotated, self.num_values, 1.0)
         return cos_BTND, spare_values(sin_BT1D, self.num_rotated, self.num_values, 0.0)
 
+    @functools.cached_property
+    def is_in_reach(self) -> bool:
+        """Whether the tables have all of the positions."""
+        return int(self.positions_BT.max()) < len(self.tables[0])
+
     def steps(self) -> list[Rotation]:
         """That of each of the T tokens a row alone."""
         of_steps = self.positions_BT.t().contiguous()
@@ -69,6 +74,7 @@ class Rotation:
         own = kernels_for(qkv_BTND)
         if own is None:
             return rotate(qkv_BTND, *self.wide)
+        assert self.is_in_reach
         own.rotate_(qkv_BTND, self.tables, self.positions_BT, self.num_rotated)
         return qkv_BTND
 

@@ -40,13 +40,15 @@ def compiled() -> Path:
 
 def _cache() -> Path:
     """A folder that only this user writes; of this process alone where there is no home to write to."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "farm")
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "farm")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        owned = folder.stat().st_uid == os.getuid()
-    except (OSError, RuntimeError):
-        owned = False
-    return folder if owned and os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="farm-kernels-"))
+        found = folder.stat()
+        if found.st_uid == os.getuid() and not found.st_mode & 0o022 and os.access(folder, os.W_OK):
+            return folder
+    except (OSError, RuntimeError):  # RuntimeError: nobody knows a home
+        pass
+    return Path(tempfile.mkdtemp(prefix="farm-kernels-"))
 
 
 def _key(compiler: str) -> str:

@@ -73,6 +73,7 @@ class Foreteller:
     def begin(self, tokens_BT: Tensor, hidden_BTH: Tensor, rows: Rows, counts: Sequence[int]) -> None:
         """Reads the first tokens, row b's from `rows.starts[b]` on."""
         self._prepare(tokens_BT, hidden_BTH, rows, counts)
+        self._foretelling.peak = None
         self._run()
         self._call.tokens, self._foretelling.last = 1, self._foretelling.last + 8 * self._size
 
@@ -146,7 +147,6 @@ class Foreteller:
         told.hidden += self._hidden_KBH[0].nbytes
         told.logits += self._logits_KBC[0].nbytes
         told.best += 8 * self._size
-        told.peak += 4 * self._size
         self._run()
 
     def _run(self) -> None:
@@ -162,8 +162,3 @@ class Foreteller:
     def best_B(self) -> Tensor:  # noqa: N802
         """Token id of the largest logit."""
         return self._best_KB[self._done - 1]
-
-    @property
-    def peak_B(self) -> Tensor:  # noqa: N802
-        """Its probability, fp32."""
-        return self._peak_KB[self._done - 1]

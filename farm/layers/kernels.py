@@ -59,6 +59,8 @@ class Visible(NamedTuple):
             assert self.last_BT.shape == (b, t)
         elif self.mask is not None:
             assert self.mask.dtype == dtype
+            assert self.mask.shape[0] == b
+            assert self.mask.shape[2] == 1 or self.mask.shape[2] % t == 0
             assert self.mask.shape[3] == s
             assert self.mask.stride(3) == 1
 

@@ -89,7 +89,16 @@ class Training:
                 self.seconds += clock.lap()
                 checkpoint({"step": float(self.step), "seconds": self.seconds, **self.metrics})
                 clock.lap()
+        self._check()
         self.seconds += clock.lap()
+
+    def _check(self) -> None:
+        """That no weight went wrong since the loss was last looked at."""
+        trained = (weight for weight in self.module.parameters() if weight.requires_grad)
+        if not all(bool(torch.isfinite(weight).all()) for weight in trained):
+            raise FloatingPointError(
+                f"{self._name}: a weight is not finite after step {self.step}; lower the learning rate"
+            )
 
     def save(self, folder: Path) -> None:
         """Every rank has to call it; the first one writes."""

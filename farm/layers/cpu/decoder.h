@@ -191,8 +191,9 @@ class Growing {
     if (!g_.accepted) return true;
     double sum = 0;
     for (size_t b = 0; b < survival_.size(); b++) {
-      const int64_t bin = (int64_t)((double)peak[b] * g_.bins);
-      survival_[b] = index < g_.limits[b] ? survival_[b] * g_.accepted[b * g_.bins + std::min(bin, g_.bins - 1)] : 0;
+      const double place = (double)peak[b] * g_.bins;
+      const int64_t bin = place > 0 ? std::min((int64_t)place, g_.bins - 1) : 0;  // a NaN is no number to trust
+      survival_[b] = index < g_.limits[b] ? survival_[b] * g_.accepted[b * g_.bins + bin] : 0;
       sum += survival_[b];
     }
     return sum > g_.verify_above[index];

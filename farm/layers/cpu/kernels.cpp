@@ -2,7 +2,7 @@
 // calls. It checks shapes; here they are believed.
 //
 // A row's numbers do not depend on the other rows of a call: a token gets the same logits alone, in a batch and in the
-// verification of a draft.
+// verification of a drafted chain. (In a tree its context lies elsewhere in the cache and is summed in another order.)
 
 #include "decoder.h"
 

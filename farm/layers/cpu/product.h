@@ -115,6 +115,7 @@ void multiply_rows(const Task<T>& task, int64_t row, int64_t block, int64_t coun
 
 template <class T>
 void linear(Thread& thread, const Task<T>& task) {
+  if (!task.rows) return;
   const int64_t blocks = (task.outputs + kBlock - 1) / kBlock;
   const int64_t tiles = (task.rows + kRows - 1) / kRows, tile = (task.rows + tiles - 1) / tiles;
   thread.each(blocks, [&](int64_t block) {

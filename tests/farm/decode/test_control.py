@@ -1,14 +1,16 @@
 """Draft lengths: what each control decides, what it learns from, and that it never looks at a drawn token."""
 
+import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import pytest
 
 from farm.decode.adaedl import AdaEDL
 from farm.decode.control import Control, Fixed, Load, RoundResult
 from farm.decode.controls import make_control
-from farm.decode.costs import RoundCosts
+from farm.decode.costs import AcceptanceByPeak, RoundCosts
+from farm.decode.growth import Growing, Growth
 from farm.decode.renewal import Cost
 
 
@@ -179,7 +181,7 @@ def test_one_stutter_at_a_length_that_is_rarely_tried_moves_no_price() -> None:
 
 
 def test_rows_that_were_not_looked_at_yet_cost_what_a_like_number_does() -> None:
-    """Four rows and eight are known; three read the table of four, one that of four, sixteen that of eight."""
+    """Four rows and eight are known; three go by the table of four, one by that of four, sixteen by that of eight."""
     costs = RoundCosts(8)
     for rows in (4, 8):
         for _ in range(3):
@@ -188,7 +190,7 @@ def test_rows_that_were_not_looked_at_yet_cost_what_a_like_number_does() -> None
         assert costs.unexplored(load_of(rows)) == ()
     steps = [costs.verify_step(load_of(rows)) for rows in (1, 3, 16)]
     assert steps == pytest.approx([0.04, 0.04, 0.08])
-    assert [costs.borrows(load_of(rows)) for rows in (1, 3, 8, 16)] == [True, False, False, True]
+    assert [costs.source(load_of(rows)) for rows in (1, 3, 8, 16)] == [(4, 1), (4, 1), (8, 1), (8, 1)]
 
 
 def test_requests_near_their_end_are_not_explored_length_by_length() -> None:
@@ -218,3 +220,90 @@ def test_the_price_of_a_token_is_known_though_every_round_is_noisy() -> None:
             costs.add(took(1, length, 0.03 * length * noise, (1 + 0.05 * length) * noise))
     assert costs.verify_step(load_of(1)) == pytest.approx(0.05, rel=0.5)
     assert costs.draft_step(load_of(1), 3) == pytest.approx(0.03, rel=0.3)
+
+
+def drafted_by_round(
+    control: Control, loads: Iterable[Load], alpha: Callable[[str, int], float], seed: int = 0
+) -> list[tuple[str, int]]:
+    """The first row's target and drafted tokens of every round, on a machine as that of `play`.
+
+    `alpha` gives the acceptance of a target's tokens in a round; a draft says nothing about itself.
+    """
+    rng, said = random.Random(seed), list[tuple[str, int]]()
+    for number, load in enumerate(loads):
+        limit, kept, forwards, peaks = control.limit(load), 0, 0, list[list[float]]()
+        for index in range(limit):
+            if index and not control.more(index):
+                break
+            forwards += 1
+            peaks.append([0.5] * load.num_rows)
+            if not control.keep(index, peaks[-1])[0]:
+                break
+            kept += 1
+        accepted = []
+        for target in load.targets:
+            hits = (rng.random() < alpha(target, number) for _ in range(kept))
+            accepted.append(next((i for i, hit in enumerate(hits) if not hit), kept))
+        lengths, seconds = (kept,) * load.num_rows, (0.1 * forwards, 1 + 0.1 * kept)
+        control.observe(RoundResult(load, lengths, tuple(accepted), forwards, *seconds, peaks))
+        said.append((load.targets[0], kept))
+    return said
+
+
+def share(said: Sequence[tuple[str, int]], target: str = "") -> float:
+    """Of the rounds of a target, those in which something was drafted."""
+    of_target = [kept > 0 for name, kept in said if name == target]
+    return sum(of_target) / len(of_target)
+
+
+@pytest.mark.parametrize("every", [1, 3, 6, 50])
+def test_a_look_that_other_numbers_of_rows_interrupt_is_finished_later(every: int) -> None:
+    """Requests come and go: four and five rows are not priced alike, and a look takes five rounds."""
+    loads = [load_of(4 + number // every % 2) for number in range(6000)]
+    said = drafted_by_round(Cost(8), loads, lambda _, number: 0.02 if number < 600 else 0.9)
+    assert share(said[300:600]) < 0.1
+    assert share(said[3000:]) > 0.85
+
+
+@pytest.mark.parametrize("length", [40, 150, 400])
+def test_a_target_that_is_drafted_badly_neither_rests_another_nor_is_drafted_for_because_of_it(
+    length: int,
+) -> None:
+    """Answers of two targets in turn, a row each."""
+    loads = [Load(("good", "bad")[number // length % 2 :][:1], (8,)) for number in range(4800)]
+    said = drafted_by_round(Cost(8), loads, lambda target, _: 0.85 if target == "good" else 0.02)
+    assert share(said[1200:], "good") > 0.85
+    assert share(said[1200:], "bad") < 0.15
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_bursts_of_requests_for_good_and_bad_drafts_decode_on(seed: int) -> None:
+    """All numbers of rows, limits and targets in any order: something is always known well enough to go on with."""
+    rng, loads = random.Random(seed), list[Load]()
+    while len(loads) < 1500:
+        rows = rng.choice([1, 2, 3, 4, 5, 8, 9])
+        targets = tuple(rng.choice("ab") for _ in range(rows))
+        limits = tuple(rng.choice([0, 1, 3, 8, 8]) for _ in range(rows))
+        loads += [Load(targets, limits)] * rng.randint(1, 40) if any(limits) else []
+    said = drafted_by_round(Cost(8), loads, lambda target, _: 0.9 if target == "a" else 0.1, seed)
+    assert len(said) == len(loads)
+
+
+def test_a_plain_look_that_is_cut_off_forgets_no_price() -> None:
+    """Forgotten before it was measured anew, it would be 0 seconds."""
+    costs = RoundCosts(8)
+    for _ in range(3):
+        for length in (0, 1, 4, 8):
+            costs.add(took(8, length, 0.1 * length, 1.0 + 0.2 * length))
+    costs.forget_plain(load_of(8))
+    assert costs.unexplored(load_of(8)) == ()
+    assert costs.plain(load_of(8)) == pytest.approx(1.0)
+
+
+def test_a_distribution_that_is_no_number_is_trusted_with_nothing() -> None:
+    growth = Growth((8,), [[0.0, 0.9]], [[1.0] * 8], [0.5] * 8, [0.5] * 8)
+    assert not Growing(growth).keeps(0, [math.nan])
+    assert Growing(growth).keeps(0, [0.8])
+    known = AcceptanceByPeak()
+    known.add(math.nan, 0.0)
+    assert known.table()[0] < 1 / 32

@@ -43,6 +43,13 @@ def test_an_adaptation_that_a_later_run_reuses_counts_once(store: FileStore) -> 
     assert history[0].round_s == pytest.approx(1.5 / 100)  # a round yields tau tokens
 
 
+def test_an_adaptation_counts_for_the_tier_that_it_was_made_in(store: FileStore) -> None:
+    """A low-rank one that is taken for an expert is never offered again, and spoils what is known of experts."""
+    tiers = {"a": None, "b": "expert", "c": "low-rank", "d": "expert-lora", "e": "full"}
+    put(store, "1", *(row(name, tier=tier) for name, tier in tiers.items()))
+    assert [past.tier for past in read_history(store)] == ["expert", "expert", "low-rank", "expert", "full"]
+
+
 def test_rows_without_a_measured_adaptation_and_foreign_files_say_nothing(store: FileStore) -> None:
     put(store, "1", row("a", tau_adapted=None), row("b", stage_seconds={}), row("c", tau_base_draft=None))
     put(store, "2", row("d"), tau=None)

@@ -203,14 +203,28 @@ def test_a_machine_compiles_once_and_another_source_again(
     assert sorted(path.suffix for path in first.parent.iterdir()) == [".so", ".so"]
 
 
-def test_a_home_that_cannot_be_written_is_no_obstacle(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("home", ["a file", "open to others", "unknown"])
+def test_a_home_that_cannot_be_written_or_trusted_is_no_obstacle(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, home: str
 ) -> None:
     source = tmp_path / "cpu" / "kernels.cpp"
     source.parent.mkdir()
     source.write_text('extern "C" int one() { return 1; }')
     monkeypatch.setattr(build, "SOURCE", source.parent)
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
-    assert build.compiled().exists()
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    if home == "a file":
+        folder.write_text("")
+    elif home == "open to others":
+        (folder / "farm").mkdir(parents=True)
+        (folder / "farm").chmod(0o777)
+    else:
+
+        def nobody() -> Path:
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(Path, "home", nobody)
+    built = build.compiled()
+    assert built.exists()
+    assert not built.is_relative_to(folder)

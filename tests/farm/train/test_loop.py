@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -250,11 +251,8 @@ def test_a_filtered_run_resumes_with_its_references_losses_and_differs_from_an_u
 def test_two_workers_filter_the_same_positions_as_one(task: FitTask, tmp_path: Path) -> None:
     task = changed(task, adaspec={"keep": 0.4, "warm": 0.0}, zero_stage=1)
     one = fit_in_process(task, trunk_of(task), tmp_path / "one")
-    (tmp_path / "two").mkdir()
-    multiprocessing.spawn(_worker, args=(task, str(tmp_path / "two")), nprocs=2)
-    left, right = load_file(tmp_path / "one" / EXPERT_FILE), load_file(tmp_path / "two" / EXPERT_FILE)
-    for name, value in left.items():
-        torch.testing.assert_close(value, right[name], atol=1e-4, rtol=1e-3)
+    fit_by(2, task, tmp_path / "two")
+    assert_same_expert(tmp_path / "one", tmp_path / "two")
     assert len(one.curve) == 6
 
 
@@ -278,6 +276,12 @@ def test_only_the_chosen_rows_are_trained_on(task: FitTask, tmp_path: Path) -> N
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_name(task: FitTask, tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match="t: the loss is not finite"):
         fit_in_process(changed(task, lr=1e30, epochs=20, clip=1e30), trunk_of(task), tmp_path)
+
+
+def test_a_last_step_that_breaks_the_weights_ends_the_run_too(task: FitTask, tmp_path: Path) -> None:
+    """Its loss was taken before it, and was fine: without another look such an expert would be published."""
+    with pytest.raises(FloatingPointError, match="t: a weight is not finite after step 1"):
+        fit_in_process(changed(task, lr=1e38, epochs=1, batch_rows=12), trunk_of(task), tmp_path)
 
 
 class Killed(Exception):
@@ -304,26 +308,53 @@ def test_resuming_a_run_that_had_ended_returns_its_result(task: FitTask, tmp_pat
     assert (tmp_path / "again" / EXPERT_FILE).read_bytes() == (tmp_path / "whole" / EXPERT_FILE).read_bytes()
 
 
-def _worker(rank: int, task: FitTask, folder: str) -> None:
+def _worker(rank: int, world: int, task: FitTask, folder: str, resume: str | None) -> None:
     from torch import distributed
 
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+    group = f"file://{folder}/group"
+    distributed.init_process_group("gloo", init_method=group, rank=rank, world_size=world)
     import os
 
     os.environ["LOCAL_RANK"] = str(rank)
-    fit_in_process(task, trunk_of(task), Path(folder))
+    fit_in_process(task, trunk_of(task), Path(folder), resume=None if resume is None else Path(resume))
     distributed.destroy_process_group()
 
 
-def test_two_workers_end_where_one_ends(task: FitTask, tmp_path: Path) -> None:
-    """Rows of different lengths fall to the two ranks: only a global mask count gives the same gradients."""
+def fit_by(world: int, task: FitTask, folder: Path, resume: Path | None = None) -> None:
+    folder.mkdir()
+    told = None if resume is None else str(resume)
+    multiprocessing.spawn(_worker, args=(world, task, str(folder), told), nprocs=world)
+
+
+def assert_same_expert(one: Path, other: Path) -> None:
+    left, right = load_file(one / EXPERT_FILE), load_file(other / EXPERT_FILE)
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        torch.testing.assert_close(value, right[name], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("world", "settings"), [(2, {}), (3, {"zero_stage": 2, "tier": "expert-lora", "rank": 2})]
+)
+def test_workers_end_where_one_ends(
+    task: FitTask, world: int, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Rows of different lengths fall to the ranks: only a global mask count gives the same gradients."""
+    task = changed(task, batch_rows=6, **settings)
     fit_in_process(task, trunk_of(task), tmp_path / "one")
-    (tmp_path / "two").mkdir()
-    multiprocessing.spawn(_worker, args=(task, str(tmp_path / "two")), nprocs=2)
-    one, two = load_file(tmp_path / "one" / EXPERT_FILE), load_file(tmp_path / "two" / EXPERT_FILE)
-    for name, value in one.items():
-        torch.testing.assert_close(value, two[name], atol=1e-4, rtol=1e-3)
+    fit_by(world, task, tmp_path / "more")
+    assert_same_expert(tmp_path / "one", tmp_path / "more")
+
+
+def test_a_run_killed_alone_is_finished_by_two_workers(task: FitTask, tmp_path: Path) -> None:
+    """A checkpoint says nothing of how many wrote it: nodes come and go."""
+    task = changed(task, zero_stage=1)
+    fit_in_process(task, trunk_of(task), tmp_path / "whole")
+    with pytest.raises(Killed):
+        _fit_until_killed(task, tmp_path / "killed")
+    fit_by(2, task, tmp_path / "resumed", tmp_path / "killed")
+    assert_same_expert(tmp_path / "whole", tmp_path / "resumed")
 
 
 def test_answers_too_short_to_train_on_are_the_users_mistake(task: FitTask, tmp_path: Path) -> None:
