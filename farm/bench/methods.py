@@ -85,9 +85,9 @@ def variants(default: AdaptSettings) -> list[Variant]:
         "epochs": _epochs(default, 0.1),
     }
     out += [
-        Variant("forms", "expert, cached", cached),
-        Variant("forms", "expert, unrolled", {**rows, "tier": "expert"}),
-        Variant("forms", "expert, cached, then unrolled", both),
+        Variant("forms", "expert, cached", cached, curve=True),
+        Variant("forms", "expert, unrolled", {**rows, "tier": "expert"}, curve=True),
+        Variant("forms", "expert, cached, then unrolled", both, curve=True),
         Variant("tiers", "half width, cached", cached, width=0.5),
         Variant("tiers", "double width, cached", cached, width=2.0),
         Variant("tiers", "expert + low-rank fc", {**rows, "tier": "expert-fc"}),

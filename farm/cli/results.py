@@ -222,6 +222,7 @@ def bench_adapt(
     """Tau, training time and size of every way to adapt a draft; a run that was stopped goes on where it was."""
     from farm.bench.adapt import identities, measure
     from farm.bench.adapt_data import subjects
+    from farm.bench.adapt_markdown import page
     from farm.bench.adapt_report import code_digest, compare, comparison_table, keep, kept, table, write
     from farm.bench.methods import QUICK, methods_of, variants, work
 
@@ -246,7 +247,9 @@ def bench_adapt(
             )
     _show_wide(table(rows))
     _show_wide(comparison_table(compare(rows)))
-    for path in write(out, rows, source):
+    paths = [*write(out, rows, source), out / "adapt.md"]
+    paths[-1].write_text(page(rows, source["command"], source["git_sha"]))
+    for path in paths:
         console.print(path, markup=False, soft_wrap=True)
 
 

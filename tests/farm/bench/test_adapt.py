@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from matplotlib.image import imread
@@ -14,6 +15,7 @@ from farm.artifacts import TRUNK, Artifacts
 from farm.bench import adapt_plots
 from farm.bench.adapt import Row, identities, measure
 from farm.bench.adapt_data import Subject, choose_rows, subjects
+from farm.bench.adapt_markdown import page
 from farm.bench.adapt_report import code_digest, compare, keep, kept, table, tau_after, write
 from farm.bench.methods import SELECTIONS, Variant, Work, methods_of, variants, work
 from farm.bench.report import origin
@@ -184,6 +186,28 @@ def test_the_default_is_compared_with_the_plateau_and_with_equal_seconds() -> No
     assert tau_after(curve, 1000.0) == 4.0
     (alone,) = compare([ROW])
     assert (alone.of_eda, alone.of_converged_tau) == (None, None)
+
+
+def test_the_page_answers_what_the_filter_and_the_forms_bring() -> None:
+    def way(method: str, variant: str, tau: float, seconds: float = 10.0, **more: Any) -> Row:
+        return replace(ROW, method=method, variant=variant, tau=tau, train_seconds=seconds, **more)
+
+    rows = [
+        ROW, way("losses", "kl", 3.0), way("adaspec", "kl + adaspec", 2.9), way("losses", "lk", 3.2),
+        way("adaspec", "lk + adaspec", 3.1), way("adaspec", "lk + adaspec", 3.3, seed=1),
+        way("forms", "expert, cached", 2.0, 2.0, progress=0.25), way("forms", "expert, cached", 4.0, 8.0),
+        way("forms", "expert, unrolled", 3.5, 4.0),
+    ]  # fmt: skip
+    shown = page(rows, "farm bench adapt", "abc").splitlines()
+    assert "| t | kl | 3.00 | 2.90 |" in shown
+    assert "| t | lk | 3.20 | 3.20 (3.10 to 3.30) |" in shown
+    assert "| t | expert, cached | 2.67 | 4.0 |" in shown, "a third of the way from 2 to 8 seconds"
+    assert "| t | expert, unrolled | 3.50 | 4.0 |" in shown
+    assert (
+        "| t | adaspec | lk + adaspec | regenerated, all 100% | kl | cached | 3.20 (3.10 to 3.30) | 10.0 | 0 |"
+        in shown
+    )
+    assert "Losses" not in page([ROW], "farm bench adapt", "abc")
 
 
 def test_a_colour_means_the_same_in_every_panel_and_the_legend_names_each(subject: Subject) -> None:
