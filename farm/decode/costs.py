@@ -217,10 +217,9 @@ class RoundCosts:
         """What plain rounds took is about to be measured anew."""
         self._plain[bucket_of(load)].clear()
 
-    def draft_step(self, load: Load, index: int) -> float:
-        """Seconds of one more draft forward, for position `index`, without the pace."""
-        draft = self._draft[self.source(load)]
-        return draft.step if index else draft.at(1)
+    def draft_step(self, load: Load) -> float:
+        """Seconds of one more draft forward, without the pace."""
+        return self._draft[self.source(load)].step
 
     def verify_step(self, load: Load) -> float:
         """Seconds of verifying one position more, without the pace."""
@@ -233,7 +232,7 @@ class RoundCosts:
         """
         if self._rest[self.source(load)].num_lengths < 2:
             return None
-        return rate * (self.draft_step(load, 1) + self.verify_step(load)) / load.num_rows
+        return rate * (self.draft_step(load) + self.verify_step(load)) / load.num_rows
 
     def seconds(self, result: RoundResult) -> float:
         """What a round that drafts such as this takes by the tables: without the luck of this one, and the pace."""

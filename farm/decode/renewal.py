@@ -89,7 +89,8 @@ class Cost:
         self._trials: dict[Bucket, Trial] = {}
         self._asked, self._round, self._alike, self._drafted = False, 0, 0, False
         self._growing: Growing | None = None
-        self._rule_load, self._rule_until, self._last_rule = Load((), ()), 0, Growth((), (), (), (), ())
+        self._rule_load, self._rule_until = Load((), ()), 0
+        self._last_rule: Growth | None = None
 
     def limit(self, load: Load) -> int:
         self._asked, self.growth, self._growing = True, None, None
@@ -102,9 +103,8 @@ class Cost:
         regime = self._regimes[like]
         if not regime.speculates:
             return 0
-        growth = self._rule(load, regime.rate.value)
-        # Of a batch whose targets are drafted badly not even the first token is worth a forward.
-        return self._follow(growth, self.max_length if Growing(growth).grows(0) else 0)
+        rule = self._rule(load, regime.rate.value)
+        return 0 if rule is None else self._follow(rule, self.max_length)
 
     def _follow(self, growth: Growth, length: int) -> int:
         if length:
@@ -163,20 +163,24 @@ class Cost:
     def _best(self, load: Load) -> tuple[int, float]:
         return self._costs.best(load, self._mean_survival(load))
 
-    def _rule(self, load: Load, reached: float) -> Growth:
-        """Survival that pays for each position, at the rate that is reached; worked out anew every few rounds."""
+    def _rule(self, load: Load, reached: float) -> Growth | None:
+        """Survival that pays for each position, at the rate that is reached; worked out anew every few rounds.
+
+        None where nothing pays: the targets of this batch are drafted worse than those that the rate came from.
+        """
         if self._rule_load == load and self._round < self._rule_until:
             return self._last_rule
-        rate = load.num_rows * max(self._costs.without_pace(self._costs.plain(load)), reached)
-        verify = self._costs.verify_step(load)
-        drafts = [self._costs.draft_step(load, index) for index in (0, 1)]
-        draft_above = [rate * (drafts[min(index, 1)] + verify) for index in range(self.max_length)]
-        of_rows = [self._of_target[name] for name in load.targets]
-        self._last_rule = Growth(
-            load.limits, [one.by_peak.table() for one in of_rows],
-            [[ratio.value for ratio in one.by_position] for one in of_rows],
-            [rate * verify] * self.max_length, draft_above,
-        )  # fmt: skip
+        plain, verify = self._costs.plain(load), self._costs.verify_step(load)
+        self._last_rule = None
+        if self._best(load)[1] > plain:
+            rate = load.num_rows * max(self._costs.without_pace(plain), reached)
+            of_rows = [self._of_target[name] for name in load.targets]
+            self._last_rule = Growth(
+                load.limits, [one.by_peak.table() for one in of_rows],
+                [[ratio.value for ratio in one.by_position] for one in of_rows],
+                [rate * verify] * self.max_length,
+                [rate * (self._costs.draft_step(load) + verify)] * self.max_length,
+            )  # fmt: skip
         self._rule_load, self._rule_until = load, self._round + self.RULE_ROUNDS
         return self._last_rule
 

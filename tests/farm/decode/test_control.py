@@ -165,7 +165,7 @@ def test_costs_of_a_token_come_from_all_lengths_and_an_outlier_moves_them_little
         for length in (0, 1, 4, 8):
             costs.add(took(3, length, 0.1 * length, 1.0 + 0.2 * length))
     costs.add(took(4, 4, 50.0, 50.0))  # three and four rows share a bucket
-    assert costs.draft_step(load_of(4), 2) == pytest.approx(0.1, abs=0.03)
+    assert costs.draft_step(load_of(4)) == pytest.approx(0.1, abs=0.03)
     assert costs.verify_step(load_of(3)) == pytest.approx(0.2, abs=0.06)
     assert costs.unexplored(load_of(3)) == ()
     assert costs.unexplored(load_of(1)) == (1, 4, 8)
@@ -219,7 +219,7 @@ def test_the_price_of_a_token_is_known_though_every_round_is_noisy() -> None:
             noise = rng.uniform(0.7, 1.3)
             costs.add(took(1, length, 0.03 * length * noise, (1 + 0.05 * length) * noise))
     assert costs.verify_step(load_of(1)) == pytest.approx(0.05, rel=0.5)
-    assert costs.draft_step(load_of(1), 3) == pytest.approx(0.03, rel=0.3)
+    assert costs.draft_step(load_of(1)) == pytest.approx(0.03, rel=0.3)
 
 
 def drafted_by_round(
