@@ -38,10 +38,14 @@ def buffered(capacity: int) -> int:
 
 
 class Note(NamedTuple):
-    """Hidden states of a round's or a prefill's tokens, from the rows' starts on; behind what was kept is padding."""
+    """Hidden states of a round's tokens; behind what was kept is padding. Row b's first token was at `ends[b]` - 1."""
 
     hidden_BTH: Tensor
-    rows: Rows
+    ends: Sequence[int]
+
+    @property
+    def rows(self) -> Rows:
+        return Rows([end - 1 for end in self.ends])
 
 
 class Drafting:
@@ -91,13 +95,13 @@ class Drafting:
     def prefilled(self, hidden_BTH: Tensor, rows: Rows) -> None:
         """Takes note of prefilled positions; behind the real ones of a row is padding."""
         self._store()
-        self._keep(Note(hidden_BTH, rows))
+        self._keep(hidden_BTH, rows)
         if rows.starts[0] == 0:
             self._read[rows.first : rows.first + len(rows)] = [0] * len(rows)
 
     def committed(self, hidden_BTH: Tensor, lengths: Sequence[int]) -> None:
         """Takes note of the hidden states of what a round read behind all but the last of each row's tokens."""
-        self._notes.append(Note(hidden_BTH, Rows([length - 1 for length in lengths])))
+        self._notes.append(Note(hidden_BTH, lengths))
         if len(self._notes) > KEPT_NOTES:
             self._store()
 
@@ -175,12 +179,12 @@ class Drafting:
     def _store(self) -> None:
         """Keeps what was noted, in the order of the rounds: each writes over the padding of the one before."""
         for note in _joined(self._notes):
-            self._keep(note)
+            self._keep(note.hidden_BTH, note.rows)
         self._notes.clear()
 
-    def _keep(self, note: Note) -> None:
-        at_M = self._positions(note.rows, note.hidden_BTH.shape[1])
-        self._hidden_NPH.flatten(0, 1).index_copy_(0, at_M, note.hidden_BTH.flatten(0, 1))
+    def _keep(self, hidden_BTH: Tensor, rows: Rows) -> None:
+        at_M = self._positions(rows, hidden_BTH.shape[1])
+        self._hidden_NPH.flatten(0, 1).index_copy_(0, at_M, hidden_BTH.flatten(0, 1))
 
     def _kept(self, rows: Rows, num_tokens: int) -> Tensor:
         """[B, T, H] hidden states from the rows' starts on."""
@@ -200,7 +204,7 @@ def _joined(notes: Sequence[Note]) -> Iterator[Note]:
     run: list[Note] = []
     for note in notes:
         last = run[-1] if run else None
-        follows = last is not None and note.rows.starts == [start + 1 for start in last.rows.starts]
+        follows = last is not None and list(note.ends) == [end + 1 for end in last.ends]
         if run and not (follows and last is not None and last.hidden_BTH.shape[1] == 1):
             yield _one(run)
             run = []
@@ -212,4 +216,4 @@ def _joined(notes: Sequence[Note]) -> Iterator[Note]:
 def _one(run: Sequence[Note]) -> Note:
     if len(run) == 1:
         return run[0]
-    return Note(torch.cat([note.hidden_BTH for note in run], dim=1), run[0].rows)
+    return Note(torch.cat([note.hidden_BTH for note in run], dim=1), run[0].ends)

@@ -57,6 +57,7 @@ class Routes:
         self._routes: dict[str, Route] = {}
         self._stack = functools.lru_cache(KEPT_STACKS)(self._stack_anew)
         self.groups = functools.lru_cache(KEPT_BATCHES)(self._divide)
+        self.drafted = functools.lru_cache(KEPT_BATCHES)(self._drafted_anew)
 
     def __getitem__(self, target: str) -> Route:
         return self._routes[target]
@@ -87,6 +88,7 @@ class Routes:
         del self._routes[target]
         self._stack.cache_clear()
         self.groups.cache_clear()
+        self.drafted.cache_clear()
 
     def group_of(self, target: str) -> int:
         """A number that targets of one forward share."""
@@ -103,6 +105,10 @@ class Routes:
             found.append(Group(self._routes[rows[0]].forward, first, first + len(rows), loras, which))
             first += len(rows)
         return tuple(found)
+
+    def _drafted_anew(self, targets: tuple[str, ...]) -> tuple[bool, ...]:
+        """Whether each row's target has a draft."""
+        return tuple(self._routes[target].draft is not None for target in targets)
 
     def _side_by_side(self, present: tuple[str, ...]) -> Lora:
         """The LoRAs of these targets, each of which has one; a single one needs no stack."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -197,12 +198,12 @@ class Runner:
             return (0,) * len(rows)
         most, limits = self.drafting.max_drafted, []
         for row in rows:
-            own, wanted = row.request.params.max_drafted, row.room - 1
+            own, wanted = row.request.params.max_drafted, row.most - len(row.tokens) - 1
             if self.tree is not None and wanted:
                 wanted = most
-            has_draft = self.routes[row.request.target].draft is not None
-            limits.append(min(most, wanted, most if own is None else own) if has_draft else 0)
-        return tuple(limits)
+            limits.append(min(most, wanted) if own is None else min(most, wanted, own))
+        drafted = self.routes.drafted(tuple(row.request.target for row in rows))
+        return tuple(map(operator.mul, limits, drafted))
 
     def move(self, move: Move) -> None:
         """Copies sequences to other slots."""
