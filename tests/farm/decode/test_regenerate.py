@@ -9,6 +9,7 @@ from farm.data.prompts import Prompt
 from farm.decode.conversation import sampling_of
 from farm.decode.regenerate import _prefill, prefill_rows, regenerate_rows
 from farm.layers.cache import Rows
+from farm.layers.kernels import available
 from farm.sections import RegenerateSettings, TargetSpec
 from farm.target import zoo
 from farm.target.load import LoadedTarget, load_target
@@ -89,7 +90,8 @@ def test_prefilled_features_do_not_depend_on_which_rows_share_their_batch(target
         assert (together.row, together.answer_ids) == (alone.row, alone.answer_ids)
         assert together.features is not None
         assert alone.features is not None
-        torch.testing.assert_close(together.features, alone.features, atol=0.02, rtol=0.02)  # bf16
+        tolerance = 0.02 if available() is None else 0.0  # kernels: a row's bits are its own
+        torch.testing.assert_close(together.features, alone.features, atol=tolerance, rtol=tolerance)
 
 
 def test_bfloat16_targets_answer_and_keep_their_features(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from farm.draft.checkpoint import EXPERT_FILE, TRUNK_FILE, read_tensors, trunk_d
 from farm.draft.config import DraftConfig
 from farm.draft.model import new_draft
 from farm.layers.cache import Rows
+from farm.layers.kernels import available
 from farm.sections import AdaptSettings, TargetSpec
 from farm.store import open_store
 from farm.target import zoo
@@ -116,9 +117,10 @@ def test_a_run_ends_the_same_whatever_share_of_its_features_the_budget_kept(
     fit_in_process(task, trunk, tmp_path / "all")
     fit_in_process(replace(task, shards=(str(shard),)), trunk, tmp_path / "few")
     expected, found = (load_file(tmp_path / name / EXPERT_FILE) for name in ("all", "few"))
+    # A prefill of several rows gives a row the same bits as decoding did; torch's products do not promise that.
+    tolerance = 2e-3 if available() is None else 0.0
     for name, tensor in expected.items():
-        # up to the rounding of a prefill of several rows, which bfloat16 mostly hides
-        torch.testing.assert_close(found[name], tensor, atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(found[name], tensor, atol=tolerance, rtol=tolerance)
 
 
 def test_the_trunk_stage_trains_trunk_and_expert_and_writes_both(task: FitTask, tmp_path: Path) -> None:
