@@ -172,7 +172,7 @@ def _prefill(
         cache = target.forward.new_cache(len(batch), length)
         loras = None
         if target.lora is not None:
-            loras = LoraRows(target.lora, [0] * len(batch), length, target.forward.device)
+            loras = LoraRows([target.lora], [0] * len(batch), length, target.forward.device)
         hidden_BTH = target.forward.forward(tokens_BT, Rows([0] * len(batch)), cache, loras)
         for index, hidden_TH in zip(batch, hidden_BTH, strict=True):
             yield index, hidden_TH[: len(rows[index]) - 1]

@@ -41,13 +41,14 @@ class Group:
     first: int
     last: int
     loras: Callable[[], Lora] | None  # of the group's targets side by side; None when none of them has one
-    which: tuple[int, ...]  # index of each row's LoRA in `loras`, -1 for none
+    members: tuple[Lora, ...]  # the same each by itself
+    which: tuple[int, ...]  # index of each row's LoRA in these, -1 for none
 
     def lora_rows(self, num_tokens: int) -> LoraRows | None:
         """The deltas of this group's rows with `num_tokens` tokens each."""
         if self.loras is None:
             return None
-        return LoraRows(self.loras(), self.which, num_tokens, self.forward.device)
+        return LoraRows(self.members, self.which, num_tokens, self.forward.device, self.loras)
 
 
 class Routes:
@@ -102,7 +103,8 @@ class Routes:
             adapted = [name if self._routes[name].lora is not None else None for name in rows]
             present, which = arrange(adapted)
             loras = functools.partial(self._side_by_side, present) if present else None
-            found.append(Group(self._routes[rows[0]].forward, first, first + len(rows), loras, which))
+            members, forward = tuple(map(self._lora, present)), self._routes[rows[0]].forward
+            found.append(Group(forward, first, first + len(rows), loras, members, which))
             first += len(rows)
         return tuple(found)
 

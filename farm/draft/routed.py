@@ -95,7 +95,7 @@ class RoutedDeltas:
     def __init__(self, stack: Lora, which: Sequence[int], device: torch.device) -> None:
         """`which[b]` is the index of row b's changes in the stack, -1 for none."""
         self.rows = functools.lru_cache(KEPT_LENGTHS)(
-            lambda num_tokens: LoraRows(stack, which, num_tokens, device)
+            lambda num_tokens: LoraRows((), which, num_tokens, device, lambda: stack)
         )
 
 

@@ -8,7 +8,9 @@ operator by operator, is in farm/target/forward.py and farm/draft/lean.py.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import itertools
+from array import array
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -18,8 +20,8 @@ from torch import Tensor
 from farm.layers.attention import Rotation
 from farm.layers.cache import Site
 from farm.layers.dense import Dense, Gated, RmsNorm
-from farm.layers.kernels import HEAD_SIZES, address, check_tables, fields, kernels
-from farm.layers.lora import Lora, LoraRows, Part
+from farm.layers.kernels import HEAD_SIZES, LANES, address, check_tables, fields, kernels
+from farm.layers.lora import Delta, Lora, LoraRows, Part
 
 MLPS = 2  # of a layer, at most
 PARTS: tuple[Part, ...] = ("qkv", "out", "gate_up", "down")  # of a layer, in the order of cpu/lora.h
@@ -52,11 +54,7 @@ class Call(ctypes.Structure):
 
 
 class _Factors(ctypes.Structure):
-    _fields_ = fields("down up", "rank")
-
-
-class _Loras(ctypes.Structure):
-    _fields_ = fields("factors which", "target")
+    _fields_ = fields("down up spans", "rank num_spans")
 
 
 class Foretelling(ctypes.Structure):
@@ -200,27 +198,24 @@ class Decoder:
     def _scratch(self, like: Tensor, num_rows: int, loras: LoraRows | None) -> Tensor:
         return like.new_empty(num_rows * (self.scratch + (self._apart if loras is not None else 0)))
 
-    def _loras(self, loras: LoraRows | None, site: Site) -> _Loras | None:
-        """As the kernels read them; the addresses are of what the stack and the result hold."""
+    def _loras(self, loras: LoraRows | None, site: Site) -> Any:
+        """Each row's factors, or none, as the kernels read them."""
         if loras is None:
             return None
-        stack, flat_EP = loras.stack, loras.stack.flat_EP
-        assert flat_EP.is_contiguous()
-        assert flat_EP.dtype == site.window.cache.buffer.dtype
         assert len(loras.which) == len(site.window.positions_BT)
-        assert max(loras.which) < stack.num_targets
-        if stack not in self._factors:
-            deltas = [stack.delta(layer, part) for layer in range(self.struct.num_layers) for part in PARTS]
-            every = [
-                _Factors() if one is None
-                else _Factors(one.down_EXR.data_ptr(), one.up_ERY.data_ptr(), one.up_ERY.shape[1])
-                for one in deltas
-            ]  # fmt: skip
-            self._factors[stack] = (_Factors * len(every))(*every)
-        which = (ctypes.c_int64 * len(loras.which))(*loras.which)
-        found = _Loras(ctypes.addressof(self._factors[stack]), ctypes.addressof(which), flat_EP.shape[1])
-        found.kept = which
-        return found
+        assert all(one.flat_EP.dtype == site.window.cache.buffer.dtype for one in loras.loras)
+        tables = [ctypes.addressof(self._factors_of(one)) for one in loras.loras]
+        return (ctypes.c_void_p * len(loras.which))(*(tables[i] if i >= 0 else None for i in loras.which))
+
+    def _factors_of(self, lora: Lora) -> Any:
+        """[layers, parts]; the addresses are of what the LoRA holds."""
+        if lora not in self._factors:
+            deltas = [lora.delta(layer, part) for layer in range(self.struct.num_layers) for part in PARTS]
+            every = [_Factors() if one is None else _factors(one) for one in deltas]
+            table = (_Factors * len(every))(*every)
+            table.kept = every  # their spans
+            self._factors[lora] = table
+        return self._factors[lora]
 
     def _call(
         self,
@@ -246,6 +241,30 @@ class Decoder:
             cache.data_ptr() + window.rows.first * sequence * cache.itemsize, scratch.data_ptr(), None,
             b, t, context, layer, sequence, head, *site.visible.strides(),
         )  # fmt: skip
+
+
+def _factors(delta: Delta) -> _Factors:
+    assert delta.down_EXR.shape[0] == 1
+    assert delta.down_EXR.is_contiguous()
+    assert delta.up_ERY.is_contiguous()
+    spans = array("q", _spans(delta.up_ERY[0]))
+    addresses = delta.down_EXR.data_ptr(), delta.up_ERY.data_ptr(), spans.buffer_info()[0]
+    found = _Factors(*addresses, delta.up_ERY.shape[1], len(spans) // 4)
+    found.kept = spans
+    return found
+
+
+def _spans(up_RY: Tensor) -> Iterator[int]:
+    """First and last rank, first and last output, of each run of ranks that reach the same whole vectors of outputs."""
+    (num_ranks, width), some_RY = up_RY.shape, (up_RY != 0).to(torch.uint8)
+    firsts = (some_RY.argmax(dim=1) // LANES * LANES).tolist()
+    lasts = (width - some_RY.flip(1).argmax(dim=1)).tolist()
+    reached = [
+        (first, min(width, -(-last // LANES) * LANES)) for first, last in zip(firsts, lasts, strict=True)
+    ]
+    for outputs, ranks in itertools.groupby(range(num_ranks), key=reached.__getitem__):
+        run = list(ranks)
+        yield from (run[0], run[-1] + 1, *outputs)
 
 
 def _layer(weights: Weights) -> _Layer:

@@ -8,7 +8,7 @@ of the LoRAs present, one grouped product each, so that cost grows with the targ
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -117,9 +117,25 @@ class _Gathered(NamedTuple):
 class LoraRows:
     """The LoRA that each row of a forward call has."""
 
-    def __init__(self, stack: Lora, which: Sequence[int], num_tokens: int, device: torch.device) -> None:
-        """`which[b]` is the index of row b's LoRA in the stack, -1 for none; each row has `num_tokens` tokens."""
-        self.stack, self.which, self._num_tokens, self._device = stack, tuple(which), num_tokens, device
+    def __init__(
+        self,
+        loras: Sequence[Lora],
+        which: Sequence[int],
+        num_tokens: int,
+        device: torch.device,
+        stack: Callable[[], Lora] | None = None,
+    ) -> None:
+        """`which[b]` is the index of row b's LoRA, -1 for none; each row has `num_tokens` tokens.
+
+        `stack` gives the `loras` side by side, for those that multiply with all of them at once; None: made anew.
+        """
+        self.loras, self.which = tuple(loras), tuple(which)
+        self._num_tokens, self._device, self._make = num_tokens, device, stack
+
+    @functools.cached_property
+    def stack(self) -> Lora:
+        """The LoRAs side by side."""
+        return stack_loras(self.loras) if self._make is None else self._make()
 
     @functools.cached_property
     def _members(self) -> list[list[int]]:

@@ -41,7 +41,7 @@ struct Call {
   const int64_t *positions, *offsets;  // [M]: of the token, and of its entry among its row's
   T* cache;  // keys of the first layer's first row
   T* scratch;  // M (3 H + (N + 2 G) D + N D + the widest MLP) numbers, with LoRAs that and twice the widest MLP
-  const Loras<T>* loras;  // none: no row has one
+  const Factors<T>* const* loras;  // [B], see add_loras; none: no row has one
   int64_t sequences, tokens, context;
   int64_t cache_layer, kv_sequence, kv_head, mask_sequence, mask_row;  // in numbers
 };

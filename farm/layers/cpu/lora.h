@@ -2,6 +2,8 @@
 // alpha / r in B (arXiv 2106.09685, eq. 3).
 #pragma once
 
+#include <algorithm>
+
 #include "threads.h"
 #include "vectors.h"
 
@@ -11,18 +13,13 @@ constexpr int kRankVectors = 8;  // of a low-rank state, that are worked out at 
 
 enum Part : int { kQkv, kOut, kGateUp, kDown, kParts };
 
-// The factors of the first target, [X, R] and then [R, Y]; none: no target changes this product.
+// Of one target and one product, [X, R] and then [R, Y]; none: the target does not change it. What is fused of several
+// projections is zero outside of blocks: a span says for which ranks the outputs from one to another are not.
 template <class T>
 struct Factors {
   const T *down, *up;
-  int64_t rank;
-};
-
-template <class T>
-struct Loras {
-  const Factors<T>* factors;  // [layers, kParts]
-  const int64_t* which;       // [B]: the LoRA of each sequence, -1 for none
-  int64_t target;             // numbers from one target's factors to the next one's
+  const int64_t* spans;  // [num_spans, 4]: first rank, last rank, first output, last output; outputs in whole vectors
+  int64_t rank, num_spans;
 };
 
 // z = A x. A vector may reach into what lies behind A's row, at last into B: those lanes are left out of what follows.
@@ -49,32 +46,36 @@ void add_to_row(const Factors<T>& f, const T* x, T* y, int64_t inputs, int64_t o
   alignas(64) float z[kRankVectors * kLanes];
   constexpr int64_t kRanks = kRankVectors * kLanes;
   for (int64_t r = 0; r < f.rank; r += kRanks) {
-    const int64_t ranks = f.rank - r < kRanks ? f.rank - r : kRanks;
+    const int64_t ranks = std::min(f.rank - r, kRanks);
     lower_some(x, f.down + r, inputs, f.rank, (ranks + kLanes - 1) / kLanes, z);
-    for (int64_t o = first; o < last; o += kLanes) {
-      const T* up = f.up + r * outputs + o;
-      Floats sum = load_some(y + o, last - o);
-      for (int64_t i = 0; i < ranks; i++) sum += load_some(up + i * outputs, last - o) * z[i];
-      store_some(y + o, sum, last - o);
+    for (const int64_t* span = f.spans; span < f.spans + 4 * f.num_spans; span += 4) {
+      const int64_t from = std::max(span[0], r), to = std::min(span[1], r + ranks), end = std::min(span[3], last);
+      for (int64_t o = std::max(span[2], first); from < to && o < end; o += kLanes) {
+        Floats sum = load_some(y + o, outputs - o);
+        for (int64_t i = from; i < to; i++) sum += load_some(f.up + i * outputs + o, outputs - o) * z[i - r];
+        store_some(y + o, sum, outputs - o);
+      }
     }
   }
 }
 
-// Rows are shared out where there are enough of them, else the outputs of every row.
+// `loras[b]` are the factors of sequence b's target, [layers, kParts], or none. Rows are shared out where there are enough
+// of them, else the outputs of every row.
 template <class T>
-void add_loras(Thread& thread, const Loras<T>* loras, int64_t layer, Part part, const T* x, T* y, int64_t sequences,
-               int64_t tokens, int64_t inputs, int64_t outputs) {
-  if (!loras || !loras->factors[layer * kParts + part].down) return;
-  const Factors<T>& first = loras->factors[layer * kParts + part];
+void add_loras(Thread& thread, const Factors<T>* const* loras, int64_t layer, Part part, const T* x, T* y,
+               int64_t sequences, int64_t tokens, int64_t inputs, int64_t outputs) {
+  const auto of = [&](int64_t b) { return loras[b] ? loras[b] + layer * kParts + part : nullptr; };
+  bool some = false;
+  for (int64_t b = 0; loras && b < sequences; b++) some |= of(b) && of(b)->down;
+  if (!some) return;
   const int64_t rows = sequences * tokens, slices = rows < 2 * thread.count() ? thread.count() : 1;
   const int64_t blocks = (outputs + kLanes - 1) / kLanes;
   thread.each(slices * rows, [&](int64_t task) {
-    const int64_t slice = task / rows, row = task % rows, which = loras->which[row / tokens];
-    if (which < 0) return;
-    const Factors<T> own = {first.down + which * loras->target, first.up + which * loras->target, first.rank};
-    const int64_t end = blocks * (slice + 1) / slices * kLanes;
-    add_to_row(own, x + row * inputs, y + row * outputs, inputs, outputs, blocks * slice / slices * kLanes,
-               end < outputs ? end : outputs);
+    const int64_t slice = task / rows, row = task % rows;
+    const Factors<T>* own = of(row / tokens);
+    if (!own || !own->down) return;
+    const int64_t first = blocks * slice / slices * kLanes, last = blocks * (slice + 1) / slices * kLanes;
+    add_to_row(*own, x + row * inputs, y + row * outputs, inputs, outputs, first, std::min(last, outputs));
   });
 }
 

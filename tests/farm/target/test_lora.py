@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from farm.layers.cache import Rows
-from farm.layers.lora import LoraRows, stack_loras
+from farm.layers.lora import LoraRows
 from farm.target.forward import TargetForward
 from farm.target.lora import open_lora
 from farm.target.weights import read_weights
@@ -29,7 +29,7 @@ def test_rows_of_three_targets_in_one_forward_equal_three_merged_models(
     adapters = [write_lora(tmp_path / str(seed), model, rank=2 + seed, seed=seed) for seed in range(2)]
     loras = [open_lora(adapter, base) for adapter in adapters]
     tokens = torch.randint(0, 32, (4, 6), generator=torch.Generator().manual_seed(0))
-    rows = LoraRows(stack_loras([lora for lora in loras if lora]), which, 6, base.device)
+    rows = LoraRows([lora for lora in loras if lora], which, 6, base.device)
     got = base.forward(tokens, Rows([0] * 4), base.new_cache(4, 8), rows)
     for row, index in enumerate(which):
         weights = read_weights(tmp_path / "base", None if index < 0 else adapters[index], torch.float64)
