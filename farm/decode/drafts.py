@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from farm.decode.routes import Group, Routes, arrange
 from farm.draft.delta import TrunkDelta, with_delta
 from farm.draft.expert import Expert
-from farm.draft.lean import ExpertSum, LeanDraft, LeanExpert, LeanHead, LeanTrunk
+from farm.draft.lean import LeanDraft, LeanExpert, LeanHead, LeanTrunk, Own
 from farm.draft.model import Draft, DraftHead
 from farm.draft.routed import ExpertStack, FlatExpert, RoutedDeltas, RoutedExperts
 from farm.layers.lora import Lora, stack_loras
@@ -83,8 +84,22 @@ class Drafts:
         groups = self._routes.groups(targets)
         heads = tuple(self._head(group.forward) for group in groups)
         head = heads[0] if len(heads) == 1 else MixedHeads(heads, groups)
-        trunk, deltas = self._trunk_of(targets)
-        return LeanDraft(trunk, self._experts_of(targets), deltas), head
+        drafts = [self._routes[name].draft for name in targets]
+        experts = [self._spare if draft is None else draft.expert for draft in drafts]
+        deltas = [None if draft is None else draft.delta for draft in drafts]
+        if len(set(experts)) == 1 and len(set(deltas)) == 1:
+            (delta,) = set(deltas)
+            trunk = self._trunk if delta is None else self._changed(delta)
+            return LeanDraft(trunk, self._lean(experts[0])), head
+        if self._trunk.alone is not None:
+            return LeanDraft(self._trunk, self._own(experts, deltas)), head
+        present, which = arrange(experts)
+        mixed = RoutedExperts.of(self._stack(present), which)
+        present_deltas, which = arrange(deltas)
+        if not present_deltas:
+            return LeanDraft(self._trunk, mixed), head
+        routed = RoutedDeltas(self._stack_deltas(present_deltas), which, self._device)
+        return LeanDraft(self._trunk, mixed, routed), head
 
     def forget(self) -> None:
         """Drops what was made for targets that are hosted no more."""
@@ -101,13 +116,14 @@ class Drafts:
         self._experts = {key: expert for key, expert in self._experts.items() if key in experts}
         self._flats = {key: flat for key, flat in self._flats.items() if key[0] in experts}
 
-    def _experts_of(self, targets: tuple[str, ...]) -> ExpertSum:
-        drafts = (self._routes[name].draft for name in targets)
-        of_rows = [self._spare if draft is None else draft.expert for draft in drafts]
-        present, which = arrange(of_rows)
-        if len(present) > 1:
-            return RoutedExperts.of(self._stack(present), which)
-        (expert,) = present
+    def _own(self, experts: Sequence[Expert], deltas: Sequence[TrunkDelta | None]) -> Own:
+        """Each row's, read where it lies: nothing is put side by side."""
+        present = tuple(dict.fromkeys(delta for delta in deltas if delta is not None))
+        index = {delta: i for i, delta in enumerate(present)}
+        which = tuple(-1 if delta is None else index[delta] for delta in deltas)
+        return Own(tuple(map(self._lean, experts)), tuple(map(self._lora, present)), which)
+
+    def _lean(self, expert: Expert) -> LeanExpert:
         if expert.fused is not None:
             alone: LeanExpert = expert.fused.lean
             return alone
@@ -115,26 +131,16 @@ class Drafts:
             self._experts[id(expert)] = LeanExpert.of(expert)
         return self._experts[id(expert)]
 
-    def _trunk_of(self, targets: tuple[str, ...]) -> tuple[LeanTrunk, RoutedDeltas | None]:
-        """The trunk, and what each row changes in it; a batch of one target has its changes in a trunk of its own."""
-        drafts = (self._routes[name].draft for name in targets)
-        of_rows = [None if draft is None else draft.delta for draft in drafts]
-        owners = set(of_rows)
-        if owners == {None}:
-            return self._trunk, None
-        if len(owners) == 1:
-            return self._changed(of_rows[0]), None
-        present, which = arrange(of_rows)
-        return self._trunk, RoutedDeltas(self._stack_deltas(present), which, self._device)
+    def _lora(self, delta: TrunkDelta) -> Lora:
+        if id(delta) not in self._loras:
+            self._loras[id(delta)] = delta.lora()
+        return self._loras[id(delta)]
 
     def _changed_anew(self, delta: TrunkDelta) -> LeanTrunk:
         return LeanTrunk.of(with_delta(self._trunk.trunk, delta))
 
     def _stack_deltas_anew(self, present: tuple[TrunkDelta, ...]) -> Lora:
-        for delta in present:
-            if id(delta) not in self._loras:
-                self._loras[id(delta)] = delta.lora()
-        return stack_loras([self._loras[id(delta)] for delta in present])
+        return stack_loras(list(map(self._lora, present)))
 
     def _stack_anew(self, present: tuple[Expert, ...]) -> ExpertStack:
         width = max(expert.gate_proj.weight.shape[0] for expert in present)

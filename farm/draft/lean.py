@@ -7,6 +7,7 @@ little beside one step of the target. A test holds this forward to the module's.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,10 +19,12 @@ from farm.draft.model import Draft, DraftHead
 from farm.draft.routed import FlatExpert, RoutedDeltas
 from farm.draft.trunk import Trunk
 from farm.layers.attention import Rotation, attend_cached
+from farm.layers.by_row import ByRow
 from farm.layers.cache import Site, SlotCache
-from farm.layers.decoder import Decoder, TokenEnds, Weights
+from farm.layers.decoder import ALIKE, Decoder, TokenEnds, Weights
 from farm.layers.dense import Dense, Gated, RmsNorm
 from farm.layers.foreteller import Foreteller
+from farm.layers.lora import Lora, LoraRows
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,11 @@ class LeanExpert:
     def of(cls, expert: Expert) -> LeanExpert:
         gated = Gated.of(expert.gate_proj.weight.detach(), expert.up_proj.weight.detach())
         return cls(gated, Dense.of(expert.down_proj.weight))
+
+    @property
+    def parts(self) -> tuple[Gated, Dense]:
+        """As the kernels take them."""
+        return self.gated, self.down
 
     def add_to(self, residual_MH: Tensor, normed_MH: Tensor) -> Tensor:
         """residual + E(normed), the sum taken by the last product."""
@@ -79,9 +87,14 @@ class LeanTrunk:
         fused: LeanTrunk = trunk.fused
         return fused
 
-    def decoder(self, expert: LeanExpert) -> Decoder | None:
-        """All of a draft with one private expert for all rows; None where the kernels cannot compute it."""
-        mlps = [(one.gated, one.down) for one in (self.shared_expert, expert)]
+    @functools.cached_property
+    def alone(self) -> Decoder | None:
+        """The trunk without any private expert, for batches whose rows have one each; None without kernels."""
+        return self.decoder()
+
+    def decoder(self, *experts: LeanExpert) -> Decoder | None:
+        """All of a draft with these private experts for all rows; None where the kernels cannot compute it."""
+        mlps = [one.parts for one in (self.shared_expert, *experts)]
         weights = Weights(None, self.qkv, None, None, self.out, self.norm, mlps)
         config = self.trunk.config
         return Decoder.of([weights], (config.num_heads, config.num_kv_heads, config.head_dim), self.fc)
@@ -119,15 +132,38 @@ class ExpertSum(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Own:
+    """What each row has of its own, for the kernels: a private expert, and perhaps changes to the trunk."""
+
+    experts: tuple[LeanExpert, ...]
+    deltas: tuple[Lora, ...]
+    which: tuple[int, ...]  # index of each row's changes in `deltas`, -1 for none
+
+    def by_row(self, num_tokens: int) -> ByRow:
+        """Of a call with `num_tokens` tokens a row."""
+        device = self.experts[0].down.weight.device
+        loras = LoraRows(self.deltas, self.which, num_tokens, device) if self.deltas else None
+        return ByRow(loras, [expert.parts for expert in self.experts])
+
+
 class LeanDraft:
     """Predicted hidden states of a trunk with private experts; called like `Draft`, without gradients."""
 
-    def __init__(self, trunk: LeanTrunk, experts: ExpertSum, deltas: RoutedDeltas | None = None) -> None:
-        """`deltas` is what rows change in the trunk; None: nothing."""
+    def __init__(
+        self, trunk: LeanTrunk, experts: ExpertSum | Own, deltas: RoutedDeltas | None = None
+    ) -> None:
+        """`deltas` is what rows change in the trunk, operator by operator; None: nothing.
+
+        What rows have of their own may come as `Own` where the trunk is `alone` in the kernels.
+        """
         self.config = trunk.trunk.config
         self._lean, self._experts, self._deltas = trunk, experts, deltas
-        alone = experts if isinstance(experts, LeanExpert) and deltas is None else None
-        self._decoder = None if alone is None else trunk.decoder(alone)
+        self._decoder: Decoder | None = None
+        if isinstance(experts, Own):
+            self._decoder = trunk.alone
+        elif isinstance(experts, LeanExpert) and deltas is None:
+            self._decoder = trunk.decoder(experts)
 
     @property
     def parts(self) -> tuple[object, ...]:
@@ -164,7 +200,8 @@ class LeanDraft:
         decoder = self._decoder
         if decoder is None or not isinstance(head, LeanHead) or not decoder.can_foretell(head.ends):
             return None
-        return Foreteller(decoder, head.ends, self._lean.tables, cache, num_steps)
+        by_row = self._experts.by_row(1) if isinstance(self._experts, Own) else ALIKE
+        return Foreteller(decoder, head.ends, self._lean.tables, cache, num_steps, by_row)
 
     def read(
         self,
@@ -177,7 +214,9 @@ class LeanDraft:
         b, t, h = embedded_BTH.shape
         n, g, d = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
         if self._decoder is not None:
-            return self._decoder.predict(embedded_BTH, hidden_BTH, rotation, site)
+            by_row = self._experts.by_row(t) if isinstance(self._experts, Own) else ALIKE
+            return self._decoder.predict(embedded_BTH, hidden_BTH, rotation, site, by_row)
+        assert not isinstance(self._experts, Own)
         deltas = None if self._deltas is None else self._deltas.rows(t)
         x_MX = torch.cat((embedded_BTH, hidden_BTH), dim=-1).view(b * t, 2 * h)
         u_MH = self._lean.fc(x_MX)

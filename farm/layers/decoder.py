@@ -1,40 +1,33 @@
 # M = B T rows, H hidden, F mlp width, N query heads, G key/value heads, D head size
 """All layers of a decoder in one call of the kernels: what Python and torch cost between operators falls away.
 
-A target's layers take this way, and a draft's one layer whenever nothing changes it by row; the same arithmetic,
-operator by operator, is in farm/target/forward.py and farm/draft/lean.py.
+A target's layers take this way and a draft's one layer, with what rows have of their own (farm/layers/by_row.py); the
+same arithmetic, operator by operator, is in farm/target/forward.py and farm/draft/lean.py.
 """
 
 from __future__ import annotations
 
 import ctypes
-import itertools
-from array import array
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from farm.layers.attention import Rotation
+from farm.layers.by_row import ByRow, Mlp, Tables
 from farm.layers.cache import Site
 from farm.layers.dense import Dense, Gated, RmsNorm
-from farm.layers.kernels import HEAD_SIZES, LANES, address, check_tables, fields, kernels
-from farm.layers.lora import Delta, Lora, LoraRows, Part
+from farm.layers.kernels import HEAD_SIZES, address, check_tables, fields, kernels
 
 MLPS = 2  # of a layer, at most
-PARTS: tuple[Part, ...] = ("qkv", "out", "gate_up", "down")  # of a layer, in the order of cpu/lora.h
-
-
-class _Mlp(ctypes.Structure):
-    _fields_ = fields("gate_up down", "width")
+ALIKE = ByRow()  # rows have nothing of their own
 
 
 class _Layer(ctypes.Structure):
     _fields_ = [
         *fields("input_norm qkv qkv_bias q_norm k_norm out out_bias post_norm", ""),
-        ("mlps", _Mlp * MLPS),
+        ("mlps", Mlp * MLPS),
     ]
 
 
@@ -46,15 +39,10 @@ class Call(ctypes.Structure):
     """Mirrors the struct of the same name in cpu/decoder.h."""
 
     _fields_ = [
-        *fields(
-            "x embedded hidden cos sin mask positions offsets cache scratch loras", "sequences tokens context"
-        ),
+        *fields("x embedded hidden cos sin mask positions offsets cache scratch loras own", ""),
+        *fields("", "sequences tokens context"),
         *fields("", "cache_layer kv_sequence kv_head mask_sequence mask_row"),
     ]
-
-
-class _Factors(ctypes.Structure):
-    _fields_ = fields("down up spans", "rank num_spans")
 
 
 class Foretelling(ctypes.Structure):
@@ -118,9 +106,9 @@ class Decoder:
         front = None if fc is None else fc.weight.data_ptr()
         self.struct = _Decoder(ctypes.addressof(self._layers), front, len(layers), hidden, n, g, d, norm.eps)
         widest = max(gated.gate_up.num_outputs // 2 for layer in layers for gated, _ in layer.mlps)
-        self.scratch = 3 * hidden + (n + 2 * g) * d + n * d + widest
+        self._scratch = 3 * hidden + (n + 2 * g) * d + n * d + widest
         self._apart = 2 * widest  # of scratch too where rows have LoRAs
-        self._factors: WeakKeyDictionary[Lora, Any] = WeakKeyDictionary()
+        self.tables = Tables(len(layers))
 
     @classmethod
     def of(
@@ -136,20 +124,31 @@ class Decoder:
         known = laid_out and alike and heads[2] in HEAD_SIZES and all(x.is_contiguous() for x in numbers)
         return cls(layers, heads, fc) if known else None
 
-    def extend(self, x_MH: Tensor, rotation: Rotation, site: Site, loras: LoraRows | None = None) -> Tensor:
+    def scratch(self, by_row: ByRow) -> int:
+        """Numbers that lie between operators, for each token of a call."""
+        return self._scratch + (self._apart if by_row.loras is not None else 0) + by_row.widest
+
+    def extend(self, x_MH: Tensor, rotation: Rotation, site: Site, by_row: ByRow = ALIKE) -> Tensor:
         """x [M, H] behind all layers, written over; keys and values go to the site."""
         assert x_MH.is_contiguous()
         assert x_MH.shape == (site.window.positions_BT.numel(), self.struct.hidden)
-        self._run(x_MH, (None, None), rotation, site, loras)
+        self._run(x_MH, (None, None), rotation, site, by_row)
         return x_MH
 
-    def predict(self, embedded_BTH: Tensor, hidden_BTH: Tensor, rotation: Rotation, site: Site) -> Tensor:
+    def predict(
+        self,
+        embedded_BTH: Tensor,
+        hidden_BTH: Tensor,
+        rotation: Rotation,
+        site: Site,
+        by_row: ByRow = ALIKE,
+    ) -> Tensor:
         """A draft's hidden states [B, T, H] from embeddings beside hidden states."""
         embedded_BTH, hidden_BTH = embedded_BTH.contiguous(), hidden_BTH.contiguous()
         assert embedded_BTH.shape == hidden_BTH.shape == (*site.window.positions_BT.shape, self.struct.hidden)
         assert embedded_BTH.dtype == hidden_BTH.dtype
         x_BTH = torch.empty_like(embedded_BTH)
-        self._run(x_BTH, (embedded_BTH, hidden_BTH), rotation, site)
+        self._run(x_BTH, (embedded_BTH, hidden_BTH), rotation, site, by_row)
         return x_BTH
 
     def can_foretell(self, ends: TokenEnds) -> bool:
@@ -162,7 +161,7 @@ class Decoder:
         ends: TokenEnds,
         rotation: Rotation,
         site: Site,
-        loras: LoraRows | None = None,
+        by_row: ByRow = ALIKE,
     ) -> Foretold:
         """From token ids to the logits behind every token."""
         tokens_BT, num, new = tokens_BT.contiguous(), tokens_BT.numel(), ends.embedding_VH.new_empty
@@ -170,10 +169,9 @@ class Decoder:
         out = Foretold(
             new(num, self.struct.hidden), new(num, ends.head.num_outputs), tokens_BT.new_empty(num)
         )
-        x_MH = new(num, self.struct.hidden)
-        scratch, of_rows = self._scratch(x_MH, num, loras), self._loras(loras, site)
+        x_MH, scratch = new(num, self.struct.hidden), new(num * self.scratch(by_row))
         call = self._call(x_MH, (ends.embedding_VH, None), rotation, site, scratch)
-        call.loras = of_rows and ctypes.addressof(of_rows)
+        self.tables.attach(call, by_row, len(tokens_BT), x_MH.dtype)
         norm_H = None if ends.norm is None else ends.norm.weight_H
         told = Foretelling(
             tokens_BT.data_ptr(), None, address(ends.vocabulary_C), address(norm_H),
@@ -188,34 +186,12 @@ class Decoder:
         pair: tuple[Tensor | None, Tensor | None],
         rotation: Rotation,
         site: Site,
-        loras: LoraRows | None = None,
+        by_row: ByRow,
     ) -> None:
-        scratch = self._scratch(x, x.numel() // self.struct.hidden, loras)
-        call, of_rows = self._call(x, pair, rotation, site, scratch), self._loras(loras, site)
-        call.loras = of_rows and ctypes.addressof(of_rows)
+        scratch = x.new_empty(x.numel() // self.struct.hidden * self.scratch(by_row))
+        call = self._call(x, pair, rotation, site, scratch)
+        self.tables.attach(call, by_row, len(site.window.positions_BT), x.dtype)
         kernels().run("decode", x.dtype, self.struct, call)
-
-    def _scratch(self, like: Tensor, num_rows: int, loras: LoraRows | None) -> Tensor:
-        return like.new_empty(num_rows * (self.scratch + (self._apart if loras is not None else 0)))
-
-    def _loras(self, loras: LoraRows | None, site: Site) -> Any:
-        """Each row's factors, or none, as the kernels read them."""
-        if loras is None:
-            return None
-        assert len(loras.which) == len(site.window.positions_BT)
-        assert all(one.flat_EP.dtype == site.window.cache.buffer.dtype for one in loras.loras)
-        tables = [ctypes.addressof(self._factors_of(one)) for one in loras.loras]
-        return (ctypes.c_void_p * len(loras.which))(*(tables[i] if i >= 0 else None for i in loras.which))
-
-    def _factors_of(self, lora: Lora) -> Any:
-        """[layers, parts]; the addresses are of what the LoRA holds."""
-        if lora not in self._factors:
-            deltas = [lora.delta(layer, part) for layer in range(self.struct.num_layers) for part in PARTS]
-            every = [_Factors() if one is None else _factors(one) for one in deltas]
-            table = (_Factors * len(every))(*every)
-            table.kept = every  # their spans
-            self._factors[lora] = table
-        return self._factors[lora]
 
     def _call(
         self,
@@ -238,45 +214,18 @@ class Decoder:
         return Call(
             x.data_ptr(), *map(address, pair), *map(address, tables), address(site.visible.mask),
             window.positions_BT.data_ptr(), window.offsets_BT.data_ptr(),
-            cache.data_ptr() + window.rows.first * sequence * cache.itemsize, scratch.data_ptr(), None,
+            cache.data_ptr() + window.rows.first * sequence * cache.itemsize, scratch.data_ptr(), None, None,
             b, t, context, layer, sequence, head, *site.visible.strides(),
         )  # fmt: skip
-
-
-def _factors(delta: Delta) -> _Factors:
-    assert delta.down_EXR.shape[0] == 1
-    assert delta.down_EXR.is_contiguous()
-    assert delta.up_ERY.is_contiguous()
-    spans = array("q", _spans(delta.up_ERY[0]))
-    addresses = delta.down_EXR.data_ptr(), delta.up_ERY.data_ptr(), spans.buffer_info()[0]
-    found = _Factors(*addresses, delta.up_ERY.shape[1], len(spans) // 4)
-    found.kept = spans
-    return found
-
-
-def _spans(up_RY: Tensor) -> Iterator[int]:
-    """First and last rank, first and last output, of each run of ranks that reach the same whole vectors of outputs."""
-    (num_ranks, width), some_RY = up_RY.shape, (up_RY != 0).to(torch.uint8)
-    firsts = (some_RY.argmax(dim=1) // LANES * LANES).tolist()
-    lasts = (width - some_RY.flip(1).argmax(dim=1)).tolist()
-    reached = [
-        (first, min(width, -(-last // LANES) * LANES)) for first, last in zip(firsts, lasts, strict=True)
-    ]
-    for outputs, ranks in itertools.groupby(range(num_ranks), key=reached.__getitem__):
-        run = list(ranks)
-        yield from (run[0], run[-1] + 1, *outputs)
 
 
 def _layer(weights: Weights) -> _Layer:
     def norm(one: RmsNorm | None) -> int | None:
         return None if one is None else one.weight_H.data_ptr()
 
-    mlps = [
-        _Mlp(gated.gate_up.weight.data_ptr(), down.weight.data_ptr(), gated.gate_up.num_outputs // 2)
-        for gated, down in weights.mlps
-    ]
+    mlps = [Mlp.of(gated, down) for gated, down in weights.mlps]
     return _Layer(
         norm(weights.input_norm), weights.qkv.weight.data_ptr(), address(weights.qkv.bias),
         norm(weights.q_norm), norm(weights.k_norm), weights.out.weight.data_ptr(), address(weights.out.bias),
-        norm(weights.post_norm), (_Mlp * MLPS)(*mlps),
+        norm(weights.post_norm), (Mlp * MLPS)(*mlps),
     )  # fmt: skip

@@ -11,8 +11,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from farm.layers.by_row import ByRow
 from farm.layers.cache import Rows, SlotCache
-from farm.layers.decoder import Call, Decoder, Foretelling, TokenEnds
+from farm.layers.decoder import ALIKE, Call, Decoder, Foretelling, TokenEnds
 from farm.layers.kernels import address, check_tables, fields, kernels
 
 
@@ -63,12 +64,13 @@ class Foreteller:
         tables: tuple[Tensor, Tensor],
         cache: SlotCache,
         num_steps: int,
+        by_row: ByRow = ALIKE,
     ) -> None:
         assert decoder.can_foretell(ends)
         check_tables(tables, decoder.struct.size, cache.buffer.dtype)
         assert cache.buffer.dtype == ends.embedding_VH.dtype == ends.head.weight.dtype
         self._decoder, self._ends, self._tables, self._cache = decoder, ends, tables, cache
-        self._num_steps, self._done = num_steps, 0
+        self._num_steps, self._done, self._by_row = num_steps, 0, by_row
 
     def begin(self, tokens_BT: Tensor, hidden_BTH: Tensor, rows: Rows, counts: Sequence[int]) -> None:
         """Reads the first tokens, row b's from `rows.starts[b]` on."""
@@ -121,15 +123,16 @@ class Foreteller:
         self._hidden_KBH, self._logits_KBC = new(k + 1, b, hidden), new(k + 1, b, self._columns)
         self._best_KB, self._peak_KB = tokens_BT.new_empty(k + 1, b), new((k + 1, b), dtype=torch.float32)
         # x of the tokens, then what lies between operators.
-        self._scratch = new(b * t * (hidden + self._decoder.scratch))
+        self._scratch = new(b * t * (hidden + self._decoder.scratch(self._by_row)))
         layer, sequence, head = cache.buffer.stride()[:3]
         numbers, first_row = self._numbers.data_ptr(), rows.first * sequence * cache.buffer.itemsize
         self._call = Call(
             self._scratch.data_ptr(), self._ends.embedding_VH.data_ptr(), hidden_BTH.data_ptr(),
             *map(address, self._tables), None, numbers, numbers, cache.buffer.data_ptr() + first_row,
-            self._scratch.data_ptr() + b * t * hidden * cache.buffer.itemsize, None, b, t, end,
+            self._scratch.data_ptr() + b * t * hidden * cache.buffer.itemsize, None, None, b, t, end,
             layer, sequence, head, 0, 0,
         )  # fmt: skip
+        self._decoder.tables.attach(self._call, self._by_row, b, cache.buffer.dtype)
         self._foretelling = Foretelling(
             tokens_BT.data_ptr(), numbers + 8 * (b * t + k * b), address(self._ends.vocabulary_C),
             None, self._ends.head.weight.data_ptr(), self._hidden_KBH.data_ptr(), self._logits_KBC.data_ptr(),

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from farm.layers.attention import Rotation, attend_cached, plain_frequencies, rotary_tables, signed
+from farm.layers.by_row import ByRow
 from farm.layers.cache import AnyRows, Site, SlotCache
 from farm.layers.decoder import Decoder, TokenEnds, Weights
 from farm.layers.dense import Dense, Gated, RmsNorm, swiglu
@@ -136,7 +137,7 @@ class TargetForward:
         real_M = None if loras is not None else rows.real(tokens_BT.shape[1], self.device)
         x_MH = functional.embedding(_pack(tokens_BT.reshape(-1), real_M), self.embedding)
         if self._decoder is not None and real_M is None:
-            x_MH = self._decoder.extend(x_MH, rotation, site, loras)
+            x_MH = self._decoder.extend(x_MH, rotation, site, ByRow(loras))
         else:
             context = Context((tokens_BT.shape[0], tokens_BT.shape[1]), rotation, site, real_M, loras)
             for index, layer in enumerate(self.layers):
@@ -152,7 +153,7 @@ class TargetForward:
             hidden_BTH = self.forward(tokens_BT, rows, cache, loras)
             return Reading(hidden_BTH, self.logits(hidden_BTH))
         rotation, site = self._place(tokens_BT, rows, cache)
-        told = self._decoder.foretell(tokens_BT, self._ends, rotation, site, loras)
+        told = self._decoder.foretell(tokens_BT, self._ends, rotation, site, ByRow(loras))
         hidden_BTH, logits_BTV = (x.view(*tokens_BT.shape, -1) for x in (told.hidden_MH, told.logits_MC))
         return Reading(hidden_BTH, logits_BTV, told.best_M.view(tokens_BT.shape))
 

@@ -40,8 +40,11 @@ struct Call {
   const T *cos, *sin, *mask;    // tables of positions; see Attention
   const int64_t *positions, *offsets;  // [M]: of the token, and of its entry among its row's
   T* cache;  // keys of the first layer's first row
-  T* scratch;  // M (3 H + (N + 2 G) D + N D + the widest MLP) numbers, with LoRAs that and twice the widest MLP
+  // M (3 H + (N + 2 G) D + N D + the widest MLP) numbers; with LoRAs twice the widest MLP more, with MLPs of the rows' own
+  // the widest of these more.
+  T* scratch;
   const Factors<T>* const* loras;  // [B], see add_loras; none: no row has one
+  const Mlp<T>* const* own;        // [B]: an MLP of each sequence's own, behind those of the layer; none: there are none
   int64_t sequences, tokens, context;
   int64_t cache_layer, kv_sequence, kv_head, mask_sequence, mask_row;  // in numbers
 };
@@ -72,6 +75,23 @@ void join(Thread& thread, const Decoder<T>& d, const Call<T>& c, const int64_t* 
     std::memcpy(pairs + row * 2 * d.hidden + d.hidden, c.hidden + row * d.hidden, bytes);
   });
   linear<T>(thread, {pairs, d.fc, nullptr, nullptr, c.x, rows, 2 * d.hidden, d.hidden, kAsTheyAre});
+  add_loras(thread, c.loras, 0, kFc, pairs, c.x, c.sequences, c.tokens, 2 * d.hidden, d.hidden);
+}
+
+// x += each sequence's own MLP of what is normed.
+template <class T>
+void add_own(Thread& thread, const Decoder<T>& d, const Call<T>& c, const T* normed, T* gated) {
+  const int64_t rows = c.tokens;
+  int64_t widest = 0;
+  for (int64_t b = 0; b < c.sequences; b++) widest = std::max(widest, c.own[b]->width);
+  linear_each<T>(thread, c.sequences, 2 * widest, [&](int64_t b) {
+    return Task<T>{normed + b * rows * d.hidden, c.own[b]->gate_up, nullptr, nullptr, gated + b * rows * widest,
+                   rows, d.hidden, 2 * c.own[b]->width, kGated};
+  });
+  linear_each<T>(thread, c.sequences, d.hidden, [&](int64_t b) {
+    T* x = c.x + b * rows * d.hidden;
+    return Task<T>{gated + b * rows * widest, c.own[b]->down, nullptr, x, x, rows, c.own[b]->width, d.hidden, kAsTheyAre};
+  });
 }
 
 template <class T>
@@ -110,6 +130,7 @@ void decode(Thread& thread, const Decoder<T>& d, const Call<T>& c, const int64_t
       linear<T>(thread, {gated, mlp.down, nullptr, c.x, c.x, rows, mlp.width, d.hidden, kAsTheyAre});
       adapt(kDown, gated, c.x, mlp.width, d.hidden);
     }
+    if (c.own) add_own(thread, d, c, normed, gated);
   }
 }
 

@@ -11,7 +11,7 @@ namespace farm {
 
 constexpr int kRankVectors = 8;  // of a low-rank state, that are worked out at once
 
-enum Part : int { kQkv, kOut, kGateUp, kDown, kParts };
+enum Part : int { kQkv, kOut, kGateUp, kDown, kFc, kParts };
 
 // Of one target and one product, [X, R] and then [R, Y]; none: the target does not change it. What is fused of several
 // projections is zero outside of blocks: a span says for which ranks the outputs from one to another are not.

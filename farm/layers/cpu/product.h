@@ -113,14 +113,27 @@ void multiply_rows(const Task<T>& task, int64_t row, int64_t block, int64_t coun
   multiply<T, M>(task, row, block);
 }
 
+// One block of outputs of all rows.
+template <class T>
+void multiply_block(const Task<T>& task, int64_t block) {
+  const int64_t tiles = (task.rows + kRows - 1) / kRows, tile = (task.rows + tiles - 1) / tiles;
+  for (int64_t row = 0; row < task.rows; row += tile)
+    multiply_rows<T>(task, row, block, task.rows - row < tile ? task.rows - row : tile);
+}
+
 template <class T>
 void linear(Thread& thread, const Task<T>& task) {
   if (!task.rows) return;
-  const int64_t blocks = (task.outputs + kBlock - 1) / kBlock;
-  const int64_t tiles = (task.rows + kRows - 1) / kRows, tile = (task.rows + tiles - 1) / tiles;
-  thread.each(blocks, [&](int64_t block) {
-    for (int64_t row = 0; row < task.rows; row += tile)
-      multiply_rows<T>(task, row, block, task.rows - row < tile ? task.rows - row : tile);
+  thread.each((task.outputs + kBlock - 1) / kBlock, [&](int64_t block) { multiply_block(task, block); });
+}
+
+// As many products side by side, `task_of(i)` each, of at most `most` outputs.
+template <class T, class TaskOf>
+void linear_each(Thread& thread, int64_t count, int64_t most, const TaskOf& task_of) {
+  const int64_t blocks = (most + kBlock - 1) / kBlock;
+  thread.each(count * blocks, [&](int64_t i) {
+    const Task<T> task = task_of(i / blocks);
+    if (task.rows && i % blocks * kBlock < task.outputs) multiply_block(task, i % blocks);
   });
 }
 
