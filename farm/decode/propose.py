@@ -234,8 +234,8 @@ def _seen(logits_BC: Tensor, q_BC: Tensor | None, batch: SamplingBatch) -> Tenso
     """
     if q_BC is None:
         return logits_BC.float().softmax(dim=-1)
-    if bool((batch.temperature_B == 0).any()):
-        hot_B1 = (batch.temperature_B > 0).to(q_BC.device)[:, None]
+    if bool((batch.columns.temperature_B == 0).any()):
+        hot_B1 = (batch.columns.temperature_B > 0).to(q_BC.device)[:, None]
         return torch.where(hot_B1, q_BC, logits_BC.float().softmax(dim=-1))
     return q_BC
 

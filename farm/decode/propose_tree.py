@@ -107,7 +107,7 @@ class _Growth:
         self.tree = _empty_tree(reader, parents)
         # Node n has the number of position n - 1 of a chain; the root's is not used.
         self._u_BM = batch.uniforms(len(parents), DRAFT).roll(1, dims=1).to(reader.root_B.device)
-        self._hot_B = (batch.temperature_B > 0).to(reader.root_B.device)
+        self._hot_B = (batch.columns.temperature_B > 0).to(reader.root_B.device)
         self._q: list[Tensor] = []
         self._place_M = torch.zeros(len(parents), dtype=torch.int64, device=reader.root_B.device)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,14 +67,24 @@ class SamplingParams:
         return any(penalties) or bool(self.logit_bias)
 
 
+class Columns(NamedTuple):
+    """The settings of B requests as tensors [B]."""
+
+    temperature_B: Tensor
+    top_p_B: Tensor
+    top_k_B: Tensor
+    min_p_B: Tensor
+    seed_B: Tensor
+    round_B: Tensor
+
+
 @dataclass(frozen=True)
 class SamplingBatch:
     """The settings of B requests; as columns where something asks for them, which greedy rounds never do."""
 
     params: tuple[SamplingParams, ...]
-    rounds: tuple[
-        int, ...
-    ]  # verification rounds of each request; with it every draw has a counter of its own
+    # Verification rounds of each request; with it every draw has a counter of its own.
+    rounds: tuple[int, ...]
     penalties: Penalties | None = None
 
     @classmethod
@@ -94,28 +104,14 @@ class SamplingBatch:
         return any(one.top_k > 0 or one.top_p < 1 or one.min_p > 0 for one in self.params)
 
     @functools.cached_property
-    def temperature_B(self) -> Tensor:  # noqa: N802 - a tensor's name carries its shape
-        return torch.tensor([one.temperature for one in self.params], dtype=torch.float32)
-
-    @functools.cached_property
-    def top_p_B(self) -> Tensor:  # noqa: N802
-        return torch.tensor([one.top_p for one in self.params], dtype=torch.float32)
-
-    @functools.cached_property
-    def top_k_B(self) -> Tensor:  # noqa: N802
-        return torch.tensor([one.top_k for one in self.params], dtype=torch.int64)
-
-    @functools.cached_property
-    def min_p_B(self) -> Tensor:  # noqa: N802
-        return torch.tensor([one.min_p for one in self.params], dtype=torch.float32)
-
-    @functools.cached_property
-    def seed_B(self) -> Tensor:  # noqa: N802
-        return torch.tensor([one.seed for one in self.params], dtype=torch.int64)
-
-    @functools.cached_property
-    def round_B(self) -> Tensor:  # noqa: N802
-        return torch.tensor(self.rounds, dtype=torch.int64)
+    def columns(self) -> Columns:
+        params = self.params
+        real = ([one.temperature for one in params], [one.top_p for one in params])
+        temperature_B, top_p_B = (torch.tensor(values, dtype=torch.float32) for values in real)
+        whole = ([one.top_k for one in params], [one.seed for one in params], self.rounds)
+        top_k_B, seed_B, round_B = (torch.tensor(values, dtype=torch.int64) for values in whole)
+        min_p_B = torch.tensor([one.min_p for one in params], dtype=torch.float32)
+        return Columns(temperature_B, top_p_B, top_k_B, min_p_B, seed_B, round_B)
 
     def repeat(self, num: int) -> SamplingBatch:
         """Every request `num` times in a row, for `num` positions of it at once; penalties have been applied."""
@@ -127,11 +123,12 @@ class SamplingBatch:
 
     def uniform(self, index: int, use: int) -> Tensor:
         """u in [0, 1) as float64 [B], a function of (seed, round, index in the round, use) alone."""
-        return uniform(self.seed_B, self.round_B, index, use)
+        return uniform(self.columns.seed_B, self.columns.round_B, index, use)
 
     def uniforms(self, num: int, use: int) -> Tensor:
         """`uniform` of the indices 0..num - 1, [B, num]."""
-        return uniform(self.seed_B[:, None], self.round_B[:, None], torch.arange(num), use)
+        seed_B1, round_B1 = self.columns.seed_B[:, None], self.columns.round_B[:, None]
+        return uniform(seed_B1, round_B1, torch.arange(num), use)
 
 
 def uniform(seed: Tensor, round_: Tensor, index: int | Tensor, use: int) -> Tensor:
@@ -144,7 +141,7 @@ def uniform(seed: Tensor, round_: Tensor, index: int | Tensor, use: int) -> Tens
 
 def distribution(logits_BV: Tensor, batch: SamplingBatch) -> Tensor:
     """Probabilities [B, V] float32 of temperature, top-k, top-p and min-p, renormalised; one-hot where greedy."""
-    hot_B = (batch.temperature_B > 0).to(logits_BV.device)
+    hot_B = (batch.columns.temperature_B > 0).to(logits_BV.device)
     if not bool(hot_B.all()):
         p_BV = torch.zeros(logits_BV.shape, device=logits_BV.device)
         p_BV.scatter_(-1, logits_BV.argmax(dim=-1, keepdim=True), 1.0)
@@ -152,7 +149,7 @@ def distribution(logits_BV: Tensor, batch: SamplingBatch) -> Tensor:
             rows = hot_B.nonzero().squeeze(1)
             p_BV[rows] = distribution(logits_BV[rows], batch.rows(rows.tolist()))
         return p_BV
-    logits_BV = logits_BV.float() / batch.temperature_B.to(logits_BV.device)[:, None]
+    logits_BV = logits_BV.float() / batch.columns.temperature_B.to(logits_BV.device)[:, None]
     if batch.filtered:
         logits_BV = _filter(logits_BV, batch)
     return logits_BV.softmax(dim=-1)
@@ -174,8 +171,8 @@ def _filter(logits_BV: Tensor, batch: SamplingBatch) -> Tensor:
     """Logits with -inf outside top-k, top-p and min-p. Most rows need only their largest values, few a whole sort."""
     vocab = logits_BV.shape[-1]
     width = min(vocab, FILTER_WIDTH)
-    top_k_B = torch.where(batch.top_k_B > 0, batch.top_k_B, vocab).to(logits_BV.device)
-    top_p_B = torch.where(batch.top_p_B < 1, batch.top_p_B, torch.inf).to(logits_BV.device)
+    top_k_B = torch.where(batch.columns.top_k_B > 0, batch.columns.top_k_B, vocab).to(logits_BV.device)
+    top_p_B = torch.where(batch.columns.top_p_B < 1, batch.columns.top_p_B, torch.inf).to(logits_BV.device)
     ranked_BW, order_BW = logits_BV.topk(width, dim=-1)
     mass_B = (ranked_BW - logits_BV.logsumexp(dim=-1, keepdim=True)).exp().sum(dim=-1)
     open_B = (top_k_B >= vocab) & (top_p_B == torch.inf)
@@ -188,7 +185,9 @@ def _filter(logits_BV: Tensor, batch: SamplingBatch) -> Tensor:
         ranked_RV, order_RV = logits_BV[rows].sort(dim=-1, descending=True, stable=True)
         whole_RV = _cut(ranked_RV, logits_BV[rows], top_k_B[rows], top_p_B[rows])
         kept_BV[rows] = torch.empty_like(whole_RV).scatter_(-1, order_RV, whole_RV)
-    least_B1 = ranked_BW[:, :1] + batch.min_p_B.to(logits_BV.device).log()[:, None]  # -inf where it is off
+    least_B1 = (
+        ranked_BW[:, :1] + batch.columns.min_p_B.to(logits_BV.device).log()[:, None]
+    )  # -inf where it is off
     return kept_BV.masked_fill(kept_BV < least_B1, -torch.inf)
 
 

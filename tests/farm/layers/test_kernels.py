@@ -24,7 +24,7 @@ def own() -> Kernels:
     return KERNELS
 
 
-def close(got: Tensor, expected: Tensor) -> None:
+def assert_close_to(got: Tensor, expected: Tensor) -> None:
     error, largest = (got.double() - expected).abs().max(), expected.abs().max()
     assert error <= DTYPES[got.dtype] * (1 + largest), f"off by {error} of {largest}"
 
@@ -49,7 +49,7 @@ def test_a_product_is_the_linear_map_for_any_sizes(
     expected = (
         expected + (0 if bias is None else bias.double()) + (0 if residual is None else residual.double())
     )
-    close(own().linear(x, pack(weight), outputs, bias, residual), expected)
+    assert_close_to(own().linear(x, pack(weight), outputs, bias, residual), expected)
 
 
 @settings(max_examples=40)
@@ -62,8 +62,8 @@ def test_a_gated_product_is_that_of_both_weights(
     gate, up = (normal(width, inputs, dtype=dtype) * inputs**-0.5 for _ in range(2))
     g, u = x.double() @ gate.double().T, x.double() @ up.double().T
     weights = pack_pair(gate, up)
-    close(own().linear(x, weights, 2 * width, form="gated"), functional.silu(g) * u)
-    close(own().linear(x, weights, 2 * width, form="apart"), torch.cat((g, u), dim=1))
+    assert_close_to(own().linear(x, weights, 2 * width, form="gated"), functional.silu(g) * u)
+    assert_close_to(own().linear(x, weights, 2 * width, form="apart"), torch.cat((g, u), dim=1))
 
 
 def test_silu_keeps_its_value_where_exponentials_leave_floats() -> None:
@@ -88,10 +88,10 @@ def test_attention_reads_what_its_mask_shows(
     seen_BTS = (torch.arange(s) <= last_seen_BT[..., None]) & (torch.rand(b, t, s) < 0.8)
     seen_BTS[:, :, 0] = True
     mask = fold_mask(torch.where(seen_BTS, 0.0, -torch.inf).to(dtype)[:, None], r)
-    close(
+    assert_close_to(
         own().attend(q, k, v, Visible(mask=mask)), attend(q.double(), k.double(), v.double(), mask.double())
     )
-    close(own().attend(q, k, v, Visible()), attend(q.double(), k.double(), v.double(), None))
+    assert_close_to(own().attend(q, k, v, Visible()), attend(q.double(), k.double(), v.double(), None))
 
 
 @pytest.mark.parametrize("told", ["by a mask", "by number"])
@@ -101,7 +101,7 @@ def test_nothing_behind_the_last_position_seen_is_read(dtype: torch.dtype, told:
     mask = torch.where(torch.arange(90) > torch.tensor([[5], [70]]), -torch.inf, 0.0).to(dtype)[:, None, None]
     visible = Visible(mask=mask) if told == "by a mask" else Visible(last_BT=torch.tensor([[5], [70]]))
     expected = attend(*(x.double() for x in (q, kv[:, :1], kv[:, 1:], mask)))
-    close(own().attend(q, kv[:, :1], kv[:, 1:], visible), expected)
+    assert_close_to(own().attend(q, kv[:, :1], kv[:, 1:], visible), expected)
     expected = own().attend(q, kv[:, :1], kv[:, 1:], visible)
     kv[0, :, 6:], kv[1, :, 71:] = torch.nan, torch.nan
     assert torch.equal(own().attend(q, kv[:, :1], kv[:, 1:], visible), expected)
@@ -145,8 +145,8 @@ def test_queries_and_keys_turn_and_values_stay(dtype: torch.dtype, size: int) ->
     rotation = Rotation(tables, positions, 6, 2)
     expected = rotate(qkv.double(), *(table.double() for table in rotation.wide))
     for t, step in enumerate(rotation.steps()):
-        close(step(qkv[:, t : t + 1].clone()), expected[:, t : t + 1])
-    close(rotation(qkv), expected)
+        assert_close_to(step(qkv[:, t : t + 1].clone()), expected[:, t : t + 1])
+    assert_close_to(rotation(qkv), expected)
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
