@@ -7,6 +7,7 @@ from collections import defaultdict, deque
 from collections.abc import Sequence
 
 from farm.decode.control import Load, RoundResult
+from farm.decode.growth import bin_of
 
 Bucket = tuple[int, int]  # rows, rounded up to a power of two, and groups
 LOOKS = 3  # measurements of a length before it counts as explored
@@ -72,10 +73,7 @@ class AcceptanceByPeak:
         return [one.value for one in self._bins]
 
     def add(self, peak: float, hit: float) -> None:
-        self._bins[self._bin(peak)].add(hit, 1.0)
-
-    def _bin(self, peak: float) -> int:
-        return min(self.BINS - 1, int(peak * self.BINS)) if peak > 0 else 0  # a nan is no number to trust
+        self._bins[bin_of(peak, self.BINS)].add(hit, 1.0)
 
 
 class SecondsByLength:

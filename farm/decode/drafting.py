@@ -203,14 +203,17 @@ def _joined(notes: Sequence[Note]) -> Iterator[Note]:
     """The notes, those of plain rounds behind each other as one: a draft that rests is to cost next to nothing."""
     run: list[Note] = []
     for note in notes:
-        last = run[-1] if run else None
-        follows = last is not None and list(note.ends) == [end + 1 for end in last.ends]
-        if run and not (follows and last is not None and last.hidden_BTH.shape[1] == 1):
+        if run and not _follows(note, run[-1]):
             yield _one(run)
             run = []
         run.append(note)
     if run:
         yield _one(run)
+
+
+def _follows(note: Note, plain: Note) -> bool:
+    """Whether a note is that of the round behind one of a token a row."""
+    return plain.hidden_BTH.shape[1] == 1 and list(note.ends) == [end + 1 for end in plain.ends]
 
 
 def _one(run: Sequence[Note]) -> Note:

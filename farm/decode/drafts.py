@@ -118,9 +118,7 @@ class Drafts:
 
     def _own(self, experts: Sequence[Expert], deltas: Sequence[TrunkDelta | None]) -> Own:
         """Each row's, read where it lies: nothing is put side by side."""
-        present = tuple(dict.fromkeys(delta for delta in deltas if delta is not None))
-        index = {delta: i for i, delta in enumerate(present)}
-        which = tuple(-1 if delta is None else index[delta] for delta in deltas)
+        present, which = arrange(deltas)
         return Own(tuple(map(self._lean, experts)), tuple(map(self._lora, present)), which)
 
     def _lean(self, expert: Expert) -> LeanExpert:

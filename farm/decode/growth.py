@@ -49,7 +49,7 @@ class Growing:
         growth = self._growth
         rows = zip(self._survival_B, growth.limits, growth.accepted, peak_B, strict=True)
         self._survival_B = [
-            survival * table[_bin(peak, len(table))] if index < limit else 0.0
+            survival * table[bin_of(peak, len(table))] if index < limit else 0.0
             for survival, limit, table, peak in rows
         ]
         return sum(self._survival_B) > growth.verify_above[index]
@@ -62,5 +62,6 @@ class Growing:
         return sum(hoped) > growth.draft_above[index]
 
 
-def _bin(peak: float, num: int) -> int:
+def bin_of(peak: float, num: int) -> int:
+    """Which of `num` equal bins a largest probability is in."""
     return min(num - 1, int(peak * num)) if peak > 0 else 0  # a nan is no number to trust
