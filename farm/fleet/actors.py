@@ -48,6 +48,7 @@ class LiveTargets:
         self._budget, self._load, self._beside = memory_bytes, load, beside
         self._live: OrderedDict[str, LoadedTarget] = OrderedDict()
         self._known_bytes: dict[str, int] = {}
+        self._merged: set[str] = set()  # LoRA targets that cannot lie beside their checkpoint
         self.num_loads = 0
 
     @property
@@ -57,12 +58,13 @@ class LiveTargets:
 
     def get(self, spec: TargetSpec) -> "LoadedTarget":
         """The loaded target; whatever `load` raises passes through and leaves the others loaded."""
-        if spec.lora is None or self._beside is None:
+        if spec.lora is None or self._beside is None or spec.name in self._merged:
             return self._whole(spec.name, spec)
         checkpoint = self._whole(spec.model, spec.model_copy(update={"lora": None}))
         if spec.name not in self._live:
             target = self._beside(spec, checkpoint)
             if target is None:
+                self._merged.add(spec.name)  # its checkpoint is not asked for again
                 return self._whole(spec.name, spec)
             self.num_loads += 1
             self._make_room(target.num_bytes, spec.model)

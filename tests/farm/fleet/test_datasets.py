@@ -130,3 +130,9 @@ def test_loras_of_one_checkpoint_share_it_and_go_before_it() -> None:
     assert targets.names == ("a", "b", "base", "other"), "one LoRA made the room"
     targets.get(lora["odd"])
     assert targets.names == ("base", "odd"), "one that has to be merged is a checkpoint of its own"
+    targets.get(TargetSpec(name="other", model="other", prompts="p"))
+    loads = targets.num_loads
+    targets.get(lora["odd"])
+    assert (targets.num_loads, targets.names) == (loads, ("other", "odd")), (
+        "its checkpoint is not needed again"
+    )
