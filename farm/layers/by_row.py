@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from farm.layers.dense import Dense, Gated
-from farm.layers.kernels import LANES, fields
+from farm.layers.kernels import fields, kernels
 from farm.layers.lora import Delta, Lora, LoraRows, Part
 
 # The products of a layer and the one in front of a draft's, in the order of cpu/lora.h.
@@ -101,10 +101,11 @@ def _factors(delta: Delta) -> _Factors:
 def _spans(up_RY: Tensor) -> Iterator[int]:
     """First and last rank, first and last output, of each run of ranks that reach the same whole vectors of outputs."""
     (num_ranks, width), some_RY = up_RY.shape, (up_RY != 0).to(torch.uint8)
-    firsts = (some_RY.argmax(dim=1) // LANES * LANES).tolist()
+    lanes = kernels().lanes
+    firsts = (some_RY.argmax(dim=1) // lanes * lanes).tolist()
     lasts = (width - some_RY.flip(1).argmax(dim=1)).tolist()
     reached = [
-        (first, min(width, -(-last // LANES) * LANES)) for first, last in zip(firsts, lasts, strict=True)
+        (first, min(width, -(-last // lanes) * lanes)) for first, last in zip(firsts, lasts, strict=True)
     ]
     for outputs, ranks in itertools.groupby(range(num_ranks), key=reached.__getitem__):
         run = list(ranks)

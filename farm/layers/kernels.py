@@ -24,8 +24,6 @@ from torch.nn import functional
 
 from farm.layers.compile import compiled
 
-LANES = 16  # of a vector of the kernels
-BLOCK = 2 * LANES  # outputs of a block of weights
 INPUTS = {torch.float32: 1, torch.bfloat16: 2}  # that lie side by side in a block
 HEAD_SIZES = (16, 32, 64, 96, 128)
 FORMS = {"as they are": 0, "gated": 1, "apart": 2}
@@ -97,6 +95,7 @@ class Kernels:
             "swiglu": (held, [pointer, pointer, number, number, threads]),
             "rotate": (held, [*[pointer] * 4, *[number] * 4, threads]),
         }
+        self.lanes: int = _declared(held, "lanes", [], number)()  # of a vector; a block of weights has two
         self._calls: dict[tuple[str, torch.dtype], Callable[..., None]] = {}
         for name, (library, arguments) in declared.items():
             for dtype in INPUTS:
@@ -214,16 +213,17 @@ def check_tables(tables: tuple[Tensor, Tensor], size: int, dtype: torch.dtype) -
 def pack(weight_YX: Tensor) -> Tensor:
     """A weight as `linear` reads it, [Y / 2 L, X / I, 2 L, I]: blocks of outputs, padded with zeros."""
     outputs, inputs = weight_YX.shape
-    beside = INPUTS[weight_YX.dtype]
-    padded_YX = functional.pad(weight_YX, (0, 0, 0, -outputs % BLOCK))
-    return padded_YX.view(-1, BLOCK, inputs // beside, beside).transpose(1, 2).contiguous()
+    beside, block = INPUTS[weight_YX.dtype], 2 * kernels().lanes
+    padded_YX = functional.pad(weight_YX, (0, 0, 0, -outputs % block))
+    return padded_YX.view(-1, block, inputs // beside, beside).transpose(1, 2).contiguous()
 
 
 def pack_pair(gate_FX: Tensor, up_FX: Tensor) -> Tensor:
     """Two weights of one shape, as `linear` reads them in the forms "gated" and "apart": L outputs of each a block."""
-    beside = -gate_FX.shape[0] % LANES
+    lanes = kernels().lanes
+    beside = -gate_FX.shape[0] % lanes
     pair = [
-        functional.pad(weight, (0, 0, 0, beside)).unflatten(0, (-1, LANES)) for weight in (gate_FX, up_FX)
+        functional.pad(weight, (0, 0, 0, beside)).unflatten(0, (-1, lanes)) for weight in (gate_FX, up_FX)
     ]
     return pack(torch.stack(pair, dim=1).flatten(0, 2))
 
@@ -262,9 +262,9 @@ def available() -> Kernels | None:
         return None
 
 
-def _declared(library: Any, name: str, arguments: list[Any]) -> Callable[..., None]:
-    function: Callable[..., None] = getattr(library, name)
-    function.argtypes, function.restype = arguments, None  # type: ignore[attr-defined]
+def _declared(library: Any, name: str, arguments: list[Any], returns: Any = None) -> Callable[..., Any]:
+    function: Callable[..., Any] = getattr(library, name)
+    function.argtypes, function.restype = arguments, returns  # type: ignore[attr-defined]
     return function
 
 

@@ -8,12 +8,9 @@
 
 namespace farm {
 
-#ifdef __AVX512F__
-constexpr int kQueries = 6;     // that share a reading of keys and values; 24 of 32 registers hold their sums
-#else
-constexpr int kQueries = 4;
-#endif
+constexpr int kQueries = 6;     // that share a reading of keys and values
 constexpr int kPositions = 64;  // of which weights are held
+constexpr int kValues = kRegisters == 32 ? 4 : 2;  // vectors of a value that are summed at once, for each query
 
 template <class T>
 struct Attention {
@@ -69,7 +66,7 @@ struct Softmax {
     for (int64_t start = 0; start < end; start += kPositions) {
       const int64_t positions = end - start < kPositions ? end - start : kPositions;
       for (int j = 0; j < kCount; j++) weigh(j, start, positions);
-      constexpr int kAtOnce = kVectors % 4 ? kVectors % 4 : 4;
+      constexpr int kAtOnce = kVectors % kValues ? kVectors % kValues : kValues;
       for (int i = 0; i < kVectors; i += kAtOnce) add<kAtOnce>(i, start, positions);
     }
     for (int j = 0; j < kCount; j++) {
@@ -170,12 +167,12 @@ void attend(Thread& thread, const Attention<T>& a) {
   thread.each(heads * tiles, [&](int64_t task) {
     const int64_t b = task / (a.kv_heads * tiles), g = task / tiles % a.kv_heads, tile = task % tiles;
     const int64_t first = queries * tile / tiles, count = queries * (tile + 1) / tiles - first;
-    switch (a.size / kLanes) {
-      case 1: attend_some<T, 1>(a, b, g, first, count); break;
-      case 2: attend_some<T, 2>(a, b, g, first, count); break;
-      case 4: attend_some<T, 4>(a, b, g, first, count); break;
-      case 6: attend_some<T, 6>(a, b, g, first, count); break;
-      case 8: attend_some<T, 8>(a, b, g, first, count); break;
+    switch (a.size) {
+      case 16: return attend_some<T, 16 / kLanes>(a, b, g, first, count);
+      case 32: return attend_some<T, 32 / kLanes>(a, b, g, first, count);
+      case 64: return attend_some<T, 64 / kLanes>(a, b, g, first, count);
+      case 96: return attend_some<T, 96 / kLanes>(a, b, g, first, count);
+      case 128: return attend_some<T, 128 / kLanes>(a, b, g, first, count);
     }
   });
 }

@@ -49,6 +49,8 @@ static int64_t work_of(const Decoder<T>& decoder, const Call<T>& call) {
 FOR(float, float32)
 FOR(bfloat16, bfloat16)
 
+extern "C" int64_t lanes() { return kLanes; }
+
 extern "C" void keep_bytes(const char* kv, int64_t row_bytes, const int64_t* entries, char* cache, int64_t rows,
                            int64_t heads, int64_t bytes, int threads) {
   share(threads, rows * heads * bytes, [&](Thread& thread) { keep(thread, kv, row_bytes, entries, cache, rows, heads, bytes); });

@@ -8,11 +8,6 @@ namespace farm {
 
 constexpr int kBlock = 2 * kLanes;  // outputs that a product computes at once
 constexpr int kAhead = 16;  // inputs whose weights are asked for before they are needed
-#ifdef __AVX512F__
-constexpr int kRows = 12;  // 24 of 32 registers hold sums
-#else
-constexpr int kRows = 3;  // 12 of 16, where a register holds 8 lanes
-#endif
 
 // Multiplies one vector of weights with an input (of bfloat16 with two that lie side by side) and adds to the sums.
 template <class T>
@@ -20,14 +15,14 @@ struct Product;
 
 template <>
 struct Product<float> {
-  static constexpr int kInputs = 1;
+  static constexpr int kInputs = 1, kRows = kRegisters == 32 ? 12 : 6;  // rows at once, two registers of sums each
   using Weights = Floats;
   static inline void add(Floats& sums, Weights weights, const float* x) { sums += weights * x[0]; }
 };
 
 template <>
 struct Product<bfloat16> {
-  static constexpr int kInputs = 2;
+  static constexpr int kInputs = 2, kRows = kRegisters == 32 ? 12 : 4;  // widened weights take registers too
 #ifdef __AVX512BF16__
   using Weights = __m512bh;
   static inline void add(Floats& sums, Weights weights, const bfloat16* x) {
@@ -93,9 +88,11 @@ void multiply(const Task<T>& task, int64_t row, int64_t block) {
     auto first = read<typename P::Weights>(w), second = read<typename P::Weights>(w + kLanes * P::kInputs);
 #ifdef __AVX512F__
     asm("" : "+v"(first), "+v"(second));  // they stay in registers: read again for every row they would be the limit
+#elif defined(__AVX__)
+    asm("" : "+x"(first), "+x"(second));
 #endif
-    __builtin_prefetch(w + kAhead * kBlock * P::kInputs);
-    __builtin_prefetch(w + (kAhead * kBlock + kLanes) * P::kInputs);
+    constexpr int64_t kStep = kBlock * P::kInputs;
+    for (int64_t i = 0; i < kStep; i += 64 / sizeof(T)) __builtin_prefetch(w + kAhead * kStep + i);
 #pragma GCC unroll 12
     for (int m = 0; m < M; m++) {
       P::add(sums[m][0], first, x + m * task.inputs + k);
@@ -106,7 +103,7 @@ void multiply(const Task<T>& task, int64_t row, int64_t block) {
   for (int m = 0; m < M; m++) put_block(task, row + m, block, sums[m][0], sums[m][1]);
 }
 
-template <class T, int M = kRows>
+template <class T, int M = Product<T>::kRows>
 void multiply_rows(const Task<T>& task, int64_t row, int64_t block, int64_t count) {
   if constexpr (M > 1)
     if (count < M) return multiply_rows<T, M - 1>(task, row, block, count);
@@ -116,6 +113,7 @@ void multiply_rows(const Task<T>& task, int64_t row, int64_t block, int64_t coun
 // One block of outputs of all rows.
 template <class T>
 void multiply_block(const Task<T>& task, int64_t block) {
+  constexpr int kRows = Product<T>::kRows;
   const int64_t tiles = (task.rows + kRows - 1) / kRows, tile = (task.rows + tiles - 1) / tiles;
   for (int64_t row = 0; row < task.rows; row += tile)
     multiply_rows<T>(task, row, block, task.rows - row < tile ? task.rows - row : tile);

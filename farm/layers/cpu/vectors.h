@@ -1,22 +1,37 @@
-// Sixteen numbers at once, in whatever registers the machine has; float32 or bfloat16 in memory, float32 in between.
+// As many numbers at once as a register of the machine holds; float32 or bfloat16 in memory, float32 in between.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
 
 namespace farm {
 
-constexpr int kLanes = 16;
+// A vector is one register: compilers keep wider ones in memory, and products then run at a thirtieth of their speed.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kRegisters = 32;
+#elif defined(__AVX__)
+constexpr int kLanes = 8, kRegisters = 16;
+#elif defined(__aarch64__)
+constexpr int kLanes = 4, kRegisters = 32;
+#else
+constexpr int kLanes = 4, kRegisters = 16;
+#endif
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 
-constexpr Ints kLane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+template <int... kIndices>
+constexpr Ints in_order(std::integer_sequence<int, kIndices...>) {
+  return Ints{kIndices...};
+}
+
+constexpr Ints kLane = in_order(std::make_integer_sequence<int, kLanes>());
 
 struct bfloat16 {
   uint16_t bits;
@@ -89,19 +104,25 @@ inline Floats fold(Floats x, Floats y) {
 }
 
 // Lane i is the sum of the lanes of vector i.
+template <int kApart = 1>
 inline Floats sum_each(const Floats* x) {
-  Floats pairs[8], fours[4], eights[2];
-  for (int i = 0; i < 8; i++) pairs[i] = fold<1>(x[2 * i], x[2 * i + 1]);
-  for (int i = 0; i < 4; i++) fours[i] = fold<2>(pairs[2 * i], pairs[2 * i + 1]);
-  for (int i = 0; i < 2; i++) eights[i] = fold<4>(fours[2 * i], fours[2 * i + 1]);
-  return fold<8>(eights[0], eights[1]);
+  if constexpr (kApart == kLanes) {
+    return x[0];
+  } else {
+    constexpr int kLeft = kLanes / (2 * kApart);
+    Floats folded[kLeft];
+    for (int i = 0; i < kLeft; i++) folded[i] = fold<kApart>(x[2 * i], x[2 * i + 1]);
+    return sum_each<2 * kApart>(folded);
+  }
 }
 
+template <int kApart = kLanes / 2>
 inline float sum(Floats x) {
-  x = fold<8>(x, x);
-  x = fold<4>(x, x);
-  x = fold<2>(x, x);
-  return fold<1>(x, x)[0];
+  x = fold<kApart>(x, x);
+  if constexpr (kApart == 1)
+    return x[0];
+  else
+    return sum<kApart / 2>(x);
 }
 
 // e^x within 2e-7 of its value: 2^n times the series of what remains; beyond +-87 the value at 87.
