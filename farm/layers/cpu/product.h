@@ -31,9 +31,10 @@ struct Product<bfloat16> {
 #else
   using Weights = Words;
   static inline void add(Floats& sums, Weights weights, const bfloat16* x) {
-    const uint32_t pair = read<uint32_t>(x), low = pair << 16, high = pair & 0xffff0000u;
-    sums += (Floats)(weights << 16) * read<float>(&low);
-    sums += (Floats)(weights & 0xffff0000u) * read<float>(&high);
+    Words pair = Words{} + read<uint32_t>(x);
+    stay(pair);  // or it would be shifted as a number and then moved to a vector, twice
+    sums += (Floats)(weights << 16) * (Floats)(pair << 16);
+    sums += (Floats)(weights & 0xffff0000u) * (Floats)(pair & 0xffff0000u);
   }
 #endif
 };
@@ -86,11 +87,7 @@ void multiply(const Task<T>& task, int64_t row, int64_t block) {
   Floats sums[M][2] = {};
   for (int64_t k = 0; k < task.inputs; k += P::kInputs, w += kBlock * P::kInputs) {
     auto first = read<typename P::Weights>(w), second = read<typename P::Weights>(w + kLanes * P::kInputs);
-#ifdef __AVX512F__
-    asm("" : "+v"(first), "+v"(second));  // they stay in registers: read again for every row they would be the limit
-#elif defined(__AVX__)
-    asm("" : "+x"(first), "+x"(second));
-#endif
+    stay(first), stay(second);  // read again for every row they would be the limit
     constexpr int64_t kStep = kBlock * P::kInputs;
     for (int64_t i = 0; i < kStep; i += 64 / sizeof(T)) __builtin_prefetch(w + kAhead * kStep + i);
 #pragma GCC unroll 12

@@ -50,6 +50,18 @@ inline Vector read(const void* from) {
   return vector;
 }
 
+// The compiler is to keep a vector in a register, as it is.
+template <class Vector>
+inline void stay(Vector& vector) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(vector));
+#elif defined(__SSE2__)
+  asm("" : "+x"(vector));
+#elif defined(__aarch64__)
+  asm("" : "+w"(vector));
+#endif
+}
+
 inline Floats widen(Halves bits) { return (Floats)(__builtin_convertvector(bits, Words) << 16); }
 
 inline Halves narrow(Floats x) {
