@@ -8,6 +8,7 @@ repeat, so that a machine that slows down slows both of its sides.
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import re
 import time
@@ -30,6 +31,9 @@ from farm.evaluate.bench import PromptIds
 Workload = Literal["equal", "ragged"]
 MAX_DRAFTED = 8
 EQUAL_TOKENS, EQUAL_PROMPTS = 64, 4  # at least this many prompts: one alone may be easy or hard to draft
+# An arm runs its requests again and again for so long: a small model answers all in a few hundredths of a second, in
+# which a control learns little, and any other process is half of what is measured.
+WARM_UP_S, MEASURED_S = 0.5, 0.25
 TREES = ("tree-2x4", "tree-4x5-12")
 RAGGED_REQUESTS, RAGGED_SHORTEST, RAGGED_LONGEST, RAGGED_SLOTS = 64, 16, 256, 8
 
@@ -178,27 +182,49 @@ def largest(member: Member, arms: Sequence[Arm]) -> tuple[int, int]:
     return longest, max(arm.batch for arm in arms)
 
 
-def measure(
+def measure(  # noqa: PLR0913 - what is measured, and for how long
     member: Member,
     model: str,
     arms: Sequence[Arm],
     repeats: int,
     vllm: Mapping[str, VllmEngine] | None = None,
+    *,
+    warm_up_s: float = WARM_UP_S,
+    measured_s: float = MEASURED_S,
 ) -> Iterator[Row]:
-    """Runs every arm once to warm up, then all of them in turn, `repeats` times; `vllm` has an engine a control."""
+    """Warms every arm up, then runs all of them in turn, `repeats` times; `vllm` has an engine a control.
+
+    An arm answers its requests as often as takes it the seconds given, at least once.
+    """
     arms = [arm for arm in arms if arm.draft != "adapted" or member.adapted is not None]
     runs = [(arm, _runner(member, arm, vllm or {}), _task(member, arm)) for arm in arms]
-    for _, run, task in runs:
-        run(task)
+    passes = [math.ceil(measured_s / _warm_up(run, task, warm_up_s)) or 1 for _, run, task in runs]
     for repeat in range(repeats):
-        for arm, run, task in runs:
-            measured = run(task)
+        for (arm, run, task), count in zip(runs, passes, strict=True):
+            measured = _together([run(task) for _ in range(count)])
             yield Row(
                 **asdict(arm), model=model, target=member.name,
                 adapters=int(arm.draft == "adapted"),
                 dtype=_dtype(member, arm, vllm or {}), threads=torch.get_num_threads(), repeat=repeat,
-                tokens_per_s=task.tokens / measured.seconds, **measured.fields,
+                tokens_per_s=count * task.tokens / measured.seconds, **measured.fields,
             )  # fmt: skip
+
+
+def _warm_up(run: Callable[[Task], Measured], task: Task, seconds: float) -> float:
+    """Runs a task until that took so long; seconds of the last run."""
+    spent, last = 0.0, math.inf
+    while spent < seconds or last == math.inf:
+        last = run(task).seconds
+        spent += last
+    return last
+
+
+def _together(passes: Sequence[Measured]) -> Measured:
+    """Sums over runs of one task; tau is that of all their rounds."""
+    fields = {name: sum(one.fields[name] for one in passes) for name in passes[0].fields}
+    if fields:
+        fields["tau"] = sum(one.fields["tau"] * one.fields["rounds"] for one in passes) / fields["rounds"]
+    return Measured(sum(one.seconds for one in passes), fields)
 
 
 def _dtype(member: Member, arm: Arm, vllm: Mapping[str, VllmEngine]) -> str:

@@ -37,7 +37,8 @@ class Load:
 class RoundResult:
     """What came of one round: drafted and accepted tokens by row, draft forwards, seconds of drafting and the rest.
 
-    `signals[i][b]` is what the control wanted to know of row b's distribution at position i.
+    `signals[i][b]` is what the control wanted to know of row b's distribution at position i. `catch_up_s` went on what
+    the draft had not read of earlier rounds: it is no part of the round's `seconds`, which are alike in all like it.
     """
 
     load: Load
@@ -47,6 +48,7 @@ class RoundResult:
     draft_s: float
     rest_s: float
     signals: Sequence[Sequence[float]] = ()
+    catch_up_s: float = 0.0
 
     @property
     def tokens(self) -> int:

@@ -94,6 +94,8 @@ class Drafting:
 
     def prefilled(self, hidden_BTH: Tensor, rows: Rows) -> None:
         """Takes note of prefilled positions; behind the real ones of a row is padding."""
+        if rows.first == 0:
+            self._notes.clear()  # sequences that decode are in the lowest slots: there are none any more
         self._store()
         self._keep(hidden_BTH, rows)
         if rows.starts[0] == 0:

@@ -181,8 +181,7 @@ class Engine:
             begun = time.perf_counter()
             done = self.runner.run(live, sampling_batch(live), self.control)
             outputs += self._commit(done)
-            # Catching up is left out of what a control learns: it pays for rounds that have passed.
-            whole_s = time.perf_counter() - begun - done.catch_up_s
+            whole_s = time.perf_counter() - begun - done.result.catch_up_s
             self.control.observe(replace(done.result, rest_s=whole_s - done.result.draft_s))
         self.seconds.host += time.perf_counter() - started - (self.seconds.on_tensors - on_tensors)
         return outputs

@@ -37,6 +37,8 @@ class Trial:
     lengths: tuple[int, ...]
     left: int
     decides: bool = False  # at its end: whether to speculate
+    seconds: float = 0.0  # that it has taken, and what it has brought a row meanwhile
+    tokens: float = 0.0
 
     @property
     def length(self) -> int:
@@ -65,7 +67,8 @@ class Cost:
     rounds (farm/decode/costs.py).
 
     Loads that last alike either speculate or decode plainly. Now and then a few rounds try the other way, after ever
-    longer pauses while they confirm what is done: a draft that rests has to read all that was said first. While
+    longer pauses while they confirm what is done: a draft that rests has to read all that was said first, so a look into
+    it may cost LOOK_SHARE of the pause before the next. While
     drafting pays, a round in DEEP_EVERY drafts far beyond what is best, so that acceptance stays known where the rule
     would stop. Lengths are explored at first, a few rounds each, and where a like number of rows is known only now and
     then.
@@ -74,7 +77,8 @@ class Cost:
     signal: Signal = "peak"
     LOOK, SETTLE = 4, 1  # rounds of a trial that count, and those before them that pay for the change
     DEEP_EVERY, EXPLORE_EVERY, RULE_ROUNDS = 48, 16, 8
-    FIRST_WATCH, SHORTEST_PAUSE, LONGEST_PAUSE = 16, 96, 768
+    FIRST_WATCH, SHORTEST_PAUSE, LONGEST_PAUSE, LONGEST_REST = 16, 96, 768, 3072
+    LOOK_SHARE, QUIET_ROUNDS = 0.01, 16
     # What speculation has to promise and to keep, of one row and of several. Rows of a batch that drafts end further
     # apart, which no round's seconds show, and a look sees but a few of the places that an answer has.
     BEGIN, STAY = (1.03, 1.15), (1.0, 1.02)
@@ -91,10 +95,17 @@ class Cost:
         self._growing: Growing | None = None
         self._rule_load, self._rule_until = Load((), ()), 0
         self._last_rule: Growth | None = None
+        self._quiet, self._quiet_load, self._is_quiet = 0, (0, 0), False
+        self._quiet_regime = Regime(0)
 
     def limit(self, load: Load) -> int:
-        self._asked, self.growth, self._growing = True, None, None
         self._round += 1
+        self._is_quiet = self._quiet > 0 and (load.num_rows, load.num_groups) == self._quiet_load
+        if self._is_quiet:
+            self._quiet -= 1
+            return 0
+        self._quiet_regime.left += self._quiet  # of a load that is gone before they were over
+        self._asked, self.growth, self._growing, self._quiet = True, None, None, 0
         own, like = bucket_of(load), self._costs.source(load)
         trial = self._trials.get(own) or self._next_trial(load, own, like)
         if trial is not None:
@@ -102,9 +113,17 @@ class Cost:
             return self._follow(Growth.whole(load.limits, trial.length), trial.length)
         regime = self._regimes[like]
         if not regime.speculates:
+            if own == like and regime.left > 2 * self.QUIET_ROUNDS:
+                self._be_quiet(load, regime)
             return 0
         rule = self._rule(load, regime.rate.value)
         return 0 if rule is None else self._follow(rule, self.max_length)
+
+    def _be_quiet(self, load: Load, regime: Regime) -> None:
+        """Some rounds for which nothing is worked out: a plain round of a small model lasts tenths of a millisecond."""
+        regime.left -= self.QUIET_ROUNDS
+        self._quiet_regime, self._quiet = regime, self.QUIET_ROUNDS
+        self._quiet_load = load.num_rows, load.num_groups
 
     def _follow(self, growth: Growth, length: int) -> int:
         if length:
@@ -137,15 +156,15 @@ class Cost:
             return False
         return self._costs.now(regime.rate.value) < self.STAY[load.num_rows > 1] * self._costs.plain(load)
 
-    def _decide(self, load: Load, regime: Regime) -> None:
+    def _decide(self, load: Load, regime: Regime, trial: Trial | None = None) -> None:
         """Whether loads such as this speculate from now on, and for how many rounds that goes unquestioned."""
         plain, several = self._costs.plain(load), load.num_rows > 1
         if regime.speculates:
             if self._costs.now(regime.rate.value) > self.STAY[several] * plain:
-                regime.left = regime.watch = self._longer(regime.watch)
+                regime.left = regime.watch = min(2 * regime.watch, self.LONGEST_PAUSE)
                 return
             lasted = self._round - regime.since > self.LONGEST_PAUSE
-            regime.rest = self.SHORTEST_PAUSE if lasted else self._longer(regime.rest)
+            regime.rest = self.SHORTEST_PAUSE if lasted else self._longer(regime.rest, self.LONGEST_PAUSE)
         else:
             _, promised = self._best(load)
             if promised > self.BEGIN[several] * plain:
@@ -154,11 +173,13 @@ class Cost:
                 regime.left = regime.watch = self.FIRST_WATCH
                 regime.speculates = True
                 return
-            regime.rest = self._longer(regime.rest)
+            # In rounds of plain decoding, which commit a token a row.
+            lost = 0.0 if trial is None else trial.seconds * plain - trial.tokens
+            regime.rest = self._longer(regime.rest, min(int(lost / self.LOOK_SHARE), self.LONGEST_REST))
         regime.left, regime.speculates = regime.rest, False
 
-    def _longer(self, pause: int) -> int:
-        return min(2 * pause, self.LONGEST_PAUSE)
+    def _longer(self, pause: int, longest: int) -> int:
+        return max(self.SHORTEST_PAUSE, min(2 * pause, longest))
 
     def _best(self, load: Load) -> tuple[int, float]:
         return self._costs.best(load, self._mean_survival(load))
@@ -191,6 +212,8 @@ class Cost:
         return self._growing is not None and self._growing.grows(index)
 
     def observe(self, result: RoundResult) -> None:
+        if self._is_quiet:
+            return
         drafted, asked, self._asked = result.forwards > 0, self._asked, False
         self._alike = self._alike + 1 if drafted == self._drafted else 1
         self._drafted = drafted
@@ -204,17 +227,19 @@ class Cost:
         own = bucket_of(result.load)
         regime = self._regimes[own]
         if own in self._trials:
-            self._count(own, result.load, regime)
+            self._count(own, result, regime)
         elif drafted and settled and regime.speculates:
             regime.rate.add(result.tokens / result.load.num_rows, self._costs.seconds(result))
 
-    def _count(self, own: Bucket, load: Load, regime: Regime) -> None:
+    def _count(self, own: Bucket, result: RoundResult, regime: Regime) -> None:
         trial = self._trials[own]
         trial.left -= 1
+        trial.seconds += result.seconds + result.catch_up_s
+        trial.tokens += result.tokens / result.load.num_rows
         if trial.left == 0:
             del self._trials[own]
             if trial.decides:
-                self._decide(load, regime)
+                self._decide(result.load, regime, trial)
 
     def _learn(self, result: RoundResult) -> None:
         rows = zip(result.load.targets, result.drafted, result.accepted, strict=True)

@@ -49,14 +49,13 @@ class Seconds:
 class Round:
     """What a round committed, `tokens[b]` of row b, and the hidden states of what it read.
 
-    `logprobs` has the rows that ask for them; `catch_up_s` went on what the draft had not read of earlier rounds.
+    `logprobs` has the rows that ask for them.
     """
 
     tokens: list[list[int]]
     hidden_BTH: Tensor
     result: RoundResult
     logprobs: dict[int, list[TokenLogprob]]
-    catch_up_s: float
 
 
 class Prefilled(NamedTuple):
@@ -153,7 +152,7 @@ class Runner:
         lengths = list(map(len, sequences))
         targets = tuple(row.request.target for row in rows)
         groups = self.routes.groups(targets)
-        load = Load(targets, self._limits(rows), len(groups))
+        load = Load(targets, self._limits(rows, targets), len(groups))
         limit = self._catch_up(load, sequences, control)
         times.append(time.perf_counter())
         proposal: Proposal = ChainProposal.none(len(rows), self.device)
@@ -179,9 +178,9 @@ class Runner:
         rest_s = time.perf_counter() - times[2]
         accepted = tuple(len(tokens) - 1 for tokens in settled.tokens)
         result = RoundResult(
-            load, settled.lengths, accepted, proposal.forwards, draft_s, rest_s, proposal.signals
+            load, settled.lengths, accepted, proposal.forwards, draft_s, rest_s, proposal.signals, catch_up_s
         )
-        return Round(settled.tokens, settled.hidden_BTH, result, logprobs, catch_up_s)
+        return Round(settled.tokens, settled.hidden_BTH, result, logprobs)
 
     def _catch_up(self, load: Load, sequences: Sequence[Sequence[int]], control: Control) -> int:
         """Most tokens that this round drafts; where that is not 0 the draft has read all but what it reads along."""
@@ -192,17 +191,15 @@ class Runner:
             self.drafting.catch_up(load, sequences)
         return limit
 
-    def _limits(self, rows: Sequence[LiveRequest]) -> tuple[int, ...]:
+    def _limits(self, rows: Sequence[LiveRequest], targets: tuple[str, ...]) -> tuple[int, ...]:
         """Most tokens that each row may draft: the verification adds one, and a tree is drafted whole or not."""
         if self.drafting is None:
             return (0,) * len(rows)
-        most, limits = self.drafting.max_drafted, []
-        for row in rows:
-            own, wanted = row.request.params.max_drafted, row.most - len(row.tokens) - 1
-            if self.tree is not None and wanted:
-                wanted = most
-            limits.append(min(most, wanted) if own is None else min(most, wanted, own))
-        drafted = self.routes.drafted(tuple(row.request.target for row in rows))
+        most = self.drafting.max_drafted
+        limits = [min(most, row.most_drafted, row.most - len(row.tokens) - 1) for row in rows]
+        if self.tree is not None:
+            limits = [most if limit else 0 for limit in limits]
+        drafted = self.routes.drafted(targets)
         return tuple(map(operator.mul, limits, drafted))
 
     def move(self, move: Move) -> None:

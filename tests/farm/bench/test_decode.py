@@ -26,6 +26,9 @@ ROW = Row(
 )
 
 
+ONCE = {"warm_up_s": 0.0, "measured_s": 0.0}
+
+
 @pytest.fixture(scope="module")
 def member() -> Member:
     model = tiny_model(max_position_embeddings=512)
@@ -50,7 +53,7 @@ def test_every_arm_answers_every_request_with_as_many_tokens_as_were_asked_for(
         Arm("farm", "cost", "adapted", 8, "ragged"),
         Arm("transformers", "off", "none", 8, "ragged"),
     ]
-    rows = list(measure(member, "zoo", arms, 3))
+    rows = list(measure(member, "zoo", arms, 3, **ONCE))
     assert len(rows) == 3 * len(arms)
     assert {row.repeat for row in rows} == {0, 1, 2}
     assert all(row.tokens_per_s > 0 for row in rows)
@@ -59,8 +62,21 @@ def test_every_arm_answers_every_request_with_as_many_tokens_as_were_asked_for(
     assert all(row.tau == 1.0 for row in farm if row.draft == "none")
 
 
+def test_a_short_run_is_repeated_until_it_can_be_measured(member: Member) -> None:
+    """Half a millisecond is the machine's mood; rounds, seconds and tau are those of all passes together."""
+    arm = Arm("farm", "fixed-4", "adapted", 8)
+    (once,) = measure(member, "zoo", [arm], 1, **ONCE)
+    (often,) = measure(member, "zoo", [arm], 1, warm_up_s=0.0, measured_s=0.2)
+    assert once.rounds and once.tau and often.rounds and often.verify_s
+    passes = often.rounds / once.rounds
+    assert passes > 1 and passes == round(passes), "greedy decoding takes the same rounds every time"
+    assert often.tau == pytest.approx(once.tau)
+    tokens = passes * 8 * decode.EQUAL_TOKENS
+    assert 0.02 < often.verify_s < tokens / often.tokens_per_s, "part of the seconds of all passes"
+
+
 def test_a_target_without_an_adapter_is_measured_without_its_arms(member: Member) -> None:
-    rows = list(measure(replace(member, adapted=None), "zoo", quick_arms()[:6], 1))
+    rows = list(measure(replace(member, adapted=None), "zoo", quick_arms()[:6], 1, **ONCE))
     assert {row.draft for row in rows} == {"none", "base"}
 
 
@@ -185,7 +201,7 @@ def test_table_plot_and_rows_are_written(
     member: Member, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decode, "EQUAL_TOKENS", 12)
-    rows = list(measure(member, "zoo", quick_arms(), 3))
+    rows = list(measure(member, "zoo", quick_arms(), 3, **ONCE))
     assert table(rows).row_count == len(quick_arms())
     json_path, picture = write(
         tmp_path / "bench", rows, {"t": Floor(10**6, 1e9)}, origin("farm bench decode")
