@@ -182,7 +182,7 @@ def largest(member: Member, arms: Sequence[Arm]) -> tuple[int, int]:
     return longest, max(arm.batch for arm in arms)
 
 
-def measure(  # noqa: PLR0913 - what is measured, and for how long
+def measure(
     member: Member,
     model: str,
     arms: Sequence[Arm],
