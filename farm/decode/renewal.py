@@ -68,9 +68,9 @@ class Cost:
 
     Loads that last alike either speculate or decode plainly. Now and then a few rounds try the other way, after ever
     longer pauses while they confirm what is done. A draft that rests has to read all that was said first: what a look
-    into it costs is to be at most LOOK_SHARE of the pause that follows. While drafting pays, a round in DEEP_EVERY drafts
-    far beyond what is best, so that acceptance stays known where the rule would stop. Lengths are explored at first, a few rounds each, and where a like number of rows is known only now and
-    then.
+    into it costs is to be at most LOOK_SHARE of the pause that follows. While drafting pays, a round in DEEP_EVERY
+    drafts far beyond what is best, so that acceptance stays known where the rule would stop. Lengths are explored at
+    first, a few rounds each, and where a like number of rows is known only now and then.
     """
 
     signal: Signal = "peak"
