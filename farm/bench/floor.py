@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
+from torch import nn
 
+from farm.decode.routes import Route
 from farm.target.forward import TargetForward
 
 PROBE_BYTES = 512 * 2**20  # larger than any cache
@@ -27,9 +31,34 @@ class Floor:
 
 
 def measure_floor(target: TargetForward) -> Floor:
+    """Of a target on this machine."""
+    return Floor(step_bytes(target), read_bandwidth(str(target.device)))
+
+
+def step_bytes(target: TargetForward) -> int:
     """Every weight is read once a step, the embedding by one row only unless it is also the head."""
-    embedding = 0 if target.head_weight is target.embedding else target.embedding.nbytes
-    return Floor(target.num_bytes - embedding, read_bandwidth(str(target.device)))
+    return target.num_bytes - (0 if target.head_weight is target.embedding else target.embedding.nbytes)
+
+
+def round_bytes(routes: Sequence[Route], forwards: int) -> int:
+    """Of weights that a round with rows of all these targets reads, with so many forwards of their drafts.
+
+    A checkpoint and its head are read once for all rows, a trunk once a forward; a LoRA, a private expert and changes
+    to the trunk by the rows of their target alone.
+    """
+    checkpoints = {id(route.forward): cast(TargetForward, route.forward) for route in routes}.values()
+    verified = sum(map(step_bytes, checkpoints)) + sum(r.lora.num_bytes for r in routes if r.lora is not None)
+    drafts = [route.draft for route in routes if route.draft is not None]
+    if not drafts or not forwards:
+        return verified
+    own = sum(_bytes(draft) - _bytes(draft.trunk) for draft in drafts)
+    return verified + forwards * (
+        _bytes(drafts[0].trunk) + own + sum(one.head_weight.nbytes for one in checkpoints)
+    )
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(weight.nbytes for weight in module.parameters())
 
 
 def read_bandwidth(device: str) -> float:

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from farm.bench.decode import EQUAL_TOKENS, Row, timed
 from farm.bench.family import held_out
+from farm.bench.floor import round_bytes
 from farm.bench.report import Ratio
 from farm.config import Manifest, UserError
 from farm.decode.controls import make_control
@@ -128,12 +129,26 @@ def over_alone(case: Case, control: str, rows: dict[tuple[Case, str], list[Row]]
     return Ratio.of(ratios)
 
 
+def by_bytes(case: Case, control: str) -> float:
+    """What a mixture would reach over its targets alone if a round took as long as its weights take to be read.
+
+    Where weights lie in a cache arithmetic counts too, which a mixture has no more of.
+    """
+    forwards = 0 if control == "off" else MAX_DRAFTED
+    read = sum(round_bytes([voice.route for voice in one.voices], forwards) for one in case.alone)
+    rows = sum(sum(one.num_rows) for one in case.alone)
+    return read / rows * sum(case.num_rows) / round_bytes([voice.route for voice in case.voices], forwards)
+
+
 def table(rows: dict[tuple[Case, str], list[Row]]) -> Table:
     """A case a line; mixtures with their ratio over their targets alone."""
-    out = Table(caption="medians over repeats; over alone: within a repeat, with the 5 % and 95 % quantiles")
+    out = Table(
+        caption="medians over repeats; over alone: within a repeat, with the 5 % and 95 % quantiles; "
+        "by bytes: what the weights that are read would allow"
+    )
     for heading in ("batch of", "requests", "targets", "control"):
         out.add_column(heading)
-    for heading in ("tokens/s", "tau", "over alone", "host"):
+    for heading in ("tokens/s", "tau", "over alone", "by bytes", "host"):
         out.add_column(heading, justify="right")
     for (case, control), measured in rows.items():
         spent = [(r.draft_s or 0) + (r.verify_s or 0) + (r.sample_s or 0) + (r.host_s or 0) for r in measured]
@@ -142,7 +157,8 @@ def table(rows: dict[tuple[Case, str], list[Row]]) -> Table:
             f"{case.kind}: {case.name}", str(sum(case.num_rows)), str(len(case.voices)), control,
             f"{statistics.median(r.tokens_per_s for r in measured):,.1f}",
             f"{statistics.median(r.tau or 0.0 for r in measured):.2f}",
-            str(over_alone(case, control, rows)) if case.alone else "", f"{host:.1%}",
+            str(over_alone(case, control, rows)) if case.alone else "",
+            f"{by_bytes(case, control):.2f}" if case.alone else "", f"{host:.1%}",
         )  # fmt: skip
     return out
 
@@ -152,6 +168,7 @@ def write(folder: Path, rows: dict[tuple[Case, str], list[Row]], source: dict[st
     folder.mkdir(parents=True, exist_ok=True)
     ratios = {
         f"{case.kind}: {case.name}, {control}": asdict(over_alone(case, control, rows))
+        | {"by_bytes": by_bytes(case, control)}
         for case, control in rows
         if case.alone
     }

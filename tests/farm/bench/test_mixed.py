@@ -16,6 +16,7 @@ from farm.bench.mixed import (
     Case,
     Voice,
     _mixture,
+    by_bytes,
     measure,
     over_alone,
     table,
@@ -76,3 +77,18 @@ def test_a_mixture_is_held_against_the_time_of_its_targets_one_after_the_other()
     found = over_alone(mixture, "off", rows)
     assert (found.median, found.low, found.high) == pytest.approx((0.9, 0.9, 0.9))
     assert mixture.tokens == 8 * WAVES * EQUAL_TOKENS
+
+
+def test_weights_alone_allow_a_mixture_what_its_private_parts_leave(voices: list[Voice]) -> None:
+    """LoRAs of one checkpoint: it is read once for both; two checkpoints are read once each, as they are alone."""
+    lora, full = (
+        _mixture("lora", of(voices, "lora0", "lora1"))[-1],
+        _mixture("full", of(voices, "base", "full"))[-1],
+    )
+    assert 0.5 < by_bytes(lora, "off") < 1
+    assert by_bytes(full, "off") == pytest.approx(1.0)
+    assert by_bytes(full, "fixed-4") > 1.0, "the trunk is read once for both"
+    loras = [voice.route.lora for voice in lora.voices]
+    alone = [voice.route.forward.num_bytes - voice.route.forward.embedding.nbytes for voice in lora.voices]
+    sizes = [one.num_bytes for one in loras if one is not None]
+    assert by_bytes(lora, "off") == pytest.approx((alone[0] + sum(sizes) / 2) / (alone[0] + sum(sizes)))
