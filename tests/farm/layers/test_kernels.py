@@ -1,5 +1,7 @@
 """The kernels compute what float64 says, a row as if it were alone, and are not missed where they cannot be had."""
 
+import timeit
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
@@ -50,6 +52,17 @@ def test_a_product_is_the_linear_map_for_any_sizes(
         expected + (0 if bias is None else bias.double()) + (0 if residual is None else residual.double())
     )
     assert_close_to(own().linear(x, pack(weight), outputs, bias, residual), expected)
+
+
+def test_a_vector_of_the_kernels_is_a_register() -> None:
+    """Wider ones a compiler keeps in memory: then a product takes twenty times as long, and nothing else tells."""
+    x, weight = normal(8, 512, dtype=torch.float32), normal(1024, 512, dtype=torch.float32)
+    packed = pack(weight)
+
+    def fastest(call: Callable[[], Tensor]) -> float:
+        return min(timeit.repeat(call, number=10, repeat=20))
+
+    assert fastest(lambda: own().linear(x, packed, 1024)) < 4 * fastest(lambda: functional.linear(x, weight))
 
 
 @settings(max_examples=40)
