@@ -265,6 +265,23 @@ def test_a_look_that_other_numbers_of_rows_interrupt_is_finished_later(every: in
     assert share(said[3000:]) > 0.85
 
 
+@pytest.mark.parametrize("catch_up_s", [0.0, 5.0, 30.0])
+def test_looks_into_a_draft_that_does_not_pay_cost_little_whatever_it_has_to_read(catch_up_s: float) -> None:
+    """Long sequences: the first round that drafts after a rest reads all that was said."""
+    control, load, rested, lost = Cost(8), load_of(8), True, 0.0
+    for number in range(24_000):
+        limit = control.limit(load)
+        for index in range(limit):
+            control.keep(index, [0.5] * 8)
+        seconds, behind = (0.1 * limit, 1 + 0.1 * limit), catch_up_s if limit and rested else 0.0
+        zeros = (0,) * 8
+        control.observe(RoundResult(load, (limit,) * 8, zeros, limit, *seconds, [[0.5] * 8] * limit, behind))
+        rested = not limit
+        if number >= 12_000:
+            lost += sum(seconds) + behind - 1
+    assert lost < 0.02 * 12_000
+
+
 @pytest.mark.parametrize("length", [40, 150, 400])
 def test_a_target_that_is_drafted_badly_neither_rests_another_nor_is_drafted_for_because_of_it(
     length: int,
