@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -25,9 +25,15 @@ from farm.sections import (
     ServeSettings,
     Strict,
     TargetSpec,
+    Tier,
     TrainTrunkSettings,
 )
 
+# What to do for a draft that shares nothing: no onboarding publishes one beside the others.
+OWN_DRAFT = (
+    "for a draft of its own, onboard the target as base and only target of a manifest with its own store, "
+    "then `farm export`"
+)
 RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by `ray job submit` in its entrypoint
 
 
@@ -51,13 +57,21 @@ class Manifest(Strict):
     serve: ServeSettings = ServeSettings()
     resources: Resources = Resources()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _keeps_the_trunk(cls, tree: Any) -> Any:
+        """Before the sections are checked: what else such a tier would need is of no use to anyone."""
+        adapt = tree.get("adapt") if isinstance(tree, Mapping) else None
+        tier = adapt.get("tier") if isinstance(adapt, Mapping) else getattr(adapt, "tier", None)
+        if tier in get_args(Tier) and tier not in SERVED_TIERS:
+            raise ValueError(
+                f"adapt.tier: {tier} trains the trunk, which the targets of a family share; "
+                f"use {', '.join(SERVED_TIERS)}; {OWN_DRAFT}"
+            )
+        return tree
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.adapt.tier not in SERVED_TIERS:
-            raise ValueError(
-                f"adapt.tier: {self.adapt.tier} changes the trunk, which targets share when they are served; "
-                f"use {', '.join(SERVED_TIERS)} (`farm bench adapt` measures the others)"
-            )
         names = [target.name for target in self.targets]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:

@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from farm.config import OWN_DRAFT
+
 Tier = Literal["low-rank", "expert", "full"]
 Decision = Literal["skip", "low-rank", "expert", "full"]
 Interval = tuple[float, float]
@@ -188,15 +190,16 @@ def decide(
 
 
 def line(verdict: Verdict) -> str:
-    """The verdict as one line: what is expected, what it costs, when it has paid."""
+    """The verdict as one line: what is expected, what it costs, when it has paid; for `full` also how to get it."""
     seen, offer = verdict.seen, verdict.offer
     start = f"{verdict.target}: {verdict.decision}: tau {measured(seen.tau, seen.tau_interval)}"
     if verdict.decision == "skip":
         return f"{start}; {verdict.reason}"
-    return (
+    expected = (
         f"{start} -> {offer.tau:.2f} expected, {offer.speedup:.2f} times the speed; adapting {offer.seconds:,.0f} s, "
         f"paid after {count(offer.break_even)} served tokens"
     )
+    return f"{expected}; {OWN_DRAFT}" if verdict.decision == "full" else expected
 
 
 def measured(value: float | None, interval: Interval | None) -> str:

@@ -1,16 +1,17 @@
-# N samples, S unrolled steps, T draft positions, M positions
-"""The AdaSPEC filter in a run: a reference's losses, cached, and which positions of a batch are learned from."""
+# N samples, or bins of a histogram; S unrolled steps, T draft positions, M positions, X batches of a step
+"""The AdaSPEC filter in a run: a reference's losses, cached, and which positions of a step are learned from."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed
 
-from farm.train.adaspec import Threshold, histogram, kept, threshold
+from farm.train.adaspec import histogram, kept, threshold
 from farm.train.batches import Batch, Where
 from farm.train.module import DraftLoss, Learned, StepLosses
 
@@ -52,33 +53,44 @@ def reference_losses(
     return ReferenceLosses(loss_NST.clamp(max=torch.finfo(torch.float16).max).half().to(device))
 
 
+@dataclass(frozen=True)
+class Behind:
+    """How far the draft is behind the reference at each position of one unrolled step of one batch, [M] each."""
+
+    delta_M: Tensor  # nats
+    uid_M: Tensor
+
+
+def behind(steps: Sequence[StepLosses], reference: ReferenceLosses) -> tuple[Behind, ...]:
+    """Of every unrolled step, from losses that were asked for their divergence."""
+    out = []
+    for number, step in enumerate(steps):
+        divergence_M = step.distribution.divergence_M
+        assert divergence_M is not None
+        delta_M = divergence_M.detach() - reference.at(step.at, number)
+        out.append(Behind(delta_M, step.at.uid_M))
+    return tuple(out)
+
+
 def learned(
-    steps: tuple[StepLosses, ...],
-    totals_S: Tensor,
-    filtered: tuple[ReferenceLosses, float] | None,
-    world: int,
-) -> tuple[Learned, ...]:
-    """What of one of a step's batches is learned from, on all ranks.
+    batches: Sequence[tuple[Behind, ...]], totals_S: Tensor, keep: float, world: int
+) -> list[tuple[Learned, ...]]:
+    """What of each of this rank's batches is learned from: the share `keep` of all positions of one optimizer step.
+
+    Each unrolled step has one threshold, over all batches on all ranks, so that how a step is cut decides nothing.
 
     Args:
         totals_S: positions of the whole step at each unrolled step, over its batches and ranks.
-        filtered: the reference and the share that is kept; None learns from every position.
     """
-    if filtered is None:
-        return tuple(Learned(total, total) for total in totals_S)
-    reference, keep = filtered
-    out = []
-    for number, (step, total) in enumerate(zip(steps, totals_S, strict=True)):
-        divergence_M = step.distribution.divergence_M
-        assert divergence_M is not None
-        delta_M = divergence_M - reference.at(step.at, number)
-        counts_N = _sum(histogram(delta_M), world)
-        found: Threshold = threshold(counts_N, keep)
-        kept_M = kept(delta_M, step.at.uid_M, found)
-        num_kept = _sum(kept_M.sum(), world)
-        share = _sum(torch.tensor(len(delta_M), device=total.device), world) / total.clamp(min=1)
-        out.append(Learned(total, num_kept / share, kept_M))
-    return tuple(out)
+    by_step = list(zip(*batches, strict=True))  # [S] of this rank's batches
+    counts_SN = torch.stack([histogram(torch.cat([one.delta_M for one in parts])) for parts in by_step])
+    found = [threshold(counts_N, keep) for counts_N in _sum(counts_SN, world)]
+    masks = [
+        [kept(one.delta_M, one.uid_M, at) for one, at in zip(batch, found, strict=True)] for batch in batches
+    ]
+    num_kept_XS = torch.stack([torch.stack([kept_M.sum() for kept_M in batch]) for batch in masks])
+    num_kept_S = _sum(num_kept_XS.sum(0), world)
+    return [tuple(map(Learned, totals_S, num_kept_S, batch)) for batch in masks]
 
 
 def _sum(value: Tensor, world: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from farm.train.batches import Batch
 from farm.train.cached import Positions
 from farm.train.checkpoint import Progress, load_state, save_state
 from farm.train.course import Course
-from farm.train.filtering import ReferenceLosses, learned
+from farm.train.filtering import ReferenceLosses, behind, learned
 from farm.train.held_out import expected_tau, stops
-from farm.train.module import DraftLoss, mean_loss
+from farm.train.module import DraftLoss, Learned, StepLosses, mean_loss
 from farm.train.optimizer import initialize, set_lr
 from farm.train.tiers import TrainedDraft
 
@@ -128,8 +128,8 @@ class Training:
         counted = self._course.counts_flops(self.step, FLOP_SAMPLES)
         sums_S, loss_sum = torch.zeros(len(totals_S), device=self._device), 0.0
         with FlopCounterMode(display=False) if counted else nullcontext() as counter:
-            for batch in batches:
-                loss, alpha_S = self._forward_backward(batch, totals_S, measure=log)
+            for batch, of in zip(batches, self._learned(batches, totals_S), strict=True):
+                loss, alpha_S = self._forward_backward(batch, totals_S, of, measure=log)
                 loss_sum += loss
                 sums_S += alpha_S
         if counted:
@@ -137,20 +137,48 @@ class Training:
         if log:
             self._log(loss_sum, sums_S, totals_S)
 
+    def _learned(
+        self, batches: list[Batch | Positions], totals_S: Tensor
+    ) -> Sequence[tuple[Learned, ...] | None]:
+        """What of each batch is learned from; None for a batch alone, whose own forward pass says it.
+
+        A filter looks at all batches of the step before any is learned from: a forward pass more, without activations.
+        """
+        if self._reference is None:
+            return [tuple(map(Learned, totals_S, totals_S))] * len(batches)
+        if len(batches) == 1:
+            return [None]
+        with torch.no_grad():
+            seen = [
+                behind(self._forward(self.module, batch, divergence=True), self._reference)
+                for batch in batches
+            ]
+        return learned(seen, totals_S, self._keep, self._world)
+
+    @property
+    def _keep(self) -> float:
+        adaspec = self._settings.adaspec
+        assert adaspec is not None  # there is a reference
+        return keep_at(adaspec.keep, adaspec.warm, self.step / self._course.num_steps)
+
+    def _forward(
+        self, module: Any, batch: Batch | Positions, *, divergence: bool, alpha: bool = False
+    ) -> tuple[StepLosses, ...]:
+        """By the module, or by the engine around it."""
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._settings.dtype == "bfloat16"):
+            steps: tuple[StepLosses, ...] = module(batch, divergence=divergence, alpha=alpha)
+        return steps
+
     def _forward_backward(
-        self, batch: Batch | Positions, totals_S: Tensor, *, measure: bool
+        self, batch: Batch | Positions, totals_S: Tensor, of: tuple[Learned, ...] | None, *, measure: bool
     ) -> tuple[float, Tensor]:
         """One batch's part of the loss, and its sums of alpha; gradients add up in the engine."""
-        settings, engine = self._settings, self._engine
-        filtered = None
-        if self._reference is not None and settings.adaspec is not None:
-            progress = self.step / self._course.num_steps
-            filtered = self._reference, keep_at(settings.adaspec.keep, settings.adaspec.warm, progress)
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
-            steps = engine(batch, divergence=filtered is not None, alpha=measure)
-        loss = mean_loss(
-            steps, learned(steps, totals_S, filtered, self._world), settings.hidden_weight, self._world
-        )
+        engine = self._engine
+        steps = self._forward(engine, batch, divergence=of is None, alpha=measure)
+        if of is None:
+            assert self._reference is not None
+            (of,) = learned([behind(steps, self._reference)], totals_S, self._keep, self._world)
+        loss = mean_loss(steps, of, self._settings.hidden_weight, self._world)
         engine.backward(loss * self._course.num_micro)  # DeepSpeed divides by the number of backward passes
         engine.step()
         alphas = [step.distribution.alpha_M for step in steps] if measure else []

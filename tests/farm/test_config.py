@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farm.config import Manifest, UserError, check_placeable, dump, load_manifest, rows_overlap
+from farm.config import OWN_DRAFT, Manifest, UserError, check_placeable, dump, load_manifest, rows_overlap
 from farm.sections import AdaptSettings, TreeSettings
 
 
@@ -320,9 +320,11 @@ def test_a_tree_goes_with_no_control_that_cuts_chains(folder):
 
 
 def test_a_tier_that_changes_the_trunk_is_refused_where_targets_share_it(folder):
-    with pytest.raises(UserError, match=r"adapt.tier: full changes the trunk.*low-rank, expert, expert-fc"):
-        load_manifest(write(folder, tree()), ["adapt.tier=full", "adapt.form=unrolled"])
-    assert "use tier low-rank or expert" in mistake(folder, tree(adapt={"tier": "full"}))
+    for tier, overrides in (("full", []), ("eda", []), ("full", ["adapt.form=unrolled"])):
+        told = mistake(folder, tree(adapt={"tier": tier}), *overrides)
+        assert f": adapt.tier: {tier} trains the trunk" in told
+        assert "use low-rank, expert, expert-fc, expert-lora; " in told
+        assert told.endswith(OWN_DRAFT), "one mistake, with what to do about it"
     assert load_manifest(write(folder, tree()), ["adapt.tier=low-rank"]).adapt.tier == "low-rank"
     served = load_manifest(write(folder, tree()), ["adapt.tier=expert-lora", "adapt.form=unrolled"])
     assert served.adapt.tier == "expert-lora"

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from farm.config import OWN_DRAFT
 from farm.evaluate.triage import (
     GUESSED_RECOVERY,
     LEAST_SPEEDUP,
@@ -62,8 +63,11 @@ def test_what_past_runs_won_back_replaces_the_guess() -> None:
 def test_a_tier_that_was_never_measured_is_not_preferred_to_one_that_was() -> None:
     guessed = decide("t", SLOW, 4.0, offers(SLOW, 4.0, COST, "full", ()), 1e9)
     assert guessed.decision == "full"
+    assert line(guessed).endswith(OWN_DRAFT), "an onboarding refuses this tier"
     known = [past(3.55)] * 3
-    assert decide("t", SLOW, 4.0, offers(SLOW, 4.0, COST, "full", known), 1e9).decision == "expert"
+    tried = decide("t", SLOW, 4.0, offers(SLOW, 4.0, COST, "full", known), 1e9)
+    assert tried.decision == "expert"
+    assert OWN_DRAFT not in line(tried)
     both = [*known, *[past(3.9, tier="full")] * 3]
     assert decide("t", SLOW, 4.0, offers(SLOW, 4.0, COST, "full", both), 1e9).decision == "full"
 

@@ -250,6 +250,35 @@ def test_a_filtered_run_resumes_with_its_references_losses_and_differs_from_an_u
     torch.testing.assert_close(torch.tensor(resumed.curve), torch.tensor(whole.curve))
 
 
+@pytest.mark.parametrize("form", ["unrolled", "cached"])
+def test_a_filter_selects_the_same_positions_whatever_micro_rows_is(
+    task: FitTask, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from farm.train import training
+
+    selected: dict[int, list[int]] = {}  # by unrolled step, of the first step of each run
+    sums = training.mean_loss
+
+    def seen(steps: Any, learned: Any, *args: Any) -> torch.Tensor:
+        for number, (step, of) in enumerate(zip(steps, learned, strict=True)):
+            if of.kept_M is not None:  # the reference is trained on all
+                selected.setdefault(number, []).extend(step.at.uid_M[of.kept_M].tolist())
+        return sums(steps, learned, *args)
+
+    monkeypatch.setattr(training, "mean_loss", seen)
+    found = []
+    for micro_rows in (None, 2, 1):
+        selected.clear()
+        one_step = {"adaspec": {"keep": 0.4, "warm": 0.0}, "micro_rows": micro_rows, "batch_rows": 12}
+        cut = changed(task, form=form, epochs=1, cached_tokens=1000, **one_step)
+        fit_in_process(cut, trunk_of(task), tmp_path / str(micro_rows))
+        found.append({number: sorted(uids) for number, uids in selected.items()})
+    assert found[0][0]
+    assert found[0] == found[1] == found[2]
+    for name in ("2", "1"):
+        assert_same_expert(tmp_path / "None", tmp_path / name)
+
+
 def test_two_workers_filter_the_same_positions_as_one(task: FitTask, tmp_path: Path) -> None:
     task = changed(task, adaspec={"keep": 0.4, "warm": 0.0}, zero_stage=1)
     one = fit_in_process(task, trunk_of(task), tmp_path / "one")
