@@ -87,31 +87,30 @@ def measure(manifest: Manifest, count: int, say: Callable[[str], None]) -> Itera
         warm, packed, alone = (
             jobs_of(manifest, num, store) for num, store in zip((1, count, count), stores, strict=True)
         )
-        _adapt(warm)
+        adapted("alone", warm, warm)
         try:
             say(f"{count} targets in one run")
-            yield _measured("packed", packed, [PackJob(tuple(packed))])
+            yield adapted("packed", packed, [PackJob(tuple(packed))])
             for job in alone:
                 say(f"{job.name} in a run of its own")
-                yield _measured("alone", [job], [job])
+                yield adapted("alone", [job], [job])
         finally:
             close_trunk(packed[0].trunk[0])
 
 
-def _adapt(runs: Sequence[PackJob | TrainJob]) -> float:
-    """Seconds of the runs, one behind the other."""
+def adapted(
+    how: Literal["packed", "alone"], jobs: Sequence[TrainJob], runs: Sequence[PackJob | TrainJob]
+) -> Adapted:
+    """The seconds of `runs`, one behind the other, and of the fits of `jobs` in them.
+
+    Raises RuntimeError when a target could not be adapted.
+    """
     started = time.monotonic()
     for run in runs:
         failures = ray.get(train.remote(run))
         if isinstance(failures, dict) and failures:
-            raise RuntimeError(f"{next(iter(failures))}: {next(iter(failures.values()))}")
-    return time.monotonic() - started
-
-
-def _measured(
-    how: Literal["packed", "alone"], jobs: Sequence[TrainJob], runs: Sequence[PackJob | TrainJob]
-) -> Adapted:
-    wall_s, fit_s = _adapt(runs), 0.0
+            raise RuntimeError("; ".join(f"{name}: {reason}" for name, reason in failures.items()))
+    wall_s, fit_s = time.monotonic() - started, 0.0
     for job in jobs:
         made = Artifacts(open_store(job.store)).find(job.stage, job.key)
         assert made is not None
