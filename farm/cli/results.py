@@ -253,27 +253,6 @@ def bench_adapt(
         console.print(path, markup=False, soft_wrap=True)
 
 
-@bench_app.command("packed")
-def bench_packed(
-    manifest: FamilyPath = ZOO,
-    out: Annotated[Path, typer.Option(help="Folder of packed.json.")] = Path("docs/bench"),
-    targets: Annotated[
-        int, typer.Option(help="How many; a smaller family's are taken again and again.", min=2)
-    ] = 16,
-    quick: Annotated[bool, typer.Option("--quick", help="Four targets.")] = False,
-    overrides: Overrides = None,
-) -> None:
-    """What adapting many targets in one run costs, beside a run each."""
-    from farm.fleet.packing import measure, table, write
-    from farm.fleet.session import connect
-
-    source, settled = _source(), load_family(manifest, overrides)
-    with connect():
-        measured = list(measure(settled, 4 if quick else targets, console.print))
-    _show_wide(table(measured))
-    console.print(write(out, measured, source), markup=False, soft_wrap=True)
-
-
 def _show_wide(shown: Table) -> None:
     Console(width=max(console.width, TABLE_WIDTH)).print(shown)
 

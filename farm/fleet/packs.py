@@ -70,8 +70,9 @@ def pack_worker(config: dict[Any, Any]) -> dict[str, str]:
         with tempfile.TemporaryDirectory() as folder:
             save(Path(folder))  # every rank takes part
             if first:
+                seconds = time.monotonic() - begun[name]
                 publish_fitted(
-                    jobs[name], Path(folder), asdict(result), metrics, time.monotonic() - begun[name]
+                    jobs[name], Path(folder), {**asdict(result), "metrics": dict(metrics), "seconds": seconds}
                 )
 
     checkpoint = get_checkpoint()
