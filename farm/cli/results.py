@@ -163,6 +163,36 @@ def bench_mixed(
     console.print(write(out, rows, source), markup=False, soft_wrap=True)
 
 
+@bench_app.command("packed")
+def bench_packed(
+    manifest: FamilyPath = ZOO,
+    out: Annotated[Path, typer.Option(help="Folder of packed.json.")] = Path("docs/bench"),
+    targets: Annotated[
+        int | None, typer.Option(help="Targets in the run; default: 16, with --quick 4.", min=2)
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Four targets, one epoch each.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Many targets adapted in one training run beside the same targets in runs of their own: what each costs."""
+    from farm.bench import packed
+    from farm.fleet.pack_cost import in_turn, measure, onboarded_jobs
+    from farm.fleet.session import connect
+
+    source, settled = _source(), load_family(manifest, overrides)
+    if quick:
+        settled = packed.quick(settled)
+    source |= {"adapt": dump(settled.adapt), "resources": dump(settled.resources.adapt)}
+    count = targets or (packed.QUICK_TARGETS if quick else packed.TARGETS)
+
+    jobs = in_turn(onboarded_jobs(settled, console.print), count)
+    with connect():
+        cost = measure(settled, jobs, console.print)
+    _show_wide(packed.table(cost))
+    for line in packed.lines(cost):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(packed.write(out, cost, family_name(manifest), source), markup=False, soft_wrap=True)
+
+
 @bench_app.command("serve")
 def bench_serve(
     manifest: FamilyPath = ZOO,

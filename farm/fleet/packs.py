@@ -6,20 +6,24 @@ rest go on in another one.
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from farm.artifacts import Artifacts
+from farm.artifacts import Artifact, Artifacts
+from farm.fleet.pool import run_bounded
+from farm.fleet.session import runs_at_once
 from farm.fleet.trainers import (
     PackJob,
     TrainJob,
     publish_fitted,
     report_checkpoint,
     steps_shown,
+    train,
     trainer,
 )
+from farm.sections import AdaptSettings
 from farm.store import open_store
 
 if TYPE_CHECKING:
@@ -27,6 +31,24 @@ if TYPE_CHECKING:
 
 # Of a private expert: its training takes about as long as a run's processes take to start.
 SMALL_BYTES = 64 * 2**20
+
+
+class TargetFailed(Exception):
+    """One target of several in a run could not be fitted."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What became of one target: its artifact, or why it has none."""
+
+    name: str
+    artifact: Artifact | None
+    error: BaseException | None
+
+
+def jobs_of(run: PackJob | TrainJob) -> tuple[TrainJob, ...]:
+    """The targets of a run."""
+    return run.jobs if isinstance(run, PackJob) else (run,)
 
 
 def divide(
@@ -38,6 +60,42 @@ def divide(
     num_runs = -(-len(jobs) // most)
     groups = [tuple(jobs[number::num_runs]) for number in range(num_runs)]
     return [PackJob(group) if len(group) > 1 else group[0] for group in groups]
+
+
+def in_runs(jobs: Sequence[TrainJob]) -> list[PackJob | TrainJob]:
+    """The runs of some adapt jobs, as their resources ask for on the connected cluster; all have the same ones."""
+    if not jobs:
+        return []
+    like = jobs[0]
+    task, settings = like.task, like.task.settings
+    assert isinstance(settings, AdaptSettings)
+    expert_bytes = 12 * task.draft.hidden_size * (settings.width or task.draft.private_width)
+    fit = min(runs_at_once(like.resources), len(jobs))
+    runs = divide(jobs, fit, like.resources.pack, expert_bytes)
+    width = min(fit, len(runs))  # fewer runs than fit share the cores among themselves
+    beside = [tuple(replace(job, at_once=width) for job in jobs_of(run)) for run in runs]
+    return [PackJob(group) if len(group) > 1 else group[0] for group in beside]
+
+
+def fit_runs(
+    runs: Sequence[PackJob | TrainJob], started: Callable[[PackJob | TrainJob], None]
+) -> Iterator[Ended]:
+    """What becomes of every target of the runs that `in_runs` made, run by run as they end."""
+    if not runs:
+        return
+    like, named = jobs_of(runs[0])[0], {run.name: run for run in runs}
+    artifacts = Artifacts(open_store(like.store))
+    specs = {name: (run,) for name, run in named.items()}
+    queue = run_bounded(
+        specs, train, like.at_once, lambda name: started(named[name]), max_retries=like.attempts.driver
+    )
+    for outcome in queue:
+        reasons = outcome.value if isinstance(outcome.value, dict) else {}
+        for job in jobs_of(named[outcome.name]):
+            artifact, error = artifacts.find(job.stage, job.key), outcome.error
+            if artifact is None:
+                error = error or TargetFailed(reasons.get(job.name, "its run failed"))
+            yield Ended(job.name, artifact, None if artifact else error)
 
 
 def pack_worker(config: dict[Any, Any]) -> dict[str, str]:
@@ -70,10 +128,8 @@ def pack_worker(config: dict[Any, Any]) -> dict[str, str]:
         with tempfile.TemporaryDirectory() as folder:
             save(Path(folder))  # every rank takes part
             if first:
-                seconds = time.monotonic() - begun[name]
-                publish_fitted(
-                    jobs[name], Path(folder), {**asdict(result), "metrics": dict(metrics), "seconds": seconds}
-                )
+                fitted = {**asdict(result), "metrics": dict(metrics)}
+                publish_fitted(jobs[name], Path(folder), fitted, time.monotonic() - begun[name])
 
     checkpoint = get_checkpoint()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,8 @@
 """A target's own stages, in order. Each one asks the store first and starts work only for what is missing."""
 
 import json
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from farm.artifacts import Artifact, key_of
@@ -12,14 +13,14 @@ from farm.fleet import measure
 from farm.fleet.answers import AnswersJob, feature_shards, finish_answers, kept_bytes, missing_shards
 from farm.fleet.datasets import ShardResult, regenerate
 from farm.fleet.footprint import Footprint
-from farm.fleet.packs import divide
+from farm.fleet.packs import fit_runs, in_runs, jobs_of
 from farm.fleet.plan import ADAPT, EVALUATE, EXPERT_FILE, TRUNK_FILE, TargetPlan
 from farm.fleet.pool import run_bounded
 from farm.fleet.publish import family_fit, opponent_of, publish
 from farm.fleet.run import Run
 from farm.fleet.selection import selected_rows
-from farm.fleet.session import cpus_of_largest_node, runs_at_once
-from farm.fleet.trainers import CURVE_FILE, PackJob, TrainJob, train
+from farm.fleet.session import cpus_of_largest_node
+from farm.fleet.trainers import CURVE_FILE, PackJob, TrainJob
 from farm.fleet.trunk import close_trunk
 from farm.fleet.vocabulary import coverage, token_files
 
@@ -77,44 +78,31 @@ def regenerate_answers(run: Run) -> None:
 
 def adapt(run: Run, trunk: Artifact) -> None:
     """Fit every remaining target's private expert, a bounded number of runs at a time."""
-    jobs: dict[str, TrainJob] = {}
-    shared = _shared(run, trunk)
+    missing = []
     for target in run.remaining:
         found = run.artifacts.find(ADAPT, target.adapt_key)
         if found is None:
-            jobs[target.name] = _adapt_job(run, target, shared)
+            missing.append(target)
         else:
             _adapted(run, target.name, found)
 
-    resources = run.manifest.resources.adapt
-    width = max(1, min(runs_at_once(resources), len(jobs)))
-    of_width = [replace(job, at_once=width) for job in jobs.values()]
-    expert_bytes = 12 * shared.draft.hidden_size * (run.manifest.adapt.width or shared.draft.private_width)
-    runs = {one.name: one for one in divide(of_width, width, resources.pack, expert_bytes)} if jobs else {}
+    def started(one: PackJob | TrainJob) -> None:
+        for job in jobs_of(one):
+            run.board.update(job.name, stage="adapt")
+        run.say(f"{one.name}: adapting")
 
-    def started(name: str) -> None:
-        for target in _targets_of(runs[name]):
-            run.board.update(target, stage="adapt")
-        run.say(f"{name}: adapting")
-
-    specs = {name: (one,) for name, one in runs.items()}
-    for outcome in run_bounded(specs, train, width, started, max_retries=run.attempts.driver):
-        reasons = outcome.value if isinstance(outcome.value, dict) else {}
-        for name in _targets_of(runs[outcome.name]):
-            artifact = run.artifacts.find(ADAPT, jobs[name].key)
-            if artifact is not None:
-                _adapted(run, name, artifact)
-            else:
-                run.fail(name, outcome.error or TargetFailed(reasons.get(name, "its run failed")))
+    for ended in fit_runs(in_runs(adapt_jobs(run, trunk, missing)), started):
+        if ended.artifact is not None:
+            _adapted(run, ended.name, ended.artifact)
+        elif ended.error is not None:
+            run.fail(ended.name, ended.error)
     close_trunk(trunk.key)
 
 
-class TargetFailed(Exception):
-    """One target of several in a run could not be fitted."""
-
-
-def _targets_of(job: PackJob | TrainJob) -> tuple[str, ...]:
-    return tuple(one.name for one in job.jobs) if isinstance(job, PackJob) else (job.name,)
+def adapt_jobs(run: Run, trunk: Artifact, targets: Sequence[TargetPlan]) -> list[TrainJob]:
+    """What fits the private expert of each of these targets, whose answers the run has."""
+    shared = _shared(run, trunk)
+    return [_adapt_job(run, target, shared) for target in targets]
 
 
 @dataclass(frozen=True)

@@ -158,20 +158,24 @@ def train(job: TrainJob | PackJob) -> Artifact | dict[str, str]:
     result = trainer(job, train_worker, {"job": job}, job.run_name).fit()
     assert result.checkpoint is not None  # the last report of `fit` always saves
     with result.checkpoint.as_directory() as folder:
-        fitted = {**result.return_value, "metrics": result.metrics, "seconds": time.monotonic() - started}
-        finished = publish_fitted(job, Path(folder), fitted)
+        fitted = {**result.return_value, "metrics": result.metrics}
+        finished = publish_fitted(job, Path(folder), fitted, time.monotonic() - started)
     result.filesystem.delete_dir(result.path)  # optimizer states of a finished run serve nobody
     return finished
 
 
-def publish_fitted(job: TrainJob, folder: Path, fitted: Mapping[str, Any]) -> Artifact:
-    """The artifact of a run whose last checkpoint is in `folder`; `fitted` has the fields of a FitResult, and more."""
+def publish_fitted(job: TrainJob, folder: Path, fitted: Mapping[str, Any], seconds: float) -> Artifact:
+    """The artifact of a run whose last checkpoint is in `folder`; `fitted` has the fields of a FitResult, and more.
+
+    Its manifest says both what the target took in all, `seconds`, and where the training loop's time went.
+    """
     artifacts = Artifacts(open_store(job.store))
     for name in (EXPERT_FILE,) if job.stage == ADAPT else TRUNK_FILES:
         artifacts.copy_file(job.stage, job.key, folder / name)
     artifacts.put_file(job.stage, job.key, CURVE_FILE, json.dumps(fitted["curve"]).encode())
-    rest = {name: value for name, value in fitted.items() if name != "curve"}
-    return artifacts.finish(job.stage, job.key, {**job.record, **rest})
+    rest = {name: value for name, value in fitted.items() if name not in ("curve", "seconds")}
+    took = {"seconds": seconds, "loop_seconds": fitted["seconds"]}
+    return artifacts.finish(job.stage, job.key, {**job.record, **rest, **took})
 
 
 def trainer(like: TrainJob, worker: Callable[[Any], Any], config: dict[str, Any], run_name: str) -> Any:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from farm.artifacts import Artifacts
 from farm.draft.checkpoint import EXPERT_FILE, TRUNK_FILE
-from farm.fleet.packs import SMALL_BYTES, divide
+from farm.fleet.packs import SMALL_BYTES, divide, in_runs, jobs_of
 from farm.fleet.plan import ADAPT
 from farm.fleet.trainers import Attempts, PackJob, TrainJob, train
 from farm.sections import AdaptResources
@@ -40,6 +40,34 @@ def test_small_targets_share_as_many_runs_as_there_are_side_by_side() -> None:
     assert sizes(16, 2, None, SMALL_BYTES + 1) == [1] * 16
     assert sizes(7, 2, 3) == [3, 2, 2]
     assert sizes(4, 1, 1) == [1] * 4
+
+
+@pytest.mark.parametrize(
+    ("pack", "parallel", "num_runs", "at_once"), [(4, 2, 1, 1), (1, 2, 4, 2), (None, 2, 2, 2), (2, 4, 2, 2)]
+)
+def test_only_runs_that_are_side_by_side_share_the_cores(
+    monkeypatch: pytest.MonkeyPatch,
+    task: FitTask,
+    pack: int | None,
+    parallel: int,
+    num_runs: int,
+    at_once: int,
+) -> None:
+    monkeypatch.setattr("farm.fleet.packs.runs_at_once", lambda resources: resources.parallel)
+    resources = AdaptResources(pack=pack, parallel=parallel)
+    like: Any = {
+        "stage": ADAPT,
+        "task": task,
+        "store": "",
+        "trunk": None,
+        "attempts": Attempts(),
+        "record": {},
+    }
+    jobs = [TrainJob(name=name, key=name, resources=resources, **like) for name in "abcd"]
+    runs = in_runs(jobs)
+    assert len(runs) == num_runs
+    assert sorted(job.name for run in runs for job in jobs_of(run)) == list("abcd")
+    assert {job.at_once for run in runs for job in jobs_of(run)} == {at_once}
 
 
 @pytest.mark.ray
@@ -74,6 +102,7 @@ def test_packed_targets_equal_their_solo_runs_and_bad_ones_stop_no_other(
         found = artifacts.find(ADAPT, f"key-{name}")
         assert found is not None
         assert found.manifest["target"] == name
+        assert 0 < sum(found.manifest["loop_seconds"].values()) < found.manifest["seconds"]
         fit_in_process(alone, trunk_of(alone), tmp_path / name)
         expected = load_file(tmp_path / name / EXPERT_FILE)
         for key, value in load_file(artifacts.path(found, EXPERT_FILE)).items():

@@ -73,6 +73,20 @@ def test_a_target_that_diverges_fails_alone_and_the_others_end_as_in_runs_of_the
             torch.testing.assert_close(value, alone[name])
 
 
+def test_an_early_stop_ends_its_own_target_and_the_others_go_on_to_their_end(
+    tasks: list[FitTask], tmp_path: Path
+) -> None:
+    """The rule is the same for all: `b` learns too slowly to gain anything, before and after targets that do gain."""
+    stop = {"held_out": 0.25, "every": 1, "patience": 2, "min_gain": 1e-6}
+    rates = {"a": 3e-3, "b": 1e-12, "c": 3e-3}
+    todo = [called(tasks[0], name, lr=lr, epochs=3, early_stop=stop) for name, lr in rates.items()]
+    packed = Store(tmp_path / "packed").run(todo)
+    assert not packed.failures
+    assert {name: result.steps for name, result in packed.results.items()} == {"a": 6, "b": 3, "c": 6}
+    measured = {name: [step for step, _ in result.held_out] for name, result in packed.results.items()}
+    assert measured == {"a": [1, 2, 3, 4, 5, 6], "b": [1, 2, 3], "c": [1, 2, 3, 4, 5, 6]}
+
+
 def test_a_killed_run_goes_on_with_the_target_it_was_at(tasks: list[FitTask], tmp_path: Path) -> None:
     whole, broken = Store(tmp_path / "whole"), Store(tmp_path / "broken", fatal=3)
     todo = [tasks[0], called(tasks[0], "d", seed=4)]  # two reports each
