@@ -14,6 +14,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 Dtype = Literal["auto", "float32", "bfloat16"]
 Strategy = Literal["all", "shift", "mahalanobis", "failure", "flatness", "random"]
+PROMPT_STRATEGIES: tuple[Strategy, ...] = ("random", "mahalanobis", "shift")  # defined without an answer
 Loss = Literal["eda", "kl", "tv", "lk", "lk-log"]
 Tier = Literal["low-rank", "expert", "expert-fc", "expert-lora", "eda", "full"]
 Init = Literal["base", "zero", "random"]
@@ -177,10 +178,21 @@ class SelectSettings(Strict):
     """Which of its answers a target is adapted on; see farm.data.select for the scores."""
 
     strategy: Strategy = "all"
+    before: bool = False  # prompts are chosen, by what both models make of them, and only those are answered
     fraction: float = Field(default=0.5, gt=0, le=1)
     pilot_rows: int = Field(default=256, ge=256)  # that set the threshold
     exact: bool = False  # the threshold is set by every row instead: the fraction is met to the row
     seed: int = 0  # of strategy random
+
+    @model_validator(mode="after")
+    def _needs_no_answers(self) -> Self:
+        if self.before and self.strategy not in PROMPT_STRATEGIES:
+            why = "chooses nothing" if self.strategy == "all" else "scores answers, and prompts have none yet"
+            raise ValueError(
+                f"strategy {self.strategy} {why}; beside before: true set strategy to "
+                f"{', '.join(PROMPT_STRATEGIES[:-1])} or {PROMPT_STRATEGIES[-1]}, or leave before out"
+            )
+        return self
 
 
 class AdaptSettings(TrainSettings):

@@ -13,7 +13,8 @@ from rich.text import Text
 
 from farm.artifacts import Artifacts
 from farm.fleet.answers import ANSWERS, AnswersJob
-from farm.fleet.plan import ADAPT, EVALUATE, SELECT, TRUNK, Plan, TargetPlan
+from farm.fleet.chosen import SELECT
+from farm.fleet.plan import ADAPT, EVALUATE, TRUNK, Plan, TargetPlan
 from farm.registry import Registry
 from farm.store import NotFound, local_copy
 
@@ -94,9 +95,15 @@ def _hidden_size(model: str) -> int | None:
         return None
 
 
-def estimate_answers(job: AnswersJob, rates: Rates) -> Estimate:
-    """Regenerating and capturing one target, every answer as long as it may be."""
-    rows = len(job.prompts)
+def rows_to_answer(plan: Plan, target: TargetPlan) -> int:
+    """Prompts that a target answers: what its selection has chosen, or will choose at most."""
+    rows, settings = len(target.answers.prompts), plan.manifest.select
+    return round(rows * settings.fraction) if settings.before and SELECT not in target.reused else rows
+
+
+def estimate_answers(job: AnswersJob, rates: Rates, rows: int | None = None) -> Estimate:
+    """Regenerating and capturing one target, every answer as long as it may be; `rows` of its prompts, None: all."""
+    rows = len(job.prompts) if rows is None else rows
     answered = rows * job.settings.max_new_tokens
     tokens = answered + rows * PROMPT_TOKENS
     features = tokens * FEATURE_BYTES * (rates.hidden_size or 0)
@@ -115,10 +122,10 @@ def estimate_target(plan: Plan, target: TargetPlan, rates: Rates) -> Estimate:
     if ADAPT in target.reused:
         return total
     settings = plan.manifest.adapt
+    rows = rows_to_answer(plan, target)
     if ANSWERS not in target.reused:
-        total += estimate_answers(target.answers, rates)
-    rows = len(target.answers.prompts)
-    if target.select_key is not None:
+        total += estimate_answers(target.answers, rates, rows)
+    if target.select_key is not None and not plan.manifest.select.before:
         rows = round(rows * plan.manifest.select.fraction)
     longest, epochs = target.answers.settings.max_new_tokens, settings.epochs
     if settings.tokens is not None:
@@ -159,14 +166,21 @@ def plan_table(plan: Plan, artifacts: Artifacts) -> Table:
         reused = list(target.reused)
         if any(version.card["adapt_key"] == target.adapt_key for version in registry.versions(target.name)):
             reused.append(EVALUATE)
-        stages = (ANSWERS, *((SELECT,) if target.select_key else ()), ADAPT, EVALUATE)
-        runs = [stage for stage in stages if stage not in reused]
+        runs = [stage for stage in _stages(plan, target) if stage not in reused]
         _add(table, target.name, runs, reused, cost)
     for name, reason in plan.refused.items():
         table.add_row(Text(name), Text(f"refused: {reason}", style="red"))
     table.add_section()
     _add(table, "together", (), (), total)
     return table
+
+
+def _stages(plan: Plan, target: TargetPlan) -> tuple[str, ...]:
+    """A target's stages in the order in which they run."""
+    if target.select_key is None:
+        return ANSWERS, ADAPT, EVALUATE
+    first = (SELECT, ANSWERS) if plan.manifest.select.before else (ANSWERS, SELECT)
+    return *first, ADAPT, EVALUATE
 
 
 def _add(table: Table, name: str, runs: Iterable[str], reuses: Iterable[str], cost: Estimate) -> None:

@@ -24,7 +24,7 @@ from farm.fleet.plan import Plan, make_plan
 from farm.fleet.prepare import check_targets, measure_base, prepare_trunk, skip_good_enough
 from farm.fleet.publish import family_record
 from farm.fleet.run import Run
-from farm.fleet.selection import select_answers
+from farm.fleet.selection import select_answers, select_prompts
 from farm.fleet.session import check_cluster
 from farm.fleet.stages import adapt, evaluate, regenerate_answers
 from farm.fleet.trainers import Attempts
@@ -133,6 +133,7 @@ def _run_stages(run: Run) -> None:
             raise
         return
     _put_family(run, trunk)
+    select_prompts(run)
     regenerate_answers(run)
     select_answers(run, trunk)
     adapt(run, trunk)

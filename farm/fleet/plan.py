@@ -15,11 +15,17 @@ from farm.config import Manifest, Refused, UserError, dump
 from farm.data.chat import read_template
 from farm.data.prompts import Prompt, PromptSet, load_prompts, split_rows
 from farm.fleet.answers import ANSWERS, AnswersJob, answers_key, settings_key
+from farm.fleet.chosen import (
+    SELECT,
+    answers_selection_key,
+    answers_to_chosen,
+    only_chosen,
+    prompts_selection_key,
+)
 from farm.sections import ProbeSettings, RegenerateSettings, TargetSpec
 from farm.store import local_copy
 
 ADAPT: Literal["adapt"] = "adapt"
-SELECT = "select"
 CHECK, PROBE = "check", "probe"
 EVALUATE = "evaluate"
 PROMPTS, PROMPTS_FILE = "prompts", "prompts.jsonl"
@@ -38,12 +44,12 @@ class TargetPlan:
 
     spec: TargetSpec
     digest: str  # sha256 of the checkpoint's files
-    answers: AnswersJob
+    answers: AnswersJob  # with `select.before` to all prompts until their selection is in the store
     held_out: tuple[Prompt, ...]
     held_out_digest: str
     adapt_key: str
     reused: tuple[str, ...]  # stages whose artifact is in the store
-    select_key: str | None = None  # of the rows that are adapted on; None: all
+    select_key: str | None = None  # of the rows that are adapted on, or answered at all; None: all
     origins: Mapping[int, str] = field(default_factory=dict)  # of the prompts' rows
 
     @property
@@ -147,7 +153,7 @@ def _plan_answers(manifest: Manifest, spec: TargetSpec, digest: str, found: Prom
     }
     if not spec.prompts:
         source["prompts_key"] = elicit_key(manifest, spec, digest)  # so that cleaning up keeps them
-    selected = manifest.select.strategy != "all"
+    selected = manifest.select.strategy != "all" and not manifest.select.before
     answers = AnswersJob(
         spec, manifest.regenerate, key, prompts, dtype=manifest.dtype, source=source, selected=selected
     )
@@ -181,22 +187,30 @@ def check_key(trunk: TrunkPlan, target: TargetPlan) -> str:
 
 def _plan_adapt(manifest: Manifest, artifacts: Artifacts, trunk: TrunkPlan, target: TargetPlan) -> TargetPlan:
     settings = {name: value for name, value in dump(manifest.adapt).items() if name not in _NOT_IN_KEY}
-    inputs, select_key = [target.answers.key, trunk.key, target.digest], _select_key(manifest, trunk, target)
-    key = key_of(ADAPT, settings, inputs if select_key is None else [*inputs, select_key])
-    stages = [(ANSWERS, target.answers.key), (ADAPT, key)]
-    if select_key is not None:
-        stages.insert(1, (SELECT, select_key))
-    reused = tuple(stage for stage, key in stages if artifacts.find(stage, key))
-    return replace(target, adapt_key=key, select_key=select_key, reused=reused)
+    target = _plan_selection(manifest, artifacts, trunk, target)
+    inputs, select_key = [target.answers.key, trunk.key, target.digest], target.select_key
+    if select_key is not None and not manifest.select.before:
+        inputs.append(select_key)
+    key = key_of(ADAPT, settings, inputs)
+    stages = {SELECT: select_key, ANSWERS: target.answers.key, ADAPT: key}
+    order = (SELECT, ANSWERS, ADAPT) if manifest.select.before else (ANSWERS, SELECT, ADAPT)
+    reused = (stage for stage in order if (of := stages[stage]) is not None and artifacts.find(stage, of))
+    return replace(target, adapt_key=key, reused=tuple(reused))
 
 
-def _select_key(manifest: Manifest, trunk: TrunkPlan, target: TargetPlan) -> str | None:
-    """None where every answer is adapted on, so that the keys are those of a store that knows no selection."""
-    if manifest.select.strategy == "all":
-        return None
-    origins = [target.origins[prompt.row] for prompt in target.answers.prompts]
-    config = dump(manifest.select) | {"dtype": manifest.dtype, "origins": origins}
-    return key_of(SELECT, config, [target.answers.key, trunk.key, trunk.base_digest, target.digest])
+def _plan_selection(
+    manifest: Manifest, artifacts: Artifacts, trunk: TrunkPlan, target: TargetPlan
+) -> TargetPlan:
+    """With the key of its selection; a finished one of prompts leaves only those that it chose."""
+    answers, origins, digests = target.answers, target.origins, [trunk.base_digest, target.digest]
+    key = prompts_selection_key(manifest, answers, origins, [target.held_out_digest, *digests])
+    if key is None:
+        key = answers_selection_key(manifest, answers, origins, [trunk.key, *digests])
+        return replace(target, select_key=key)
+    answers, found = answers_to_chosen(answers, key), artifacts.find(SELECT, key)
+    if found is not None:
+        answers = only_chosen(answers, artifacts, found)
+    return replace(target, answers=answers, select_key=key)
 
 
 def _plan_trunk(

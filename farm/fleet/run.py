@@ -2,7 +2,7 @@
 
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from farm.artifacts import Artifact, Artifacts
@@ -52,6 +52,11 @@ class Run:
     def remaining(self) -> list[TargetPlan]:
         """Targets without a decision, in the manifest's order."""
         return [target for target in self.plan.targets if target.name not in self.ended]
+
+    def replan(self, target: TargetPlan) -> None:
+        """Go on with `target` in place of the plan of the same name."""
+        targets = (target if one.name == target.name else one for one in self.plan.targets)
+        self.plan = replace(self.plan, targets=tuple(targets))
 
     def end(self, target: str, decision: Decision, reason: str, error: str | None = None) -> None:
         """Decide a target: its row is complete, its status is final, the others go on."""

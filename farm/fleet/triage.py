@@ -24,7 +24,7 @@ from farm.evaluate.triage import (
     offers,
 )
 from farm.fleet.elicit import with_templates
-from farm.fleet.estimate import Rates, estimate_answers, estimate_training, read_rates
+from farm.fleet.estimate import Rates, estimate_answers, estimate_training, read_rates, rows_to_answer
 from farm.fleet.plan import (
     ADAPT,
     CHECK,
@@ -198,9 +198,9 @@ def _verdict(
 
 def _cost(plan: Plan, target: TargetPlan, rates: Rates, history: Sequence[Past]) -> Cost:
     """What adapting a target takes from its prompts on: as past runs did, else as the plan's estimate says."""
-    rows, settings = len(target.answers.prompts), plan.manifest.adapt
+    rows, settings = rows_to_answer(plan, target), plan.manifest.adapt
     known = typical_cost(history, target.kind, rows)
     if known is not None:
         return known
     training = estimate_training(rows, target.answers.settings.max_new_tokens, settings.epochs, rates)
-    return Cost(estimate_answers(target.answers, rates).seconds, training.seconds)
+    return Cost(estimate_answers(target.answers, rates, rows).seconds, training.seconds)

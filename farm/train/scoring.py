@@ -54,7 +54,7 @@ class Selection:
     scored: tuple[Scored, ...]
     limit: Threshold
     num_pilot: int
-    answer_tokens: Mapping[int, int]  # by row
+    num_tokens: Mapping[int, int]  # by row, of what was scored
     agreement: float  # nan where they are not
     seconds: float
 

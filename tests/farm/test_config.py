@@ -342,3 +342,12 @@ def test_an_endpoint_needs_a_url_for_every_target_and_it_holds_no_secret(folder)
         assert "api_key_env" in mistake(folder, tree(regenerate={**asked, "url": url}))
     given = load_manifest(write(folder, tree(regenerate={**asked, "url": "http://gpu:8000/v1"})))
     assert given.regenerate.url == "http://gpu:8000/v1"
+
+
+@pytest.mark.parametrize("strategy", ["failure", "flatness", "all"])
+def test_prompts_cannot_be_chosen_by_what_their_answers_would_be(folder: Path, strategy: str) -> None:
+    said = mistake(folder, tree(select={"strategy": strategy, "before": True}))
+    assert f"select: strategy {strategy}" in said
+    assert "set strategy to random, mahalanobis or shift, or leave before out" in said
+    for possible in ("random", "mahalanobis", "shift"):
+        load_manifest(write(folder, tree(select={"strategy": possible, "before": True})), in_job=False)

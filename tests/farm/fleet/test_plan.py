@@ -1,13 +1,17 @@
 """The plan: what is keyed by what, what is reused, which mistake concerns whom. Needs no Ray."""
 
+import io
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from farm.artifacts import Artifacts, key_of
 from farm.config import Manifest, UserError, dump
 from farm.fleet.answers import ANSWERS, decode_prompts, encode_prompts, missing_shards
+from farm.fleet.chosen import SCORES_FILE, SELECT
 from farm.fleet.estimate import estimate_target, plan_table, read_rates
 from farm.fleet.plan import ADAPT, TRUNK, Plan, make_plan
 from farm.sections import TargetSpec
@@ -186,3 +190,82 @@ def test_where_an_endpoint_is_decides_no_key_but_that_one_answers_does(tmp_path:
     assert here != there
     assert answers(engine="openai", url="http://b:2/v1", api_key_env="KEY", concurrency=3) == there
     assert answers(url="http://b:2/v1") == here
+
+
+BEFORE = {"strategy": "shift", "before": True, "fraction": 0.25}
+
+
+def _choose(manifest: Manifest, plan: Plan, rows: set[int]) -> None:
+    """Put a finished selection of the first target's prompts into the store."""
+    artifacts, key = Artifacts(open_store(manifest.store)), plan.targets[0].select_key
+    assert key is not None
+    table, buffer = (
+        pa.table({"row": list(range(16)), "chosen": [row in rows for row in range(16)]}),
+        io.BytesIO(),
+    )
+    pq.write_table(table, buffer)
+    artifacts.put_file(SELECT, key, SCORES_FILE, buffer.getvalue())
+    artifacts.finish(SELECT, key, {})
+
+
+def test_chosen_prompts_have_answers_of_their_own_and_the_trunk_stays(tmp_path: Path) -> None:
+    plans = [
+        _plan(tmp_path, _manifest(tmp_path, "a", select=select))
+        for select in ({}, BEFORE, {**BEFORE, "fraction": 0.5}, {"strategy": "shift", "fraction": 0.25})
+    ]
+    targets = [plan.targets[0] for plan in plans]
+    whole, quarter, half, after = targets
+    assert len({target.adapt_key for target in targets}) == 4
+    assert len({target.select_key for target in targets}) == 4
+    assert len({whole.answers.key, quarter.answers.key, half.answers.key}) == 3
+    assert after.answers.key == whole.answers.key
+    assert len({plan.trunk.key for plan in plans}) == 1
+    assert quarter.answers.feature_bytes > 0  # all of them are trained on, so that features may be kept
+    assert quarter.answers.source["select_key"] == quarter.select_key  # so that cleaning up keeps both
+
+
+@pytest.mark.parametrize(
+    ("section", "again"),
+    [
+        ({"regenerate": {"shard_rows": 5, "temperature": 0.1}}, False),
+        ({"train_trunk": {"lr": 0.5}}, False),
+        ({"regenerate": {"shard_rows": 5, "turns": "last"}}, True),
+        ({"regenerate": {"shard_rows": 5, "rows": (0, 8)}}, True),
+        ({"select": {**BEFORE, "seed": 1}}, True),
+        ({"dtype": "bfloat16"}, True),
+    ],
+)
+def test_prompts_are_chosen_again_only_for_what_decides_their_scores(
+    tmp_path: Path, section: dict[str, object], again: bool
+) -> None:
+    before, after = (
+        _plan(tmp_path, _manifest(tmp_path, "a", **{"select": BEFORE, **changes})).targets[0]
+        for changes in ({}, section)
+    )
+    assert (before.select_key != after.select_key) == again
+    assert before.adapt_key != after.adapt_key
+
+
+def test_the_plan_counts_the_prompts_that_will_be_answered_and_finds_those_that_were_chosen(
+    tmp_path: Path,
+) -> None:
+    manifest = _manifest(tmp_path, "a", select=BEFORE)
+    store = Artifacts(open_store(manifest.store))
+    plan = _plan(tmp_path, manifest)
+    rates = read_rates(plan, store)
+    whole = _plan(tmp_path, _manifest(tmp_path, "a"))
+    costs = [estimate_target(one, one.targets[0], rates) for one in (whole, plan)]
+    assert [cost.rows for cost in costs] == [16, 4]
+    assert costs[1].tokens == costs[0].tokens / 4
+    assert costs[1].seconds == pytest.approx(costs[0].seconds / 4)
+    runs = plan_table(plan, store).columns[1]._cells[1]
+    assert runs == "select, answers, adapt, evaluate"
+
+    _choose(manifest, plan, {1, 4, 9})
+    chosen = _plan(tmp_path, manifest)
+    (target,) = chosen.targets
+    assert target.reused == (SELECT,)
+    assert [prompt.row for prompt in target.answers.prompts] == [1, 4, 9]
+    assert target.answers.key == plan.targets[0].answers.key
+    assert estimate_target(chosen, target, rates).rows == 3
+    assert chosen.trunk.answers == plan.trunk.answers  # of all prompts, as before
