@@ -45,7 +45,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, str | int | float]:
-    """Processor, cores this process may use, memory in GiB; GPUs if torch is already loaded and sees one."""
+    """Processor, cores this process may use, memory in GiB; once torch is loaded the vectors and GPUs that it sees."""
     found: dict[str, str | int | float] = {
         "cpu": _cpu_name(),
         "cores": _usable_cores(),
@@ -55,6 +55,8 @@ def hardware() -> dict[str, str | int | float]:
         total_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         found["memory_gib"] = round(total_bytes / 2**30, 1)
     torch = sys.modules.get("torch")
+    if torch is not None:  # processors of one name can have vectors of another width
+        found["vectors"] = torch.backends.cpu.get_cpu_capability()
     if torch is not None and torch.cuda.is_available():
         found["gpu"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
     return found

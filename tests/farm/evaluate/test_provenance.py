@@ -3,6 +3,8 @@
 import subprocess
 from pathlib import Path
 
+import torch
+
 from farm.evaluate.provenance import git_sha, hardware, versions
 
 
@@ -31,3 +33,4 @@ def test_the_libraries_and_the_machine_that_decide_a_result_are_named() -> None:
     assert {"python", "torch", "ray", "transformers"} <= set(versions())
     assert hardware()["cpu"]
     assert int(hardware()["cores"]) >= 1
+    assert hardware()["vectors"] == torch.backends.cpu.get_cpu_capability()
