@@ -150,6 +150,9 @@ class RegenerateSettings(Strict):
     # Of one target's features in the store; those beyond it are captured again.
     byte_budget: Positive = 2 * 2**30
     engine: Literal["farm", "openai"] = "farm"  # that decodes; "openai": an endpoint that serves the targets
+    # "base": the base's draft drafts greedy answers where that is faster, which changes none of them. Sampled ones are
+    # decoded plainly: their tokens would follow how long chains were, and so the machine's pace, not their seed alone.
+    draft: Literal["off", "base"] = "off"
     url: str | None = None  # of that endpoint, its /v1; a target may have its own
     # The environment variable, of who starts the run, that holds the endpoint's key.
     api_key_env: str | None = None
@@ -161,6 +164,14 @@ class RegenerateSettings(Strict):
     @classmethod
     def _is_an_endpoint(cls, url: str | None) -> str | None:
         return _endpoint(url)
+
+    @model_validator(mode="after")
+    def _drafts_here(self) -> Self:
+        if self.draft != "off" and self.engine != "farm":
+            raise ValueError(
+                f"draft {self.draft} is for engine farm; an endpoint drafts as it was started: set draft to off"
+            )
+        return self
 
 
 class ElicitSettings(Strict):

@@ -8,6 +8,7 @@ learns from what the target itself says, partly greedy and partly sampled as in 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 
 import torch
@@ -17,9 +18,13 @@ from farm.config import UserError
 from farm.data.chat import encode_pair
 from farm.data.features import FEATURE_DTYPE, Answer
 from farm.data.prompts import Prompt
+from farm.decode.control import Control
 from farm.decode.conversation import Conversation
 from farm.decode.endpoint import Endpoint, ask_all
 from farm.decode.engine import OFFLINE_PREFILL_TOKENS, Engine, FinishReason, Request, Route
+from farm.decode.renewal import Cost
+from farm.draft.model import Draft
+from farm.draft.trunk import MAX_POSITIONS
 from farm.layers.cache import Rows
 from farm.layers.lora import LoraRows
 from farm.sections import Dtype, RegenerateSettings, TargetSpec
@@ -28,6 +33,19 @@ from farm.target.load import LoadedTarget, open_target
 RECAPTURED_ROWS = 16
 CHECKED_TOKENS = 32  # of a greedy answer from an endpoint, compared with what the checkpoint predicts
 LEAST_AGREEMENT = 0.9  # share of them; rounding of another engine costs a few
+MOST_DRAFTED = 8  # tokens of a round
+DRAFTED_LENGTH = MAX_POSITIONS - MOST_DRAFTED - 1  # of the longest row of a batch that drafts
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """Drafts one target's greedy answers, as long as its control finds that faster.
+
+    The control learns from rounds: one of these serves all shards of its target.
+    """
+
+    draft: Draft
+    control: Control = field(default_factory=lambda: Cost(MOST_DRAFTED))
 
 
 def regenerate_rows(
@@ -35,11 +53,13 @@ def regenerate_rows(
     prompts: Sequence[Prompt],
     settings: RegenerateSettings,
     endpoint: Endpoint | None = None,
+    speculation: Speculation | None = None,
 ) -> list[Answer]:
     """One answer a prompt, in order; a prompt that cannot be answered becomes an error row with its reason.
 
-    The target decodes here, or else at an `endpoint`, whose tokens are prefilled here for their features. Raises
-    Refused when the endpoint cannot be used, or greedy answers show that it serves another model.
+    The target decodes here, perhaps with `speculation`, or else at an `endpoint`, whose tokens are prefilled here for
+    their features. Raises Refused when the endpoint cannot be used, or greedy answers show that it serves another
+    model.
     """
     asked: list[Conversation] = []
     answers: dict[int, Answer] = {}
@@ -49,7 +69,7 @@ def regenerate_rows(
         except UserError as error:
             answers[prompt.row] = _failed(prompt, str(error))
     if endpoint is None:
-        _decode(target, asked, settings)
+        _decode(target, asked, settings, speculation)
     else:
         _ask(target, asked, settings, endpoint)
     answers |= {one.prompt.row: one.answer() for one in asked}
@@ -62,17 +82,39 @@ def _turns(asked: Sequence[Conversation]) -> Iterator[list[tuple[Conversation, R
         yield under_way
 
 
-def _decode(target: LoadedTarget, asked: Sequence[Conversation], settings: RegenerateSettings) -> None:
+def _decode(
+    target: LoadedTarget,
+    asked: Sequence[Conversation],
+    settings: RegenerateSettings,
+    speculation: Speculation | None,
+) -> None:
     for under_way in _turns(asked):
+        if speculation is not None:
+            under_way = _greedy_first(under_way)
         requests = [request for _, request in under_way]
+        max_length = max(len(request.prompt_ids) + request.params.max_new_tokens for request in requests)
+        draft = None if speculation is None or max_length > DRAFTED_LENGTH else speculation.draft
         engine = Engine(
-            [Route(target.forward, target.stop_ids, lora=target.lora)],
+            [Route(target.forward, target.stop_ids, draft, target.lora)],
             num_slots=min(settings.batch_rows, len(requests)),
-            max_length=max(len(one.prompt_ids) + one.params.max_new_tokens for one in requests), k=0,
+            max_length=max_length,
+            k=0 if draft is None else MOST_DRAFTED,
+            control=None if speculation is None else speculation.control,
             prefill_tokens=OFFLINE_PREFILL_TOKENS, capture=True,
         )  # fmt: skip
         for (one, _), done in zip(under_way, engine.run(requests), strict=True):
             one.hear(done.tokens, done.finish_reason, done.features)
+
+
+def _greedy_first(under_way: Sequence[tuple[Conversation, Request]]) -> list[tuple[Conversation, Request]]:
+    """Those that are drafted share batches with few that are not; the others draft nothing."""
+    greedy = [pair for pair in under_way if pair[1].params.temperature == 0]
+    sampled = [
+        (one, replace(request, params=replace(request.params, max_drafted=0)))
+        for one, request in under_way
+        if request.params.temperature > 0
+    ]
+    return greedy + sampled
 
 
 def _ask(

@@ -14,10 +14,13 @@ from pydantic import SecretStr
 from farm.artifacts import Artifacts
 from farm.config import UserError
 from farm.fleet.answers import ANSWERS, AnswersJob, card_name, decode_prompts
+from farm.fleet.base_draft import BaseDraft
 from farm.sections import FAULTS, Dtype, TargetSpec
 from farm.store import open_store
 
 if TYPE_CHECKING:
+    from farm.decode.regenerate import Speculation
+    from farm.draft.model import Draft
     from farm.target.load import LoadedTarget
 
 
@@ -35,6 +38,7 @@ class ActorConfig:
     num_threads: int  # of torch, one actor
     dtype: Dtype
     key: SecretStr | None = None  # of an endpoint that serves the targets
+    draft: BaseDraft | None = None  # None: answers are decoded plainly
 
 
 class LiveTargets:
@@ -119,6 +123,8 @@ class RegenerateActor:
         self._config = config
         self._artifacts = Artifacts(open_store(config.store))
         self._failures: dict[str, str] = {}
+        self._draft: Draft | None = None  # of the base, for all targets
+        self._speculations: dict[str, Speculation] = {}  # by target: what was learned outlives its weights
         self._targets = LiveTargets(
             config.memory_bytes, partial(open_target, dtype=config.dtype), open_beside
         )
@@ -164,7 +170,7 @@ class RegenerateActor:
         else:
             elsewhere = job.settings.engine == "openai"
             endpoint = Endpoint.of(job.spec, job.settings, self._config.key) if elsewhere else None
-            answers = regenerate_rows(target, rows, job.settings, endpoint)
+            answers = regenerate_rows(target, rows, job.settings, endpoint, self._speculation(target))
         answers = [answer.judged(job.settings.reject) for answer in answers]
         kept = write_shard(self._artifacts, ANSWERS, job.key, shard, answers, may_keep)
 
@@ -185,6 +191,17 @@ class RegenerateActor:
         }
         self._artifacts.put_file(ANSWERS, job.key, card_name(shard), json.dumps(card).encode())
         return len(answers), kept
+
+    def _speculation(self, target: "LoadedTarget") -> "Speculation | None":
+        from farm.decode.regenerate import Speculation
+
+        if self._config.draft is None:
+            return None
+        if self._draft is None:
+            self._draft = self._config.draft.open(target.forward)
+        if target.name not in self._speculations:
+            self._speculations[target.name] = Speculation(self._draft)
+        return self._speculations[target.name]
 
 
 def _release_device_memory() -> None:

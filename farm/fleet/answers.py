@@ -22,9 +22,10 @@ from farm.data.rejects import listed, repeated
 from farm.sections import Dtype, RegenerateSettings, TargetSpec
 
 ANSWERS = "answers"
-# They say where the work runs and what is kept of it, not which tokens come out.
+# They say where and how fast the work runs and what is kept of it, not which tokens come out.
 _NOT_IN_KEY = (
-    "memory_bytes", "rows", "features", "byte_budget", "url", "api_key_env", "concurrency", "retries", "timeout_s",
+    "memory_bytes", "rows", "features", "byte_budget", "draft",
+    "url", "api_key_env", "concurrency", "retries", "timeout_s",
 )  # fmt: skip
 # Of a shard's card, what is summed over all.
 _SUMMED = ("rows", "answer_tokens", "feature_bytes", "seconds", "rejected")

@@ -15,6 +15,7 @@ from ray.util.annotations import RayDeprecationWarning
 from farm.artifacts import Artifacts
 from farm.fleet.actors import ActorConfig, RegenerateActor
 from farm.fleet.answers import AnswersJob, encode_prompts, endpoint_key, missing_shards
+from farm.fleet.base_draft import BaseDraft
 from farm.fleet.pool import describe
 from farm.sections import RegenerateResources
 from farm.store import open_store
@@ -44,8 +45,11 @@ def regenerate(
     store: str,
     resources: RegenerateResources,
     on_shard: Callable[[ShardResult], None] | None = None,
+    draft: BaseDraft | None = None,
 ) -> dict[str, str]:
     """Write every missing shard of `jobs` into `store` (a URI); returns {target name: why it failed}.
+
+    With a `draft` greedy answers are drafted by it.
 
     A target fails alone. A pipeline breaks when an actor dies; what is missing is run again, the last times target by
     target, so that the one that kills its actor is found.
@@ -57,13 +61,13 @@ def regenerate(
     for _ in range(MAX_PIPELINES):
         missing = _with_missing(artifacts, [job for job in jobs if job.name not in failures])
         try:
-            _run(missing, artifacts, resources, failures, on_shard)
+            _run(missing, artifacts, resources, failures, on_shard, draft)
             return failures
         except Exception as error:  # noqa: BLE001 - whatever broke, single runs say whose it was
             log.warning("a pipeline of answers ended early and runs again: %s", describe(error))
     for job in _with_missing(artifacts, [job for job in jobs if job.name not in failures]):
         try:
-            _run([job], artifacts, resources, failures, on_shard)
+            _run([job], artifacts, resources, failures, on_shard, draft)
         except Exception as error:  # noqa: BLE001 - this target's row in the report
             failures[job.name] = describe(error)
     return failures
@@ -79,6 +83,7 @@ def _run(
     resources: RegenerateResources,
     failures: dict[str, str],
     on_shard: Callable[[ShardResult], None] | None,
+    draft: BaseDraft | None,
 ) -> None:
     rows = [row for job in jobs for row in _rows(artifacts, job)]
     if not rows:
@@ -90,6 +95,7 @@ def _run(
         memory_bytes=jobs[0].settings.memory_bytes,
         dtype=jobs[0].dtype,
         key=endpoint_key(jobs[0].settings),
+        draft=draft,
         num_threads=max(1, int(resources.num_cpus), (os.cpu_count() or 1) // int(pool.max_size)),
     )
     with _data_context():

@@ -134,7 +134,7 @@ def _run_stages(run: Run) -> None:
         return
     _put_family(run, trunk)
     select_prompts(run)
-    regenerate_answers(run)
+    regenerate_answers(run, trunk)
     select_answers(run, trunk)
     adapt(run, trunk)
     evaluate(run, trunk)

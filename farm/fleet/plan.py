@@ -277,6 +277,7 @@ def _base_regenerate(manifest: Manifest) -> RegenerateSettings:
         update={
             "rows": None,
             "engine": "farm",
+            "draft": "off",  # there is no trunk yet
             "max_new_tokens": settings.max_new_tokens,
             "temperature": settings.temperature,
             "greedy_share": settings.greedy_share,

@@ -11,6 +11,7 @@ from farm.config import Refused, dump
 from farm.data.rejects import listed
 from farm.fleet import measure
 from farm.fleet.answers import AnswersJob, feature_shards, finish_answers, kept_bytes, missing_shards
+from farm.fleet.base_draft import BaseDraft
 from farm.fleet.datasets import ShardResult, regenerate
 from farm.fleet.footprint import Footprint
 from farm.fleet.packs import fit_runs, in_runs, jobs_of
@@ -47,15 +48,16 @@ class _RowCounter:
         self.footprint.add(result.feature_bytes)
 
 
-def regenerate_answers(run: Run) -> None:
-    """Every remaining target answers its prompts; one pipeline for all of them."""
+def regenerate_answers(run: Run, trunk: Artifact) -> None:
+    """Every remaining target answers its prompts; one pipeline for all of them, which `trunk` may draft for."""
     jobs = [target.answers for target in run.remaining]
     for job in jobs:
         if missing_shards(run.artifacts, job):
             run.say(f"{job.name}: regenerating {len(job.prompts)} answers")
             run.board.update(job.name, stage="regenerate", rows_done=0, rows_total=len(job.prompts))
     counter = _RowCounter(run, jobs)
-    failures = regenerate(jobs, run.store.uri, run.manifest.resources.regenerate, counter)
+    draft = BaseDraft.of(run.artifacts, trunk) if run.manifest.regenerate.draft == "base" else None
+    failures = regenerate(jobs, run.store.uri, run.manifest.resources.regenerate, counter, draft)
     if counter.footprint.peak.total:
         run.say(counter.footprint.line())
     for target in run.remaining:

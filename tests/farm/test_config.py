@@ -351,3 +351,11 @@ def test_prompts_cannot_be_chosen_by_what_their_answers_would_be(folder: Path, s
     assert "set strategy to random, mahalanobis or shift, or leave before out" in said
     for possible in ("random", "mahalanobis", "shift"):
         load_manifest(write(folder, tree(select={"strategy": possible, "before": True})), in_job=False)
+
+
+def test_an_endpoint_is_not_asked_to_draft_with_our_draft(folder: Path) -> None:
+    there = {"engine": "openai", "url": "http://a:1/v1", "draft": "base"}
+    said = mistake(folder, tree(regenerate=there))
+    assert "regenerate: draft base is for engine farm" in said
+    assert "set draft to off" in said
+    load_manifest(write(folder, tree(regenerate={"draft": "base"})), in_job=False)

@@ -269,3 +269,15 @@ def test_the_plan_counts_the_prompts_that_will_be_answered_and_finds_those_that_
     assert target.answers.key == plan.targets[0].answers.key
     assert estimate_target(chosen, target, rates).rows == 3
     assert chosen.trunk.answers == plan.trunk.answers  # of all prompts, as before
+
+
+def test_who_drafts_answers_decides_none_of_them_and_so_no_key(tmp_path: Path) -> None:
+    plain, drafted = (
+        _plan(tmp_path, _manifest(tmp_path, "a", regenerate={"shard_rows": 5, "draft": draft}))
+        for draft in ("off", "base")
+    )
+    assert drafted.targets[0].answers.key == plain.targets[0].answers.key
+    assert drafted.targets[0].answers.settings.draft == "base"
+    assert drafted.trunk.key == plain.trunk.key
+    assert drafted.trunk.answers is not None
+    assert drafted.trunk.answers.settings.draft == "off"  # the base answers before there is a trunk
