@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from farm.artifacts import Artifacts
+from farm.artifacts import Artifact, Artifacts
 from farm.fleet.answers import kept_bytes
 from farm.fleet.footprint import Footprint
 from farm.fleet.plan import make_plan
@@ -31,7 +31,7 @@ def test_features_beyond_the_budget_are_held_nowhere(
     of = Footprint.of
     monkeypatch.setattr(Footprint, "of", lambda *args: made.append(of(*args)) or made[-1])
 
-    regenerate_answers(run)
+    regenerate_answers(run, Artifact("trunk", "none drafts", {}))
 
     tokens = sum(answers.manifest["answer_tokens"] for answers in run.answers.values())
     (footprint,) = made
