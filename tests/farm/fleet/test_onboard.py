@@ -142,7 +142,7 @@ def test_an_added_target_runs_alone(farmed: Farmed, monkeypatch: pytest.MonkeyPa
 
 def count_remote_work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every task and pipeline that the stages really start, in order; they run as always."""
-    from farm.fleet import datasets, pool, prepare, stages
+    from farm.fleet import datasets, packs, pool, prepare, stages
 
     started: list[str] = []
 
@@ -157,7 +157,7 @@ def count_remote_work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             started.append("pipeline of " + " ".join(job.name for job in jobs))
         return real(jobs, *args)
 
-    for module in (prepare, stages):
+    for module in (packs, prepare, stages):
         monkeypatch.setattr(module, "run_bounded", run_bounded)
     monkeypatch.setattr(datasets, "_run", run)
     return started
