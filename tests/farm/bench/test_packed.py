@@ -88,6 +88,7 @@ def test_a_store_without_the_familys_answers_says_what_to_do(manifest: Manifest,
         onboarded_jobs(other, print)
 
 
+@pytest.mark.slow  # four Ray Train runs; packs themselves are in test_packs.py
 @pytest.mark.ray
 def test_both_sides_train_the_same_and_the_store_is_left_as_it_was(
     ray_cluster: object, manifest: Manifest, tmp_path: Path
