@@ -198,7 +198,7 @@ def measure(
     """
     arms = [arm for arm in arms if arm.draft != "adapted" or member.adapted is not None]
     runs = [(arm, _runner(member, arm, vllm or {}), _task(member, arm)) for arm in arms]
-    passes = [math.ceil(measured_s / _warm_up(run, task, warm_up_s)) or 1 for _, run, task in runs]
+    passes = [max(1, math.ceil(measured_s / _warm_up(run, task, warm_up_s))) for _, run, task in runs]
     for repeat in range(repeats):
         for (arm, run, task), count in zip(runs, passes, strict=True):
             measured = _together([run(task) for _ in range(count)])
@@ -212,8 +212,8 @@ def measure(
 
 def _warm_up(run: Callable[[Task], Measured], task: Task, seconds: float) -> float:
     """Runs a task until that took so long; seconds of the last run."""
-    spent, last = 0.0, math.inf
-    while spent < seconds or last == math.inf:
+    spent = last = run(task).seconds
+    while spent < seconds:
         last = run(task).seconds
         spent += last
     return last

@@ -114,6 +114,46 @@ def mahalanobis(target_NH: Tensor, whitening: Whitening) -> Tensor:
     return whitening.squared_length(target_NH.double() - whitening.mean_H)
 
 
+class Shifts:
+    """Scores of `shift`, if `paired`, or `mahalanobis` by the statistics of the rows that set the threshold."""
+
+    def __init__(self, *, paired: bool) -> None:
+        self._paired = paired
+        self._learned: list[tuple[Tensor, Tensor]] = []  # phi [N, H] of target and base, block by block
+        self._moments: Moments | None = None
+        self._whitening: Whitening | None = None
+
+    def learn(self, target_NH: Tensor, base_NH: Tensor) -> None:
+        """Adds a block of rows that set the threshold: phi of both models."""
+        block = Moments.of(base_NH)
+        self._moments = block if self._moments is None else self._moments.merge(block)
+        self._whitening = None
+        self._learned.append((target_NH, base_NH))
+
+    def score(self, target_NH: Tensor, base_NH: Tensor | None) -> list[float]:
+        """Of any rows; the base's phi where they are paired. Raises ValueError before a finite row is known."""
+        if not self._paired:
+            return mahalanobis(target_NH, self._whitened()).tolist()
+        assert base_NH is not None
+        return shift(target_NH, base_NH, self._whitened()).tolist()
+
+    def agreement(self) -> float:
+        """Rank correlation of both scores over the rows that were learned from."""
+        target_NH, base_NH = (torch.cat(blocks) for blocks in zip(*self._learned, strict=True))
+        paired_N, unpaired_N = (
+            shift(target_NH, base_NH, self._whitened()),
+            mahalanobis(target_NH, self._whitened()),
+        )
+        return rank_correlation(paired_N.tolist(), unpaired_N.tolist())
+
+    def _whitened(self) -> Whitening:
+        if self._whitening is None:
+            if self._moments is None:
+                raise ValueError("no row to take statistics of")
+            self._whitening = Whitening.of(self._moments)
+        return self._whitening
+
+
 def failure(p_MC: Tensor, q_MC: Tensor) -> float:
     """1 - expected acceptance of the base draft; `p_MC` holds the draft vocabulary's columns, not renormalised."""
     return 1.0 - float(p_MC.double().minimum(q_MC.double()).sum(dim=-1).mean())

@@ -77,7 +77,7 @@ class Cost:
     LOOK, SETTLE = 4, 1  # rounds of a trial that count, and those before them that pay for the change
     DEEP_EVERY, EXPLORE_EVERY, RULE_ROUNDS = 48, 16, 8
     FIRST_WATCH, SHORTEST_PAUSE, LONGEST_PAUSE, LONGEST_REST = 16, 96, 768, 3072
-    LOOK_SHARE, QUIET_ROUNDS = 0.01, 16
+    LOOK_SHARE = 0.01
     # What speculation has to promise and to keep, of one row and of several. Rows of a batch that drafts end further
     # apart, which no round's seconds show, and a look sees but a few of the places that an answer has.
     BEGIN, STAY = (1.03, 1.15), (1.0, 1.02)
@@ -94,17 +94,10 @@ class Cost:
         self._growing: Growing | None = None
         self._rule_load, self._rule_until = Load((), ()), 0
         self._last_rule: Growth | None = None
-        self._quiet, self._quiet_load, self._is_quiet = 0, (0, 0), False
-        self._quiet_regime = Regime(0)
 
     def limit(self, load: Load) -> int:
+        self._asked, self.growth, self._growing = True, None, None
         self._round += 1
-        self._is_quiet = self._quiet > 0 and (load.num_rows, load.num_groups) == self._quiet_load
-        if self._is_quiet:
-            self._quiet -= 1
-            return 0
-        self._quiet_regime.left += self._quiet  # of a load that is gone before they were over
-        self._asked, self.growth, self._growing, self._quiet = True, None, None, 0
         own, like = bucket_of(load), self._costs.source(load)
         trial = self._trials.get(own) or self._next_trial(load, own, like)
         if trial is not None:
@@ -112,17 +105,9 @@ class Cost:
             return self._follow(Growth.whole(load.limits, trial.length), trial.length)
         regime = self._regimes[like]
         if not regime.speculates:
-            if own == like and regime.left > 2 * self.QUIET_ROUNDS:
-                self._be_quiet(load, regime)
             return 0
         rule = self._rule(load, regime.rate.value)
         return 0 if rule is None else self._follow(rule, self.max_length)
-
-    def _be_quiet(self, load: Load, regime: Regime) -> None:
-        """Some rounds for which nothing is worked out: a plain round of a small model lasts tenths of a millisecond."""
-        regime.left -= self.QUIET_ROUNDS
-        self._quiet_regime, self._quiet = regime, self.QUIET_ROUNDS
-        self._quiet_load = load.num_rows, load.num_groups
 
     def _follow(self, growth: Growth, length: int) -> int:
         if length:
@@ -211,8 +196,6 @@ class Cost:
         return self._growing is not None and self._growing.grows(index)
 
     def observe(self, result: RoundResult) -> None:
-        if self._is_quiet:
-            return
         drafted, asked, self._asked = result.forwards > 0, self._asked, False
         self._alike = self._alike + 1 if drafted == self._drafted else 1
         self._drafted = drafted

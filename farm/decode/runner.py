@@ -195,10 +195,12 @@ class Runner:
         """Most tokens that each row may draft: the verification adds one, and a tree is drafted whole or not."""
         if self.drafting is None:
             return (0,) * len(rows)
-        most = self.drafting.max_drafted
-        limits = [min(most, row.most_drafted, row.most - len(row.tokens) - 1) for row in rows]
-        if self.tree is not None:
-            limits = [most if limit else 0 for limit in limits]
+        most, limits = self.drafting.max_drafted, []
+        for row in rows:
+            own, wanted = row.request.params.max_drafted, row.most - len(row.tokens) - 1
+            if self.tree is not None and wanted:
+                wanted = most
+            limits.append(min(most, wanted) if own is None else min(most, wanted, own))
         drafted = self.routes.drafted(targets)
         return tuple(map(operator.mul, limits, drafted))
 

@@ -7,7 +7,6 @@ decoding.
 
 from __future__ import annotations
 
-import sys
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -37,7 +36,6 @@ class LiveRequest:
     request: Request
     tokens: list[int]
     most: int  # tokens that it ends with at the latest, the prompt's among them
-    most_drafted: int = sys.maxsize  # in one round
     rounds: int = 0
     stats: DecodeStats = field(default_factory=DecodeStats)
     # Of every new token, or empty if not asked for.
@@ -160,11 +158,8 @@ class Scheduler:
 
     def _admit(self) -> LiveRequest:
         request = self._waiting.popleft()
-        ids, params = list(request.prompt_ids), request.params
-        most = min(len(ids) + params.max_new_tokens, self.max_length)
-        return LiveRequest(
-            request, ids, most, sys.maxsize if params.max_drafted is None else params.max_drafted
-        )
+        ids = list(request.prompt_ids)
+        return LiveRequest(request, ids, most=min(len(ids) + request.params.max_new_tokens, self.max_length))
 
     def prefilled(self, prefill: Prefill) -> Move | None:
         """Takes note of a processed prefill: its sequences decode from now on, or its next chunk is due."""

@@ -26,8 +26,7 @@ from farm.status import StatusBoard
 from farm.store import ObjectStore, open_store
 
 if TYPE_CHECKING:
-    from farm.train.prompt_scoring import PromptTask
-    from farm.train.scoring import Selection, SelectTask
+    from farm.train.scoring import PromptTask, Selection, SelectTask
 
 AT_ONCE = 2
 
@@ -149,7 +148,7 @@ def _task(run: Run, target: TargetPlan, trunk: Artifact) -> "SelectTask":
 
 
 def _prompt_task(run: Run, target: TargetPlan) -> "PromptTask":
-    from farm.train.prompt_scoring import PromptTask
+    from farm.train.scoring import PromptTask
 
     return PromptTask(
         settings=run.manifest.select,

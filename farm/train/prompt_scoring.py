@@ -9,44 +9,27 @@ answers (farm.data.select), with this phi: `shift` prefills every prompt with bo
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from farm.config import UserError
 from farm.data import select
-from farm.data.prompts import Prompt
-from farm.data.select import Moments, Scored, Whitening
+from farm.data.select import Scored, Shifts
 from farm.decode.conversation import Conversation
 from farm.decode.regenerate import Recapture
-from farm.sections import Dtype, RegenerateSettings, SelectSettings, TargetSpec
 from farm.target.load import LoadedTarget, open_target
-from farm.train.scoring import Selection
+from farm.train.scoring import PromptTask, Selection
 
 BLOCK_ROWS = 256  # whose hidden states are in memory at once
 UNREAD = 0  # stands behind a prompt: a prefill does not read the last token that it is given
 
 Openings = Mapping[int, Sequence[int]]  # what the target reads before its first answer, by row
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class PromptTask:
-    """Which of one target's prompts to choose."""
-
-    settings: SelectSettings  # with `before`
-    regenerate: RegenerateSettings  # how prompts will be read
-    base: TargetSpec
-    target: TargetSpec
-    dtype: Dtype  # that both read the prompts in
-    prompts: tuple[Prompt, ...]
-    origins: Mapping[int, str]  # by row, see farm.data.prompts
 
 
 def select_prompt_rows(task: PromptTask, progress: Progress | None = None) -> Selection:
@@ -70,15 +53,7 @@ def select_prompt_rows(task: PromptTask, progress: Progress | None = None) -> Se
         length = lengths[row] = len(openings[row]) - shared if readable else 0
         stratum = select.stratum_of(length, task.origins.get(row, ""))
         scored.append(Scored(row, name, scores[row] if readable else math.nan, stratum))
-    outliers = 0.0 if settings.strategy == "random" else select.OUTLIERS
-    limit = select.threshold([row for row in scored if row.row in deciding], settings.fraction, outliers)
-    seconds = time.monotonic() - started
-    selection = Selection(tuple(scored), limit, len(deciding), lengths, agreement, seconds)
-    if not selection.rows:
-        raise UserError(
-            f"{task.target.name}: select.fraction {settings.fraction:g} keeps no prompt; raise it"
-        )
-    return selection
+    return Selection.of(task, scored, deciding, lengths, agreement, started)
 
 
 def _read_by_target(task: PromptTask, progress: Progress | None) -> tuple[Openings, dict[int, Tensor]]:
@@ -137,21 +112,14 @@ def _score_shifts(
         )
     paired = task.settings.strategy == "shift"
     base_phi = _phi(Recapture.of(task.base, task.dtype), openings, rows if paired else learned)
-    moments = (Moments.of(_stacked(base_phi, block)) for block in _blocks(learned))
-    whitening = Whitening.of(functools.reduce(Moments.merge, moments))
-
-    def score(some: Sequence[int], *, paired: bool) -> list[float]:
-        scores = list[float]()
-        for block in _blocks(some):
-            target_NH = _stacked(target_phi, block)
-            if paired:
-                scores += select.shift(target_NH, _stacked(base_phi, block), whitening).tolist()
-            else:
-                scores += select.mahalanobis(target_NH, whitening).tolist()
-        return scores
-
-    agreement = select.rank_correlation(score(learned, paired=True), score(learned, paired=False))
-    return dict(zip(rows, score(rows, paired=paired), strict=True)), agreement
+    shifts = Shifts(paired=paired)
+    for block in _blocks(learned):
+        shifts.learn(_stacked(target_phi, block), _stacked(base_phi, block))
+    scores = list[float]()
+    for block in _blocks(rows):
+        base_NH = _stacked(base_phi, block) if paired else None
+        scores += shifts.score(_stacked(target_phi, block), base_NH)
+    return dict(zip(rows, scores, strict=True)), shifts.agreement()
 
 
 def _blocks(rows: Sequence[int]) -> Iterator[Sequence[int]]:

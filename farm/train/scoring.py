@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,12 +19,13 @@ from torch import Tensor
 from farm.config import UserError
 from farm.data import select
 from farm.data.features import FEATURE_DTYPE, Sample, local_shards, read_shards, trainable_rows
-from farm.data.select import Moments, Scored, Threshold, Whitening
+from farm.data.prompts import Prompt
+from farm.data.select import Scored, Shifts, Threshold
 from farm.decode.regenerate import Recapture
 from farm.draft.checkpoint import load_draft
 from farm.draft.model import Draft, DraftHead
 from farm.layers.cache import Rows
-from farm.sections import Dtype, SelectSettings, TargetSpec
+from farm.sections import Dtype, RegenerateSettings, SelectSettings, TargetSpec
 from farm.store import local_copy
 from farm.target.load import LoadedTarget, load_embedding_and_head, open_target
 from farm.train.batches import collate
@@ -48,6 +49,19 @@ class SelectTask:
 
 
 @dataclass(frozen=True)
+class PromptTask:
+    """Which of one target's prompts to choose, before it answers any; see farm.train.prompt_scoring."""
+
+    settings: SelectSettings  # with `before`
+    regenerate: RegenerateSettings  # how prompts will be read
+    base: TargetSpec
+    target: TargetSpec
+    dtype: Dtype  # that both read the prompts in
+    prompts: tuple[Prompt, ...]
+    origins: Mapping[int, str]  # by row, see farm.data.prompts
+
+
+@dataclass(frozen=True)
 class Selection:
     """Every scored row, what decided, and the rank correlation of `shift` and `mahalanobis` where both are known."""
 
@@ -57,6 +71,31 @@ class Selection:
     num_tokens: Mapping[int, int]  # by row, of what was scored
     agreement: float  # nan where they are not
     seconds: float
+
+    @classmethod
+    def of(
+        cls,
+        task: SelectTask | PromptTask,
+        scored: Sequence[Scored],
+        deciding: Collection[int],
+        num_tokens: Mapping[int, int],
+        agreement: float,
+        started: float,
+    ) -> Selection:
+        """What the scores of the rows `deciding` let through; `started` on the monotonic clock.
+
+        Raises UserError when nothing is left to choose.
+        """
+        settings = task.settings
+        outliers = 0.0 if settings.strategy == "random" else select.OUTLIERS
+        limit = select.threshold([row for row in scored if row.row in deciding], settings.fraction, outliers)
+        seconds = time.monotonic() - started
+        selection = cls(tuple(scored), limit, len(deciding), num_tokens, agreement, seconds)
+        if not selection.rows:
+            raise UserError(
+                f"{task.target.name}: select.fraction {settings.fraction:g} keeps no row; raise it"
+            )
+        return selection
 
     @property
     def rows(self) -> frozenset[int]:
@@ -92,14 +131,8 @@ def select_rows(task: SelectTask, progress: Callable[[int, int], None] | None = 
             scored.append(Scored(sample.row, sample.id, score, stratum))
         if progress is not None:
             progress(len(scored), len(ids))
-    outliers = 0.0 if settings.strategy == "random" else select.OUTLIERS
-    limit = select.threshold([row for row in scored if row.row in deciding], settings.fraction, outliers)
     agreement = scorer.agreement() if isinstance(scorer, _Whitened) else math.nan
-    seconds = time.monotonic() - started
-    selection = Selection(tuple(scored), limit, len(deciding), lengths, agreement, seconds)
-    if not selection.rows:
-        raise UserError(f"{task.target.name}: select.fraction {settings.fraction:g} keeps no row; raise it")
-    return selection
+    return Selection.of(task, scored, deciding, lengths, agreement, started)
 
 
 def pooled(sample: Sample) -> Tensor:
@@ -111,41 +144,22 @@ class _Whitened:
     """`shift` and `mahalanobis`, by the statistics of the base's phi over the rows that set the threshold."""
 
     def __init__(self, base: LoadedTarget, *, paired: bool) -> None:
-        self._base, self._paired = base, paired
+        self._base, self._paired, self._shifts = base, paired, Shifts(paired=paired)
         self._phi: dict[int, Tensor] = {}  # of the base, by row: one vector a row
-        self._target_phi: dict[int, Tensor] = {}
-        self._moments: Moments | None = None
-        self._whitening: Whitening | None = None
 
     def learn(self, samples: Sequence[Sample]) -> None:
         """Adds rows to the statistics."""
-        if not samples:
-            return
-        block = Moments.of(self._base_phi(samples))
-        self._moments = block if self._moments is None else self._moments.merge(block)
-        self._whitening = None
-        self._target_phi |= {sample.row: pooled(sample) for sample in samples}
+        if samples:
+            self._shifts.learn(_stacked(samples), self._base_phi(samples))
 
     def score(self, samples: Sequence[Sample]) -> list[float]:
         if not samples:
             return []
-        target_NH = torch.stack([pooled(sample) for sample in samples])
-        base_NH = self._base_phi(samples) if self._paired else None
-        return self._scores(target_NH, base_NH)
+        return self._shifts.score(_stacked(samples), self._base_phi(samples) if self._paired else None)
 
     def agreement(self) -> float:
         """Rank correlation of both scores over the rows that were learned from."""
-        target_NH = torch.stack(list(self._target_phi.values()))
-        base_NH = torch.stack([self._phi[row] for row in self._target_phi])
-        return select.rank_correlation(self._scores(target_NH, base_NH), self._scores(target_NH, None))
-
-    def _scores(self, target_NH: Tensor, base_NH: Tensor | None) -> list[float]:
-        if self._whitening is None:
-            assert self._moments is not None
-            self._whitening = Whitening.of(self._moments)
-        if base_NH is None:
-            return select.mahalanobis(target_NH, self._whitening).tolist()
-        return select.shift(target_NH, base_NH, self._whitening).tolist()
+        return self._shifts.agreement()
 
     def _base_phi(self, samples: Sequence[Sample]) -> Tensor:
         """phi [N, H] of the base on the same tokens; a row is read once."""
@@ -155,6 +169,11 @@ class _Whitened:
             batch = missing[start : start + BATCH_ROWS]
             self._phi |= zip((sample.row for sample in batch), _read(self._base, batch), strict=True)
         return torch.stack([self._phi[sample.row] for sample in samples])
+
+
+def _stacked(samples: Sequence[Sample]) -> Tensor:
+    """phi [N, H] of the target."""
+    return torch.stack([pooled(sample) for sample in samples])
 
 
 def _read(base: LoadedTarget, samples: Sequence[Sample]) -> Iterator[Tensor]:

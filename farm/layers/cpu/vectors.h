@@ -11,7 +11,7 @@
 
 namespace farm {
 
-// A vector is one register: compilers keep wider ones in memory, and products then run at a thirtieth of their speed.
+// A vector is one register: compilers keep wider ones in memory, and every product then goes through it.
 #if defined(__AVX512F__)
 constexpr int kLanes = 16, kRegisters = 32;
 #elif defined(__AVX__)

@@ -16,8 +16,8 @@ from farm.sections import RegenerateSettings, SelectSettings, Strategy, TargetSp
 from farm.target import zoo
 from farm.target.load import LoadedTarget, load_target
 from farm.train import prompt_scoring
-from farm.train.prompt_scoring import PromptTask, select_prompt_rows
-from farm.train.scoring import Selection
+from farm.train.prompt_scoring import select_prompt_rows
+from farm.train.scoring import PromptTask, Selection
 from tests.farm.models import tiny_model
 
 NUM_ROWS = 24
