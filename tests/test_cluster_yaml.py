@@ -27,7 +27,7 @@ def bundles(resources: Resources) -> list[tuple[str, Mapping[str, float]]]:
     return [
         ("regenerate", {"CPU": regenerate.num_cpus, "GPU": regenerate.num_gpus}),
         ("adapt", {"CPU": 1, "GPU": adapt.gpus_per_worker}),
-        ("serve", {"CPU": 1, "GPU": serve.num_gpus}),
+        ("serve", {"CPU": serve.num_cpus, "GPU": serve.num_gpus}),
     ]
 
 

@@ -1,16 +1,18 @@
-"""What the documentation names exists: files, functions, manifest fields, commands."""
+"""What the documentation names exists: files, functions, manifest fields with their defaults, commands."""
 
 import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from farm.config import Manifest
+from farm.sections import AdaptSettings, Dtype
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -82,23 +84,82 @@ def test_every_manifest_field_exists(page: Path) -> None:
         is_file = name.endswith(".py") or (ROOT / f"{name.replace('.', '/')}.py").exists()
         if is_file:
             continue
-        section: Any = Manifest
+        section: type[BaseModel] | None = Manifest
         for part in name.split("."):
+            assert section is not None, f"{page.name}: {name}"
             assert part in section.model_fields, f"{page.name}: {name}"
-            section = section.model_fields[part].annotation
+            section = section_of(section.model_fields[part].annotation)
 
 
 def is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds: alone, or null, or a list of them."""
+    return next((one for one in (annotation, *get_args(annotation)) if is_section(one)), None)
+
+
+def fields_with_defaults(section: type[BaseModel], path: str = "") -> Iterator[tuple[str, str]]:
+    """Every field below a section, by its path, with its default as YAML. A section that is always there is none."""
+    for name, field in section.model_fields.items():
+        below = section_of(field.annotation)
+        if not is_section(field.annotation):
+            yield f"{path}{name}", written(field)
+        if below is not None:
+            yield from fields_with_defaults(below, f"{path}{name}.")
+
+
+def written(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = list(field.default) if isinstance(field.default, tuple) else field.default
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
+
+
+def documented_fields() -> list[tuple[str, str]]:
+    """The rows of docs/manifest.md, once for each section that the heading above them names."""
+    found, sections = [], [""]
+    for line in (ROOT / "docs" / "manifest.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("#"):
+            sections = [f"{name}." for name in re.findall(r"`([a-z_.]+)`", line)] or [""]
+        elif row := re.match(r"\| `([a-z_]+)` \| ([^|]+) \| [^|]*\w[^|]*\|$", line):
+            found += [(f"{section}{row[1]}", row[2].strip("`")) for section in sections]
+    return found
+
+
+def test_the_page_of_the_manifest_has_every_field_and_its_default() -> None:
+    assert sorted(documented_fields()) == sorted(fields_with_defaults(Manifest))
+
+
+def test_a_new_field_and_another_default_are_not_on_the_page_of_the_manifest() -> None:
+    """Else the test above would pass whatever the page says."""
+
+    class Adapt(AdaptSettings):
+        rank: int = 17
+
+    class Changed(Manifest):
+        dtype: Dtype = "float32"
+        more: tuple[float, ...] = (0.5,)
+        adapt: Adapt = Adapt()
+
+    new = set(fields_with_defaults(Changed)) - set(documented_fields())
+    assert new == {("dtype", "float32"), ("more", "[0.5]"), ("adapt.rank", "17")}
+
+
 def test_the_manifest_of_the_quickstart_is_valid() -> None:
-    (source,) = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    manifest = Manifest.model_validate(yaml.safe_load(source))
+    """As it stands, and with what a machine with GPUs adds to it."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    small, on_gpus = map(yaml.safe_load, re.findall(r"^```yaml\n(.*?)^```", readme, re.DOTALL | re.MULTILINE))
+    assert "resources" not in small
+    manifest = Manifest.model_validate(small | on_gpus)
     assert [(target.name, target.lora is None) for target in manifest.targets] == [
         ("legal", True),
         ("support", False),
     ]
+    resources = manifest.resources
+    each = (resources.regenerate.num_gpus, resources.adapt.gpus_per_worker, resources.serve.num_gpus)
+    assert all(each)
 
 
 @NAMED
