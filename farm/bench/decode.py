@@ -175,11 +175,12 @@ def with_trees(arms: Sequence[Arm], names: Sequence[str]) -> list[Arm]:
 
 def largest(member: Member, arms: Sequence[Arm]) -> tuple[int, int]:
     """Positions of the longest request of any arm, and the most requests side by side."""
-    tasks = [_task(member, arm) for arm in arms]
-    longest = max(
-        len(ids) + new for task in tasks for ids, new in zip(task.prompts, task.num_new, strict=True)
-    )
+    longest = max(_longest(_task(member, arm, others=others)) for arm in arms for others in (False, True))
     return longest, max(arm.batch for arm in arms)
+
+
+def _longest(task: Task) -> int:
+    return max(len(ids) + new for ids, new in zip(task.prompts, task.num_new, strict=True))
 
 
 def measure(
@@ -194,11 +195,15 @@ def measure(
 ) -> Iterator[Row]:
     """Warms every arm up, then runs all of them in turn, `repeats` times; `vllm` has an engine a control.
 
-    An arm answers its requests as often as takes it the seconds given, at least once.
+    Arms are warmed up on other prompts: what a control learns there has to hold for new ones. An arm answers its
+    requests as often as takes it the seconds given, at least once.
     """
     arms = [arm for arm in arms if arm.draft != "adapted" or member.adapted is not None]
     runs = [(arm, _runner(member, arm, vllm or {}), _task(member, arm)) for arm in arms]
-    passes = [max(1, math.ceil(measured_s / _warm_up(run, task, warm_up_s))) for _, run, task in runs]
+    passes = [
+        max(1, math.ceil(measured_s / _warm_up(run, _task(member, arm, others=True), warm_up_s)))
+        for arm, run, _ in runs
+    ]
     for repeat in range(repeats):
         for (arm, run, task), count in zip(runs, passes, strict=True):
             measured = _together([run(task) for _ in range(count)])
@@ -237,10 +242,11 @@ def _dtype(member: Member, arm: Arm, vllm: Mapping[str, VllmEngine]) -> str:
     )
 
 
-def _task(member: Member, arm: Arm) -> Task:
-    """The same requests for every arm of a batch size and workload."""
+def _task(member: Member, arm: Arm, *, others: bool = False) -> Task:
+    """The same requests for every arm of a batch size and workload; `others` with the prompts at the end."""
     count = max(arm.batch, EQUAL_PROMPTS) if arm.workload == "equal" else RAGGED_REQUESTS
-    prompts = tuple(member.prompts[i % len(member.prompts)] for i in range(count))
+    order = member.prompts[::-1] if others else member.prompts
+    prompts = tuple(order[i % len(order)] for i in range(count))
     if arm.workload == "equal":
         return Task(prompts, (EQUAL_TOKENS,) * count)
     rng = random.Random(0)
@@ -255,14 +261,18 @@ def _runner(member: Member, arm: Arm, vllm: Mapping[str, VllmEngine]) -> Callabl
         return lambda task: _vllm_run(engine, arm, task)
     if arm.engine == "farm":
         draft = {"none": None, "base": member.base_draft, "adapted": member.adapted}[arm.draft]
-        return _engine_run(member, arm, draft, _task(member, arm))
+        return _engine_run(
+            member, arm, draft, [_task(member, arm, others=others) for others in (False, True)]
+        )
     options = {"prompt_lookup_num_tokens": 4} if arm.engine == "transformers-assisted" else {}
     return lambda task: _generate_run(member, arm, task, options)
 
 
-def _engine_run(member: Member, arm: Arm, draft: Draft | None, task: Task) -> Callable[[Task], Measured]:
-    """One engine for all repeats, as a server has one: what its control has learned stays."""
-    longest = max(len(ids) + new for ids, new in zip(task.prompts, task.num_new, strict=True))
+def _engine_run(
+    member: Member, arm: Arm, draft: Draft | None, tasks: Sequence[Task]
+) -> Callable[[Task], Measured]:
+    """One engine for `tasks` and all repeats, as a server has one: what its control has learned stays."""
+    longest = max(map(_longest, tasks))
     tree = TreeShape.named(arm.control)
     engine = Engine(
         [Route(member.target.forward, frozenset(), draft)],

@@ -64,6 +64,6 @@ class ChainProposal:
         p_BTV = distribution(logits_BTV.flatten(0, 1), batch.repeat(logits_BTV.shape[1])).view_as(logits_BTV)
         k = self.tokens_BK.shape[1]
         q_BKV = p_BTV[:, :0] if self.q_BKV is None else self.q_BKV
-        accept_BK = torch.stack([batch.uniform(i, ACCEPT) for i in range(k)], dim=1) if k else p_BTV[:, :0, 0]
+        accept_BK = batch.uniforms(k, ACCEPT)
         next_B = batch.uniform(0, NEXT)
         return verify_sampled(self.tokens_BK, p_BTV, q_BKV, accept_BK, next_B, lengths_B)

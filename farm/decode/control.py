@@ -39,6 +39,7 @@ class RoundResult:
 
     `signals[i][b]` is what the control wanted to know of row b's distribution at position i. `catch_up_s` went on what
     the draft had not read of earlier rounds: it is no part of the round's `seconds`, which are alike in all like it.
+    Row b took `emitted[b]` tokens, less than it accepted and one where a stop cut them; () where none was cut.
     """
 
     load: Load
@@ -49,11 +50,16 @@ class RoundResult:
     rest_s: float
     signals: Sequence[Sequence[float]] = ()
     catch_up_s: float = 0.0
+    emitted: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.emitted:
+            object.__setattr__(self, "emitted", tuple(accepted + 1 for accepted in self.accepted))
 
     @property
     def tokens(self) -> int:
         """Committed by all rows."""
-        return sum(self.accepted) + self.load.num_rows
+        return sum(self.emitted)
 
     @property
     def seconds(self) -> float:

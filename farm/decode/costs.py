@@ -68,6 +68,10 @@ class AcceptanceByPeak:
     def __init__(self) -> None:
         self._bins = [Ratio((i + 0.5) / self.BINS, self.PRIOR, self.MEMORY) for i in range(self.BINS)]
 
+    def at(self, peak: float) -> float:
+        """Of one distribution."""
+        return self._bins[bin_of(peak, self.BINS)].value
+
     def table(self) -> list[float]:
         """Of each bin, from the least certain on."""
         return [one.value for one in self._bins]
@@ -84,14 +88,19 @@ class SecondsByLength:
     """
 
     MOST_LOOKS = 30  # that count: what is rarely tried has its say
+    FIT_EVERY = 8  # measurements of lengths that are known: one more hardly moves the line
 
     def __init__(self) -> None:
         self._medians: dict[int, RunningMedian] = {}
         self._line: tuple[float, float] | None = None
+        self._unfitted = 0
 
     def add(self, length: int, seconds: float) -> None:
-        self._medians.setdefault(length, RunningMedian(KEPT)).add(seconds)
-        self._line = None
+        median = self._medians.setdefault(length, RunningMedian(KEPT))
+        median.add(seconds)
+        self._unfitted += 1
+        if median.looks <= LOOKS or self._unfitted >= self.FIT_EVERY:
+            self._line, self._unfitted = None, 0
 
     def looks(self, length: int) -> int:
         """How often a length was measured."""
@@ -184,8 +193,10 @@ class RoundCosts:
     def source(self, load: Load) -> Bucket:
         """The bucket whose seconds stand for this load's: its own once explored, or as long as no other is."""
         own = rows, groups = bucket_of(load)
+        if own in self._explored:
+            return own
         known = [bucket for bucket in self._explored if bucket[1] == groups]
-        if own in self._explored or not known:
+        if not known:
             return own
         return min(known, key=lambda bucket: max(bucket[0], rows) / min(bucket[0], rows))
 

@@ -71,9 +71,9 @@ class Drafting:
         self._drafts = Drafts(first.draft, routes)
         like, config = first.forward, first.draft.config
         shape = (config.num_kv_heads, config.head_dim)
+        capacity = buffered(capacity)
         if capacity > (known := len(self._drafts.tables[0])):
             raise ValueError(f"drafts know {known} positions, {capacity} are wanted: lower max_length")
-        capacity = buffered(capacity)
         self._cache = SlotCache(1, num_slots, capacity, shape, like.dtype, like.device)
         # At position t of a slot the target's h_t. The draft has read the first `_read[slot]`, each beside x_{t+1}.
         self._read, self._capacity = [0] * num_slots, capacity

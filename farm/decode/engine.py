@@ -107,6 +107,7 @@ class Engine:
             self.runner.host(route)
         self.stats_of: dict[str, DecodeStats] = {}
         self._features: dict[str, list[Tensor]] = {}
+        self._observed_s = 0.0
 
     @property
     def has_work(self) -> bool:
@@ -180,9 +181,15 @@ class Engine:
         if live:
             begun = time.perf_counter()
             done = self.runner.run(live, sampling_batch(live), self.control)
-            outputs += self._commit(done)
-            whole_s = time.perf_counter() - begun - done.result.catch_up_s
-            self.control.observe(replace(done.result, rest_s=whole_s - done.result.draft_s))
+            said, kept = self._commit(done)
+            outputs += said
+            ended = time.perf_counter()
+            # What the control takes is a part of rounds, too: the last one's share stands for this one's.
+            whole_s = ended - begun - done.result.catch_up_s + self._observed_s
+            self.control.observe(
+                replace(done.result, rest_s=whole_s - done.result.draft_s, emitted=tuple(kept))
+            )
+            self._observed_s = time.perf_counter() - ended
         self.seconds.host += time.perf_counter() - started - (self.seconds.on_tensors - on_tensors)
         return outputs
 
@@ -203,8 +210,9 @@ class Engine:
             prefill.rows[row].logprobs += of_row
         return self._emit(slots, [1] * len(first), [None] * len(first))
 
-    def _commit(self, done: Round) -> list[Output]:
-        kept = []
+    def _commit(self, done: Round) -> tuple[list[Output], list[int]]:
+        """Outputs, and how many tokens each slot took."""
+        kept = list[int]()
         for slot, sequence in enumerate(list(self.scheduler.live)):
             drafted, accepted = done.result.drafted[slot], done.result.accepted[slot]
             new = self.scheduler.commit(slot, done.tokens[slot])
@@ -216,7 +224,7 @@ class Engine:
                 stats.count(drafted, accepted, len(new))
             if self.capture:
                 self._features[sequence.request.id].append(done.hidden_BTH[slot, : len(new)].clone())
-        return self._emit(range(len(kept)), kept, done.result.accepted)
+        return self._emit(range(len(kept)), kept, done.result.accepted), kept
 
     def _emit(
         self, slots: Sequence[int], num_kept: Sequence[int], num_accepted: Sequence[int | None]

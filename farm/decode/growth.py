@@ -7,7 +7,7 @@ import functools
 import itertools
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,12 @@ class Growth:
         """`accepted`, `expected`, `verify_above` and `draft_above`, each as doubles behind each other."""
         nested = (self.accepted, self.expected, (self.verify_above,), (self.draft_above,))
         return tuple(array("d", itertools.chain.from_iterable(rows)) for rows in nested)
+
+    def within(self, limits: Sequence[int]) -> Growth:
+        """The same rule for rows with other limits."""
+        other = replace(self, limits=limits)
+        other.__dict__["packed"] = self.packed  # limits have no part in it
+        return other
 
     @classmethod
     def whole(cls, limits: Sequence[int], length: int) -> Growth:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
@@ -192,6 +193,11 @@ class _Chain:
         self._signals: list[list[float]] = []
         self._probabilities: list[Tensor] = []
 
+    @functools.cached_property
+    def _luck(self) -> Tensor:
+        """u [B, K] that the tokens are drawn by: of a whole chain at once, since few numbers cost as much as many."""
+        return self._batch.uniforms(max(self._limits), DRAFT)
+
     def extend(self, told: Told) -> bool:
         """Adds a position to the rows that keep it; False when none does. What stops a row is seen before drawing."""
         index, batch, logits_BC = len(self.tokens), self._batch, told.logits_BC
@@ -214,7 +220,7 @@ class _Chain:
         if q_BC is None:
             self.tokens.append(self._head.token_ids(logits_BC.argmax(dim=-1)) if best_B is None else best_B)
         else:
-            self.tokens.append(self._head.token_ids(draw(q_BC, batch.uniform(index, DRAFT))))
+            self.tokens.append(self._head.token_ids(draw(q_BC, self._luck[:, index])))
             self._probabilities.append(expand(q_BC, self._head))
         return True
 

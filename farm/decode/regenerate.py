@@ -20,6 +20,7 @@ from farm.data.features import FEATURE_DTYPE, Answer
 from farm.data.prompts import Prompt
 from farm.decode.control import Control
 from farm.decode.conversation import Conversation
+from farm.decode.drafting import READ_TOKENS
 from farm.decode.endpoint import Endpoint, ask_all
 from farm.decode.engine import OFFLINE_PREFILL_TOKENS, Engine, FinishReason, Request, Route
 from farm.decode.renewal import Cost
@@ -34,7 +35,7 @@ RECAPTURED_ROWS = 16
 CHECKED_TOKENS = 32  # of a greedy answer from an endpoint, compared with what the checkpoint predicts
 LEAST_AGREEMENT = 0.9  # share of them; rounding of another engine costs a few
 MOST_DRAFTED = 8  # tokens of a round
-DRAFTED_LENGTH = MAX_POSITIONS - MOST_DRAFTED - 1  # of the longest row of a batch that drafts
+DRAFTED_LENGTH = MAX_POSITIONS - READ_TOKENS - MOST_DRAFTED - 1  # of the longest row of a batch that drafts
 
 
 @dataclass(frozen=True)

@@ -110,8 +110,7 @@ class Cost:
         return 0 if rule is None else self._follow(rule, self.max_length)
 
     def _follow(self, growth: Growth, length: int) -> int:
-        if length:
-            self.growth, self._growing = growth, Growing(growth)
+        self.growth = growth if length else None
         return length
 
     def _next_trial(self, load: Load, own: Bucket, like: Bucket) -> Trial | None:
@@ -173,8 +172,15 @@ class Cost:
 
         None where nothing pays: the targets of this batch are drafted worse than those that the rate came from.
         """
-        if self._rule_load == load and self._round < self._rule_until:
-            return self._last_rule
+        like, last = self._rule_load, self._last_rule
+        if self._round < self._rule_until and (load.targets, load.num_groups) == (
+            like.targets,
+            like.num_groups,
+        ):
+            if load.limits == like.limits:
+                return last
+            if last is not None:  # what nothing pays for at one limit may pay at another
+                return last.within(load.limits)
         plain, verify = self._costs.plain(load), self._costs.verify_step(load)
         self._last_rule = None
         if self._best(load)[1] > plain:
@@ -190,10 +196,17 @@ class Cost:
         return self._last_rule
 
     def keep(self, index: int, signal_B: Sequence[float]) -> list[bool]:
-        return [self._growing is not None and self._growing.keeps(index, signal_B)] * len(signal_B)
+        growing = self._following()
+        return [growing is not None and growing.keeps(index, signal_B)] * len(signal_B)
 
     def more(self, index: int) -> bool:
-        return self._growing is not None and self._growing.grows(index)
+        growing = self._following()
+        return growing is not None and growing.grows(index)
+
+    def _following(self) -> Growing | None:
+        if self._growing is None and self.growth is not None:
+            self._growing = Growing(self.growth)
+        return self._growing
 
     def observe(self, result: RoundResult) -> None:
         drafted, asked, self._asked = result.forwards > 0, self._asked, False
@@ -224,13 +237,20 @@ class Cost:
                 self._decide(result.load, regime, trial)
 
     def _learn(self, result: RoundResult) -> None:
-        rows = zip(result.load.targets, result.drafted, result.accepted, strict=True)
-        for row, (target, drafted, accepted) in enumerate(rows):
+        """What was verified and not cut by a stop; of a position that was drafted and dropped what its peak says.
+
+        Acceptance by position has to hold before a distribution is known, and the likely ones alone are verified.
+        """
+        load, forwards = result.load, len(result.signals)
+        rows = zip(load.targets, load.limits, result.drafted, result.accepted, result.emitted, strict=True)
+        for row, (target, limit, drafted, accepted, emitted) in enumerate(rows):
             known = self._of_target[target]
-            for index in range(min(drafted, accepted + 1)):
+            for index in range(min(drafted, accepted + 1, emitted)):
                 hit = float(index < accepted)
                 known.by_position[index].add(hit, 1.0)
                 known.by_peak.add(result.signals[index][row], hit)
+            if accepted == drafted < min(limit, forwards, emitted):
+                known.by_position[drafted].add(known.by_peak.at(result.signals[drafted][row]), 1.0)
 
     def _mean_survival(self, load: Load) -> list[float]:
         """Over the rows of a round; beyond its limit a row accepts nothing."""

@@ -148,16 +148,21 @@ class Runner:
 
         The caches hold all tokens of a sequence but the last.
         """
-        times, sequences = [time.perf_counter()], [row.tokens for row in rows]
+        sequences = [row.tokens for row in rows]
         lengths = list(map(len, sequences))
         targets = tuple(row.request.target for row in rows)
         groups = self.routes.groups(targets)
         load = Load(targets, self._limits(rows, targets), len(groups))
-        limit = self._catch_up(load, sequences, control)
+        limit = min(max(load.limits), control.limit(load)) if any(load.limits) else 0
+        times = [time.perf_counter()]
+        if self.drafting is not None and limit > 0:
+            self.drafting.catch_up(load, sequences)
         times.append(time.perf_counter())
-        proposal: Proposal = ChainProposal.none(len(rows), self.device)
+        proposal: Proposal
         if self.drafting is not None and limit > 0:
             proposal = self.drafting.propose(load, sequences, limit, control, batch)
+        else:
+            proposal = ChainProposal.none(len(rows), self.device)
         times.append(time.perf_counter())
         last_B = torch.tensor([tokens[-1] for tokens in sequences], device=self.device)
         reading = self._verify(groups, proposal.to_verify(last_B), lengths)
@@ -175,21 +180,12 @@ class Runner:
         self.seconds.draft += catch_up_s + draft_s
         self.seconds.verify += verify_s
         self.seconds.sample += sample_s
-        rest_s = time.perf_counter() - times[2]
         accepted = tuple(len(tokens) - 1 for tokens in settled.tokens)
         result = RoundResult(
-            load, settled.lengths, accepted, proposal.forwards, draft_s, rest_s, proposal.signals, catch_up_s
-        )
+            load, settled.lengths, accepted, proposal.forwards, draft_s, verify_s + sample_s, proposal.signals,
+            catch_up_s,
+        )  # fmt: skip
         return Round(settled.tokens, settled.hidden_BTH, result, logprobs)
-
-    def _catch_up(self, load: Load, sequences: Sequence[Sequence[int]], control: Control) -> int:
-        """Most tokens that this round drafts; where that is not 0 the draft has read all but what it reads along."""
-        if self.drafting is None or not any(load.limits):
-            return 0
-        limit = min(max(load.limits), control.limit(load))
-        if limit > 0:
-            self.drafting.catch_up(load, sequences)
-        return limit
 
     def _limits(self, rows: Sequence[LiveRequest], targets: tuple[str, ...]) -> tuple[int, ...]:
         """Most tokens that each row may draft: the verification adds one, and a tree is drafted whole or not."""
@@ -237,9 +233,10 @@ def _first_tokens(logits_BV: Tensor, batch: SamplingBatch) -> Tensor:
 
 def sampling_batch(rows: Sequence[LiveRequest]) -> SamplingBatch:
     """The settings of live requests for their next round."""
-    params = [row.request.params for row in rows]
-    said = [Said(row.tokens, len(row.request.prompt_ids)) for row in rows]
-    return SamplingBatch.of(params, [row.rounds for row in rows], Penalties.of(params, said))
+    params, penalties = [row.request.params for row in rows], None
+    if any(one.penalised for one in params):
+        penalties = Penalties.of(params, [Said(row.tokens, len(row.request.prompt_ids)) for row in rows])
+    return SamplingBatch.of(params, [row.rounds for row in rows], penalties)
 
 
 def _pad(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:

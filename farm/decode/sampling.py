@@ -60,7 +60,7 @@ class SamplingParams:
             if not holds:
                 raise ValueError(f"{name} {getattr(self, name)}: has to be {wanted}")
 
-    @property
+    @functools.cached_property
     def penalised(self) -> bool:
         """Whether anything is done to logits before temperature."""
         penalties = (self.repetition_penalty - 1, self.presence_penalty, self.frequency_penalty)

@@ -170,7 +170,7 @@ class _StaticDraft:
         inputs = (tokens_BT, hidden_BTH, starts_B, last_B)
         weights = (*map(id, self.draft.parts), id(self.head))
         key = ("draft", *weights, *tokens_BT.shape, self.context)
-        # Changes by row keep index tensors of a call's length only for a while: too short for a graph.
+        # What routes rows is made anew for every batch: a graph of it would never be run again.
         graphs = StepGraphs(None) if self.draft.changed_by_row else self.graphs
         hidden_BH, logits_BC = graphs.run(key, lambda: self._step, inputs)
         return hidden_BH, logits_BC

@@ -172,8 +172,8 @@ class LeanDraft:
 
     @property
     def changed_by_row(self) -> bool:
-        """Whether rows change the trunk."""
-        return self._deltas is not None
+        """Whether rows have experts or changes of their own: what routes them lives no longer than a batch."""
+        return self._deltas is not None or not isinstance(self._experts, LeanExpert)
 
     @classmethod
     def of(cls, draft: Draft) -> LeanDraft:

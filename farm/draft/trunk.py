@@ -22,9 +22,9 @@ from farm.draft.config import DraftConfig
 from farm.draft.expert import Expert
 from farm.layers.attention import attend, plain_frequencies, rotary_tables, rotate, signed
 
-MAX_POSITIONS = (
-    32_768 + 128
-)  # the last for the drafted tokens that one verification may run past a sequence's end
+# Past a sequence's end a verification may run by its drafted tokens, and a draft that catches up with others by what
+# one of its forwards reads.
+MAX_POSITIONS = 32_768 + 128 + 256
 
 KeysValues = tuple[Tensor, Tensor]
 

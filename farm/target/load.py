@@ -119,9 +119,7 @@ def load_model(spec: TargetSpec, dtype: str = "float32") -> Any:
         model = _plain(AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options))
     else:
         check_folder(spec.name, path)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, use_safetensors=True, revision=spec.revision or "main", **options
-        )
+        model = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **options)
     if spec.lora is not None:
         from peft import PeftModel
 

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import random
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,18 @@ from farm.bench import decode
 from farm.bench.decode import Arm, Row, chosen, full_arms, largest, measure, quick_arms, with_trees, with_vllm
 from farm.bench.family import Member
 from farm.bench.floor import Floor
-from farm.bench.report import against, beside_best_fixed, grouped, key_of, origin, predicted, table, write
+from farm.bench.report import (
+    against,
+    beside_best_fixed,
+    grouped,
+    key_of,
+    origin,
+    over_best,
+    predicted,
+    ratio,
+    table,
+    write,
+)
 from farm.bench.vllm_engine import VllmAnswer, VllmEngine, VllmSettings
 from farm.draft.config import DraftConfig
 from farm.draft.model import new_draft
@@ -190,8 +203,34 @@ def test_cost_is_compared_with_the_fixed_length_that_was_best_in_the_same_worklo
         *rows("fixed-6", 300.0, draft="base"), *rows("fixed-6", 300.0, batch=8), *rows("cost", 152.0),
     ]  # fmt: skip
     assert beside_best_fixed(arms) == [
-        "t, batch 1, equal: cost is 1.52 of plain decoding and 0.95 of fixed-2, the best fixed length"
+        "t, batch 1, equal: cost is 1.52 of plain decoding and 0.95 of the best fixed length (fixed-2)"
     ]
+
+
+def test_the_best_of_several_equal_lengths_is_not_chosen_by_its_luck() -> None:
+    """Five lengths as fast as `cost`, each a tenth faster by chance in one repeat or two: the truth is 1."""
+    rng = random.Random(0)
+
+    def arm(control: str) -> list[Row]:
+        fields = {"control": control, "draft": "adapted"}
+        return [replace(ROW, repeat=i, tokens_per_s=100 * rng.uniform(0.9, 1.1), **fields) for i in range(5)]
+
+    fair, chosen_by_luck = [], []
+    for _ in range(300):
+        cost, fixed = arm("cost"), [arm(f"fixed-{k}") for k in (1, 2, 4, 6, 8)]
+        fair.append(over_best(cost, fixed).median)
+        best = max(fixed, key=lambda rows: statistics.median(row.tokens_per_s for row in rows))
+        chosen_by_luck.append(ratio(cost, best).median)
+    assert statistics.mean(fair) == pytest.approx(1.0, abs=0.015)
+    assert statistics.mean(chosen_by_luck) < 0.98
+
+
+def test_controls_are_warmed_up_on_prompts_that_are_not_measured(member: Member) -> None:
+    member = replace(member, prompts=tuple((i, i) for i in range(8)))
+    arm = Arm("farm", "cost", "adapted", 1)
+    measured, before = (decode._task(member, arm, others=others) for others in (False, True))
+    assert set(measured.prompts).isdisjoint(before.prompts)
+    assert measured.num_new == before.num_new
 
 
 def test_the_prediction_is_tau_over_the_rounds_cost_in_plain_steps() -> None:

@@ -146,6 +146,51 @@ def test_cost_switches_speculation_off_where_it_does_not_pay_and_on_again_where_
     assert length > 2
 
 
+def survival_after(results: Iterable[RoundResult]) -> list[float]:
+    """What a control has learned of acceptance by position, as the rule of a round that drafts says it."""
+    control = Cost(8)
+    for result in results:
+        control.observe(result)
+    return [ratio.value for ratio in control._of_target[""].by_position]
+
+
+def test_a_position_that_was_drafted_and_dropped_counts_as_what_its_peak_says() -> None:
+    """A sixth of all positions is unsure, never verified and hardly ever right: the next one is still one of them."""
+    rng, results = random.Random(0), []
+    for _ in range(3000):
+        peak = 0.1 if rng.random() < 1 / 6 else 0.9
+        hit = rng.random() < peak
+        verified = peak > 0.5
+        results.append(
+            RoundResult(load_of(1), (int(verified),), (int(verified and hit),), 1, 0.1, 1.0, [[peak]])
+        )
+    truth = 5 / 6 * 0.9 + 1 / 6 * 0.1
+    assert survival_after(results)[0] == pytest.approx(truth, abs=0.04)
+
+
+def test_tokens_behind_a_stop_teach_nothing() -> None:
+    """Every round ends with an accepted stop at the second of four drafted tokens; those behind it are refused."""
+    stopped = RoundResult(load_of(1), (4,), (2,), 4, 0.4, 1.0, [[0.9]] * 4, emitted=(2,))
+    assert stopped.tokens == 2
+    first, second, third, *_ = survival_after([stopped] * 50)
+    assert min(first, second) > 0.9
+    assert third == survival_after([])[2]
+
+
+def test_a_rule_is_not_made_anew_because_a_request_nears_its_end() -> None:
+    control = Cost(8)
+    play(control, lambda peak: 0.9, rounds=400)
+    rules = set[int]()
+    for limit in range(8, 2, -1):
+        load = Load(("",), (limit,))
+        control.limit(load)
+        if control.growth is not None and len(control.growth.accepted[0]) > 1:  # no trial
+            assert control.growth.limits == (limit,)
+            rules.add(id(control.growth.accepted))
+        control.observe(RoundResult(load, (0,), (0,), 0, 0.0, 1.0))
+    assert len(rules) <= 2  # of six rounds; every eighth makes one
+
+
 def test_lengths_that_no_request_allows_are_not_waited_for() -> None:
     """Requests of at most two tokens: after a few looks the rule decides, though four and eight were never seen."""
     control, load = Cost(8), Load(("", ""), (2, 1))

@@ -67,6 +67,50 @@ def test_greedy_speculation_emits_the_tokens_of_plain_decoding(  # noqa: PLR0913
     assert [done.finish_reason for done in fast] == [done.finish_reason for done in plain]
 
 
+class Slow(Fixed):
+    """Thinks for a while before and after each round."""
+
+    PAUSE_S = 0.02
+
+    def __init__(self, length: int) -> None:
+        super().__init__(length)
+        self.seen: list[RoundResult] = []
+
+    def limit(self, load: Load) -> int:
+        time.sleep(self.PAUSE_S)
+        return super().limit(load)
+
+    def observe(self, result: RoundResult) -> None:
+        self.seen.append(result)
+        time.sleep(self.PAUSE_S)
+
+
+def test_what_a_control_takes_is_a_part_of_its_rounds_and_no_drafting() -> None:
+    """Else it would compare rounds that it makes slow with plain ones as if they were free."""
+    target, draft = tiny_pair(seed=1)
+    control = Slow(2)
+    engine = Engine([Route(target, NO_STOP, draft)], num_slots=1, max_length=64, k=2, control=control)
+    engine.run([Request("a", (1, 2, 3), SamplingParams(max_new_tokens=24))])
+    first, *later, _ = control.seen  # the last may draft nothing: nobody asks
+    assert first.rest_s > Slow.PAUSE_S
+    assert all(result.rest_s > 2 * Slow.PAUSE_S for result in later)
+    assert all(result.catch_up_s < Slow.PAUSE_S for result in control.seen)
+    assert engine.seconds.draft < Slow.PAUSE_S * len(control.seen)
+    assert engine.seconds.host > 2 * Slow.PAUSE_S * len(later)
+
+
+def test_a_control_hears_how_many_tokens_a_stop_has_left() -> None:
+    target, draft = tiny_pair(seed=1)
+    prompt, params = (1, 2, 3), SamplingParams(max_new_tokens=24)
+    (plain,) = decode(target, None, [Request("a", prompt, params)])
+    control = Slow(4)
+    options: dict[str, Any] = {"num_slots": 1, "max_length": 64, "k": 4, "control": control}
+    stops = frozenset({plain.tokens[9]})
+    (done,) = Engine([Route(target, stops, draft)], **options).run([Request("a", prompt, params)])
+    assert done.finish_reason == "stop"
+    assert 1 + sum(result.tokens for result in control.seen) == len(done.tokens)
+
+
 def test_long_accepted_runs_stay_lossless() -> None:
     """A target whose head knows one token is always drafted right: every round commits k + 1 tokens."""
     model = tiny_model()
