@@ -144,6 +144,7 @@ def check_placeable(manifest: Manifest, cluster_resources: Mapping[str, float], 
         ("adapt", "GPU", adapt.workers * adapt.gpus_per_worker, ("gpus_per_worker", "workers")),
         ("adapt", "CPU", float(adapt.workers), ("workers",)),
         ("serve", "GPU", serve.replicas * serve.num_gpus, ("num_gpus", "replicas")),
+        ("serve", "CPU", serve.replicas * serve.num_cpus, ("num_cpus", "replicas")),
     )
     for section, resource, amount, fields in requests:
         have = cluster_resources.get(resource, 0.0)
@@ -183,5 +184,5 @@ def _fields_beside(loc: tuple[int | str, ...]) -> Iterator[str]:
         if isinstance(part, int):
             continue
         annotation = model.model_fields[part].annotation
-        model = TargetSpec if part == "targets" else annotation
+        model = (get_args(annotation) or (annotation,))[0]  # of a list, or of a section that may be left out
     yield from sorted(model.model_fields)

@@ -36,6 +36,11 @@ def _from_json(value: object) -> object:
     return json.loads(value) if isinstance(value, str) else value
 
 
+def _off(value: object) -> object:
+    """YAML 1.1 reads an unquoted off as false."""
+    return "off" if value is False else value
+
+
 def _endpoint(url: str | None) -> str | None:
     """An endpoint's URL is written to the store: it may hold no secret."""
     if url is not None and (urlsplit(url).scheme not in ("http", "https") or "@" in urlsplit(url).netloc):
@@ -62,6 +67,15 @@ class TargetSpec(Strict):
     @classmethod
     def _is_an_endpoint(cls, url: str | None) -> str | None:
         return _endpoint(url)
+
+    @field_validator("revision")
+    @classmethod
+    def _is_a_folder(cls, revision: str | None) -> str | None:
+        if revision is not None:
+            raise ValueError(
+                "models are read from folders: download that revision, and name its folder as model"
+            )
+        return revision
 
     @field_validator("name")
     @classmethod
@@ -152,7 +166,7 @@ class RegenerateSettings(Strict):
     engine: Literal["farm", "openai"] = "farm"  # that decodes; "openai": an endpoint that serves the targets
     # "base": the base's draft drafts greedy answers where that is faster, which changes none of them. Sampled ones are
     # decoded plainly: their tokens would follow how long chains were, and so the machine's pace, not their seed alone.
-    draft: Literal["off", "base"] = "off"
+    draft: Annotated[Literal["off", "base"], BeforeValidator(_off)] = "off"
     url: str | None = None  # of that endpoint, its /v1; a target may have its own
     # The environment variable, of who starts the run, that holds the endpoint's key.
     api_key_env: str | None = None
@@ -259,7 +273,7 @@ class ServeSettings(Strict):
     num_slots: Positive = 8
     max_length: Positive = 1024
     k: Positive = 8  # most tokens that a round drafts
-    control: str = Field(default="cost", pattern=CONTROL_PATTERN)
+    control: Annotated[str, BeforeValidator(_off)] = Field(default="cost", pattern=CONTROL_PATTERN)
     # Drafted in place of chains; None: chains.
     tree: Annotated[TreeSettings | None, BeforeValidator(_from_json)] = None
     # In a slot or in the engine's own queue. What waits in Serve's router instead is looked at every half second, and
@@ -316,6 +330,8 @@ class AdaptResources(Strict):
 class ServeResources(Strict):
     replicas: Positive = 1  # of each group of targets; the least where they are scaled
     max_replicas: Positive | None = None  # more of them while requests wait; None: always `replicas`
+    # Of a replica; rounded down also its torch threads, where OMP_NUM_THREADS is not set.
+    num_cpus: float = Field(default=1, gt=0)
     num_gpus: float = Field(default=0, ge=0)
     # Of a replica: weights, caches. None: all targets in one.
     memory_gib: float | None = Field(default=None, gt=0)

@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
@@ -29,7 +29,6 @@ class BuildArgs(ServeSettings, ServeResources):
     """Arguments of `serve.app.build`: the store, and the fields of a manifest's `serve` and `resources.serve`."""
 
     store: str
-    num_cpus: float = Field(default=1, gt=0)  # of a replica; also its number of torch threads
     dtype: Dtype | None = None  # None: the dtype that the family was onboarded in
 
     @property

@@ -42,6 +42,10 @@ def serve(
         raise UserError(
             "serve/app.py is not in this folder; `farm serve` runs from the checkout, change into it"
         )
+    if manifest is None and overrides:
+        raise UserError(f"--set {overrides[0]}: sets a field of a manifest; name one")
+    if manifest is not None and store is not None:
+        raise UserError(f"--store {store}: the manifest names the store; leave one of them out")
     arguments = [f"store={store_uri(store or '.farm/store')}"]
     if manifest is not None:
         settled = load_manifest(manifest, overrides or ())

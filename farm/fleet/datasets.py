@@ -16,6 +16,7 @@ from farm.artifacts import Artifacts
 from farm.fleet.actors import ActorConfig, RegenerateActor
 from farm.fleet.answers import AnswersJob, encode_prompts, endpoint_key, missing_shards
 from farm.fleet.base_draft import BaseDraft
+from farm.fleet.capacity import largest_cluster
 from farm.fleet.pool import describe
 from farm.sections import RegenerateResources
 from farm.store import open_store
@@ -129,7 +130,7 @@ def _pool(resources: RegenerateResources, num_rows: int) -> ActorPoolStrategy:
     """Actors between min and max, never more than shards; without a free CPU Ray Data's own tasks starve."""
     room = resources.max_actors
     if resources.num_cpus:
-        room = int((ray.cluster_resources().get("CPU", 1.0) - 1) / resources.num_cpus)
+        room = int((largest_cluster().resources.get("CPU", 1.0) - 1) / resources.num_cpus)
     largest = max(1, min(resources.max_actors, num_rows, room))
     return ActorPoolStrategy(
         min_size=min(resources.min_actors, largest), max_size=largest, max_tasks_in_flight_per_actor=2

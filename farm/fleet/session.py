@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from farm.config import Manifest, check_placeable
+from farm.fleet.capacity import in_cluster, largest_cluster
 from farm.sections import AdaptResources
 
 NAMESPACE = "farm"
@@ -14,11 +15,6 @@ AUTH_VARIABLE = "RAY_AUTH_MODE"
 WORKER_VARIABLES = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 # A run is a driver task, a controller and workers: fewer logical CPUs would wait for ever.
 MIN_LOGICAL_CPUS = 4
-
-
-def in_cluster() -> bool:
-    """Whether this process belongs to a cluster already: a job's entrypoint, or RAY_ADDRESS is set."""
-    return bool(os.environ.get("RAY_ADDRESS"))
 
 
 @contextmanager
@@ -55,11 +51,9 @@ def connect() -> Iterator[None]:
 
 
 def check_cluster(manifest: Manifest) -> None:
-    """Raise UserError when the connected cluster can never place what the manifest asks for."""
-    import ray
-
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    check_placeable(manifest, ray.cluster_resources(), len(nodes))
+    """Raise UserError when the connected cluster, at its largest, can never place what the manifest asks for."""
+    cluster = largest_cluster()
+    check_placeable(manifest, cluster.resources, cluster.num_nodes)
 
 
 def cpus_of_largest_node() -> float:
@@ -74,13 +68,8 @@ def runs_at_once(resources: AdaptResources) -> int:
     """Training runs that fit on the cluster together, at most `parallel`: one without room would wait for
     ever.
     """
-    import ray
-
-    cluster, fits = ray.cluster_resources(), [resources.parallel]
-    for name, each in (("CPU", 1.0), ("GPU", resources.gpus_per_worker)):
-        if each:
-            fits.append(int(cluster.get(name, 0.0) // (each * resources.workers)))
-    return max(1, min(fits))
+    run = {"CPU": float(resources.workers), "GPU": resources.gpus_per_worker * resources.workers}
+    return max(1, int(min(resources.parallel, largest_cluster().fit(run))))
 
 
 def _has_token() -> bool:

@@ -92,6 +92,9 @@ def test_a_name_used_twice_is_refused(folder):
         ({"stoer": "x"}, "stoer"),
         ({"regenerate": {"max_tokens": 3}}, "regenerate.max_tokens"),
         ({"resources": {"adapt": {"gpus": 1}}}, "resources.adapt.gpus"),
+        ({"adapt": {"early_stop": {"patiense": 2}}}, "adapt.early_stop.patiense"),
+        ({"adapt": {"adaspec": {"kept": 0.2}}}, "adapt.adaspec.kept"),
+        ({"serve": {"tree": {"wide": 2}, "control": "off"}}, "serve.tree.wide"),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_known_ones(folder, changes, field):
@@ -219,6 +222,10 @@ def test_a_path_typed_for_a_placeholder_counts_from_the_working_directory(
         ((), "--set data=VALUE"),
         (("data=legal.jsonl", "dtaa=x"), "'dtaa' is neither"),
         (("data=legal.jsonl", "evaluate.kk=3"), "evaluate.kk: unknown field"),
+        (
+            ("data=legal.jsonl", "adapt.early_stop.patiense=2"),
+            "use one of: every, held_out, min_gain, patience",
+        ),
         (("data=legal.jsonl", "evaluate"), "is not name=value"),
         (("data=legal.jsonl", "base.x=3"), "is a value, not a section"),
         (("data=legal.jsonl", "targets.7.name=x"), "no position in a list of 1"),
@@ -266,6 +273,7 @@ def test_a_template_text_is_kept_and_a_template_file_is_resolved(folder):
         ("adapt", {"workers": 2, "gpus_per_worker": 0.5}, "resources.adapt needs 1 GPU"),
         ("adapt", {"workers": 9}, "resources.adapt needs 9 CPU"),
         ("serve", {"replicas": 3, "num_gpus": 1}, "resources.serve needs 3 GPU"),
+        ("serve", {"replicas": 3, "num_cpus": 2}, "resources.serve needs 6 CPU"),
     ],
 )
 def test_a_request_that_no_node_could_ever_hold_is_refused(folder, section, request_, told):
@@ -279,6 +287,17 @@ def test_a_folder_as_store_of_several_nodes_needs_a_shared_file_system(folder):
     with pytest.raises(UserError, match="shared_filesystem: true"):
         check_placeable(load_manifest(write(folder, tree())), {"CPU": 4.0}, 2)
     check_placeable(load_manifest(write(folder, tree(shared_filesystem=True))), {"CPU": 4.0}, 2)
+
+
+def test_off_needs_no_quotes_though_yaml_reads_it_as_false(folder):
+    text = yaml.safe_dump(tree()) + "serve: {control: off}\nregenerate: {draft: off}\n"
+    (folder / "off.yaml").write_text(text)
+    manifest = load_manifest(folder / "off.yaml", ["serve.control=off"])
+    assert (manifest.serve.control, manifest.regenerate.draft) == ("off", "off")
+
+
+def test_a_revision_that_would_not_be_read_is_refused(folder):
+    assert "download that revision" in mistake(folder, with_target(revision="v2"))
 
 
 def test_more_min_than_max_actors_is_refused(folder):

@@ -10,6 +10,7 @@ import yaml
 from typer.testing import CliRunner
 
 from farm.cli.main import app
+from farm.config import UserError
 from farm.keys import digest, read_keys
 from farm.sections import TreeSettings
 from serve.plan import parse
@@ -43,6 +44,7 @@ def test_the_settings_of_a_manifest_reach_the_server_as_they_are(
         "serve.control": "fixed",
         "serve.tree.kind": "sampled",
         "serve.tree.width": "2",
+        "resources.serve.num_cpus": "2",
     }
     sets = [part for name, value in overrides.items() for part in ("--set", f"{name}={value}")]
     args = parse(served_with(monkeypatch, str(manifest), *sets))
@@ -50,6 +52,20 @@ def test_the_settings_of_a_manifest_reach_the_server_as_they_are(
     assert args.cors == ("https://a.example", "https://b.example")
     assert (args.max_new_tokens, args.max_prompt_tokens, args.num_slots) == (50, None, 3)
     assert args.settings.tree == TreeSettings(kind="sampled", width=2)
+    assert args.num_cpus == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--set", "serve.k=3"], "--set serve.k=3: sets a field of a manifest"),
+        (["manifest.yaml", "--store", "elsewhere"], "--store elsewhere: the manifest names the store"),
+    ],
+)
+def test_an_option_that_would_be_dropped_is_refused(arguments: list[str], said: str) -> None:
+    done = CliRunner().invoke(app, ["serve", *arguments])
+    assert isinstance(done.exception, UserError)
+    assert said in str(done.exception)
 
 
 def test_a_store_alone_leaves_every_setting_at_its_default(monkeypatch: pytest.MonkeyPatch) -> None:

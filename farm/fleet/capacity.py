@@ -1,0 +1,88 @@
+"""What the connected cluster has, and what it may grow to: nodes are started only once something waits for them."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from farm.errors import UserError
+
+# Where `ray up` leaves its configuration on the head, and the variable that names another file of that kind.
+BOOTSTRAP_FILE = "~/ray_bootstrap_config.yaml"
+CONFIG_VARIABLE = "FARM_AUTOSCALING_CONFIG"
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Nodes and their resources, summed."""
+
+    num_nodes: int
+    resources: Mapping[str, float]
+
+    def fit(self, amounts: Mapping[str, float]) -> float:
+        """How often `amounts` fit into all nodes together, by their sum; infinite where nothing is asked for."""
+        return min(
+            (self.resources.get(name, 0.0) // amount for name, amount in amounts.items() if amount > 0),
+            default=float("inf"),
+        )
+
+
+def in_cluster() -> bool:
+    """Whether this process belongs to a cluster already: a job's entrypoint, or RAY_ADDRESS is set."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def largest_cluster() -> Capacity:
+    """The connected cluster at its largest: the nodes that live, or those that its autoscaler may start.
+
+    Raises UserError when the variable names no file.
+    """
+    import ray
+
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    now = Capacity(len(alive), ray.cluster_resources())
+    named = os.environ.get(CONFIG_VARIABLE)
+    file = Path(named or BOOTSTRAP_FILE).expanduser()
+    if not in_cluster() or not (named or file.is_file()):
+        return now
+    if not file.is_file():
+        raise UserError(
+            f"{CONFIG_VARIABLE}: {file} is no file; name the autoscaler's configuration, or unset it"
+        )
+    return larger(now, allowed_by(yaml.safe_load(file.read_text())))
+
+
+def larger(now: Capacity, grown: Capacity) -> Capacity:
+    """The most of both, resource by resource."""
+    names = {*now.resources, *grown.resources}
+    most = {name: max(now.resources.get(name, 0.0), grown.resources.get(name, 0.0)) for name in names}
+    return Capacity(max(now.num_nodes, grown.num_nodes), most)
+
+
+def allowed_by(config: Mapping[str, Any]) -> Capacity:
+    """What a configuration of Ray's cluster launcher allows: its head and as many workers as it may have.
+
+    Of each resource by itself, the types of nodes that have most of it first: an upper bound.
+    """
+    types, head = config.get("available_node_types", {}), config.get("head_node_type")
+    workers = [(kind.get("resources", {}), _most(kind)) for name, kind in types.items() if name != head]
+    most = min(config.get("max_workers", 0), sum(count for _, count in workers))
+    of_head = types.get(head, {}).get("resources", {})
+    names = {*of_head, *(name for resources, _ in workers for name in resources)}
+    total = {name: float(of_head.get(name, 0) + _sum(workers, name, most)) for name in names}
+    return Capacity(1 + most, total)
+
+
+def _most(kind: Mapping[str, Any]) -> int:
+    return max(kind.get("max_workers", 0), kind.get("min_workers", 0))
+
+
+def _sum(workers: list[tuple[Mapping[str, float], int]], name: str, room: int) -> float:
+    total = 0.0
+    for resources, count in sorted(workers, key=lambda kind: kind[0].get(name, 0), reverse=True):
+        taken = min(count, room)
+        total, room = total + taken * resources.get(name, 0), room - taken
+    return total

@@ -1,0 +1,80 @@
+"""What a cluster may grow to, from the project's own cluster.yaml and from made-up ones."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from farm.config import UserError
+from farm.fleet.capacity import CONFIG_VARIABLE, Capacity, allowed_by, larger, largest_cluster
+from farm.fleet.session import check_cluster, runs_at_once
+from farm.sections import AdaptResources, Resources
+from tests.test_cluster_yaml import ROOT, manifest
+
+CLUSTER: dict[str, Any] = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+GPUS = Resources.model_validate(
+    {"regenerate": {"num_gpus": 1, "max_actors": 4}, "adapt": {"gpus_per_worker": 1, "parallel": 8}}
+)
+
+
+def test_a_cluster_of_a_head_alone_may_grow_by_all_its_workers() -> None:
+    allowed = allowed_by(CLUSTER)
+    assert allowed.num_nodes == 7
+    assert allowed.resources == {"CPU": 4 * 32 + 2 * 14, "GPU": 4 * 4 + 2 * 1}
+
+
+def test_the_bound_on_all_workers_takes_the_largest_first() -> None:
+    bounded = copy.deepcopy(CLUSTER) | {"max_workers": 3}
+    assert allowed_by(bounded) == Capacity(4, {"CPU": 96.0, "GPU": 12.0})
+
+
+def test_nodes_that_live_count_where_they_are_more_than_a_configuration_allows() -> None:
+    assert larger(Capacity(2, {"CPU": 8.0}), Capacity(5, {"CPU": 4.0, "GPU": 1.0})) == Capacity(
+        5, {"CPU": 8.0, "GPU": 1.0}
+    )
+
+
+def test_no_request_at_all_fits_any_number_of_times() -> None:
+    assert Capacity(1, {}).fit({"GPU": 0.0}) == float("inf")
+    assert Capacity(1, {"CPU": 7.0}).fit({"CPU": 2.0, "GPU": 0.0}) == 3
+    assert Capacity(1, {"CPU": 7.0}).fit({"CPU": 2.0, "GPU": 1.0}) == 0
+
+
+@pytest.mark.ray
+def test_a_manifest_for_gpus_is_taken_by_a_cluster_that_has_none_yet_and_may_start_some(
+    ray_cluster: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "GPU" not in ray_cluster
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setenv(CONFIG_VARIABLE, str(tmp_path / "none.yaml"))
+    with pytest.raises(UserError, match="none.yaml is no file"):
+        check_cluster(manifest(GPUS))
+    monkeypatch.delenv(CONFIG_VARIABLE)
+    with pytest.raises(UserError, match="needs 1 GPU, the cluster has 0"):
+        check_cluster(manifest(GPUS))
+    assert runs_at_once(GPUS.adapt) == 1
+    file = tmp_path / "cluster.yaml"
+    file.write_text(yaml.safe_dump(CLUSTER))
+    monkeypatch.setenv(CONFIG_VARIABLE, str(file))
+    check_cluster(manifest(GPUS))
+    assert runs_at_once(GPUS.adapt) == 8
+    assert runs_at_once(AdaptResources(workers=8, gpus_per_worker=1, parallel=8)) == 2
+    monkeypatch.delenv("RAY_ADDRESS")  # a cluster of this process alone grows by nothing
+    assert largest_cluster().num_nodes == 1
+
+
+@pytest.mark.ray
+def test_a_folder_of_one_node_is_no_store_for_a_cluster_that_grows(
+    ray_cluster: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text(yaml.safe_dump(CLUSTER))
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setenv(CONFIG_VARIABLE, str(file))
+    alone = manifest(Resources()).model_copy(update={"shared_filesystem": False})
+    with pytest.raises(UserError, match="the cluster has 7 nodes"):
+        check_cluster(alone)
