@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from farm.decode.remembered import remembered
 from farm.decode.routes import Group, Routes, arrange
 from farm.draft.delta import TrunkDelta, with_delta
 from farm.draft.expert import Expert
@@ -69,10 +69,10 @@ class Drafts:
         self._flats: dict[tuple[int, int], FlatExpert] = {}
         self._heads: dict[int, LeanHead] = {}
         self._loras: dict[int, Lora] = {}
-        self._stack = functools.lru_cache(KEPT_STACKS)(self._stack_anew)
-        self._stack_deltas = functools.lru_cache(KEPT_STACKS)(self._stack_deltas_anew)
-        self._changed = functools.lru_cache(KEPT_TRUNKS)(self._changed_anew)
-        self.bind = functools.lru_cache(1)(self._bind_anew)  # a batch stays the same for many rounds
+        self._stack = remembered(KEPT_STACKS, self._stack_anew)
+        self._stack_deltas = remembered(KEPT_STACKS, self._stack_deltas_anew)
+        self._changed = remembered(KEPT_TRUNKS, self._changed_anew)
+        self.bind = remembered(1, self._bind_anew)  # a batch stays the same for many rounds
 
     @property
     def tables(self) -> tuple[Tensor, Tensor]:

@@ -99,8 +99,9 @@ class Engine:
         self.runner = Runner(
             like, num_slots=num_slots, max_length=max_length, max_drafted=k, tree=tree, buckets=buckets
         )
+        hosted = self.runner.routes  # without a way back to the engine: who drops it frees its caches at once
         self.scheduler = Scheduler(
-            lambda target: self.runner.routes[target].stop_ids, self.runner.routes.group_of,
+            lambda target: hosted[target].stop_ids, hosted.group_of,
             num_slots=num_slots, max_length=max_length, prefill_tokens=prefill_tokens,
         )  # fmt: skip
         for route in routes:

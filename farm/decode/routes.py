@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from farm.decode.remembered import remembered
 from farm.draft.model import Draft
 from farm.layers.lora import Lora, LoraRows, stack_loras
 from farm.target.model import TargetModel
@@ -56,9 +57,9 @@ class Routes:
 
     def __init__(self) -> None:
         self._routes: dict[str, Route] = {}
-        self._stack = functools.lru_cache(KEPT_STACKS)(self._stack_anew)
-        self.groups = functools.lru_cache(KEPT_BATCHES)(self._divide)
-        self.drafted = functools.lru_cache(KEPT_BATCHES)(self._drafted_anew)
+        self._stack = remembered(KEPT_STACKS, self._stack_anew)
+        self.groups = remembered(KEPT_BATCHES, self._divide)
+        self.drafted = remembered(KEPT_BATCHES, self._drafted_anew)
 
     def __getitem__(self, target: str) -> Route:
         return self._routes[target]
