@@ -23,6 +23,26 @@ os.environ.update(S3.environment)
 os.environ["FARM_CACHE"] = tempfile.mkdtemp(prefix="farm-cache-")
 atexit.register(shutil.rmtree, os.environ["FARM_CACHE"], ignore_errors=True)
 
+# Ray's tests go to one process, which has the one cluster; the demo starts a Ray of its own and is as long as many.
+RAY_FOLDERS = ("tests/jobs/", "tests/serve/")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where each test runs when there are several processes: those of a file in one, for their fixtures' sake."""
+    places = {item.nodeid: _place(item) for item in items}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(places[item.nodeid]))
+    items.sort(key=lambda item: {"ray": 0, "demo": 1}.get(places[item.nodeid], 2))  # the longest first
+
+
+def _place(item: pytest.Item) -> str:
+    file = item.nodeid.partition("::")[0]
+    if file == "tests/test_demo.py":
+        return "demo"
+    needs_ray = item.get_closest_marker("ray") or "ray_cluster" in getattr(item, "fixturenames", ())
+    return "ray" if needs_ray or file.startswith(RAY_FOLDERS) else file
+
+
 WORKER_VARIABLES = {
     "OMP_NUM_THREADS": "1",
     "DS_ACCELERATOR": "cpu",

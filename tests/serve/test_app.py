@@ -194,9 +194,11 @@ def test_a_replica_that_is_killed_takes_only_its_own_requests_with_it(served):
     with Load(served) as load:
         responses = asyncio.run(kill_in_the_middle())
         wait_until(lambda: served.ask(lost[0], 1).status_code == 200, 60)
-    assert {response.status_code for response in responses} == {503}
-    assert all(int(response.headers["Retry-After"]) >= 1 for response in responses)
-    assert all(response.json()["error"]["type"] == "server_error" for response in responses)
+    # One that had not got further than the router is answered by the replica that comes after.
+    assert {503} <= {response.status_code for response in responses} <= {200, 503}
+    refused = [response for response in responses if response.status_code == 503]
+    assert all(int(response.headers["Retry-After"]) >= 1 for response in refused)
+    assert all(response.json()["error"]["type"] == "server_error" for response in refused)
     load.check(but=lost)
     assert served.hosted(1)[0].pid != pid
     assert content(served.ask(lost[0])) == served.solo[lost[0]]
