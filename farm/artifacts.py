@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from farm.checksum import file_sha256
 from farm.errors import UserError
-from farm.store import S3_SCHEME, CorruptObject, ObjectStore
+from farm.store import S3_SCHEME, CorruptObject, NotFound, ObjectStore
 
 _MANIFEST = "manifest.json"
 TRUNK: Final = "trunk"  # the one stage whose output other parts than the fleet look for
@@ -70,7 +70,7 @@ class Artifacts:
     def location(self, artifact: Artifact, name: str) -> str:
         """Where any node finds one of the artifact's files: for `farm.store.local_copy`.
 
-        UserError if a file in a folder was cut; an object of S3 is checked where it is read.
+        UserError if a file in a folder is gone or was cut; an object of S3 is checked where it is read.
         """
         where = self.store.location(_name(artifact.stage, artifact.key, name))
         if not where.startswith(S3_SCHEME):
@@ -84,7 +84,14 @@ class Artifacts:
         return self.store.location(f"artifacts/{artifact.stage}/{artifact.key}")
 
     def _uncut(self, artifact: Artifact, name: str) -> Path:
-        path = self.store.local_path(_name(artifact.stage, artifact.key, name))
+        key = _name(artifact.stage, artifact.key, name)
+        try:
+            path = self.store.local_path(key)
+        except NotFound as error:
+            where = self.store.location(f"artifacts/{artifact.stage}/{artifact.key}")
+            raise UserError(
+                f"{self.store.uri}/{key}: is gone; delete what is left in {where}, then run again"
+            ) from error
         expected, found = artifact.manifest["files"][name]["bytes"], path.stat().st_size
         if found != expected:
             raise UserError(

@@ -34,6 +34,11 @@ class CorruptObject(UserError):
             f"{what}: is corrupt: its content has sha256 {found}, it was written with {expected}; "
             "delete it, then run again"
         )
+        self._told = what, found, expected
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
+        """Of what it was made of: it is raised in one process and told in another."""
+        return type(self), self._told
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from torch import Tensor
 
@@ -28,6 +29,7 @@ from farm.draft.config import DraftConfig
 from farm.draft.model import Draft
 from farm.evaluate.bench import PromptIds, TauResult, measure_tau
 from farm.evaluate.published import BASE, Published, spec_of
+from farm.registry import Registry
 from farm.sections import SelectSettings, Strategy, TargetSpec
 from farm.store import open_store
 from farm.target.load import LoadedTarget, open_target
@@ -82,6 +84,17 @@ def subjects(manifest: Manifest, names: Sequence[str]) -> Iterator[Subject]:
     for name in names or [spec.name for spec in manifest.targets if spec.lora is None]:
         with TemporaryDirectory() as folder:
             yield _open(manifest, spec_of(manifest, name), published, Path(folder))
+
+
+def data_keys(manifest: Manifest) -> dict[str, Any]:
+    """What names the data that adapting is measured on: dtype, trunk, and by target the answers of its live adapter.
+
+    Raises UserError when the store holds no family.
+    """
+    registry = Registry(open_store(manifest.store))
+    live = {spec.name: registry.live(spec.name) for spec in manifest.targets}
+    answers = {name: version.card["answers_key"] for name, version in live.items() if version is not None}
+    return {"dtype": manifest.dtype, "trunk": registry.family()["trunk_key"], "answers": answers}
 
 
 def _open(manifest: Manifest, spec: TargetSpec, published: Published, folder: Path) -> Subject:

@@ -18,7 +18,13 @@ from farm.bench.adapt import Row, grouped
 
 PLATEAU: Final = 0.99  # a run has converged where it is first within 1 % of its best
 FILE: Final = "adapt.json"
-SAME: Final = ("code", "adapt", "evaluate")  # of a run that goes on with an earlier one's rows
+SAME: Final = (
+    "code",
+    "adapt",
+    "evaluate",
+    "dtype",
+    "trunk",
+)  # of a run that goes on with an earlier one's rows
 
 
 @dataclass(frozen=True)
@@ -140,7 +146,10 @@ def keep(folder: Path, rows: Sequence[Row], source: dict[str, Any]) -> Path:
 
 
 def kept(folder: Path, model: str, source: dict[str, Any]) -> list[Row]:
-    """The rows of an earlier run of this model by the same code and settings, which need not be measured again."""
+    """The rows of an earlier run of this model by the same code, settings and trunk, which need not be measured again.
+
+    Those of a target are kept as long as it has the same answers.
+    """
     path = folder / FILE
     if not path.exists():
         return []
@@ -151,7 +160,8 @@ def kept(folder: Path, model: str, source: dict[str, Any]) -> list[Row]:
     if any(set(row) != names for row in record["rows"]):
         return []
     rows = [Row(**{**row, "survival": tuple(row["survival"])}) for row in record["rows"]]
-    return [row for row in rows if row.model == model]
+    before, now = (one.get("answers", {}) for one in (record, source))
+    return [row for row in rows if row.model == model and before.get(row.target) == now.get(row.target)]
 
 
 def code_digest() -> str:

@@ -251,13 +251,14 @@ def bench_adapt(
 ) -> None:
     """Tau, training time and size of every way to adapt a draft; a run that was stopped goes on where it was."""
     from farm.bench.adapt import identities, measure
-    from farm.bench.adapt_data import subjects
+    from farm.bench.adapt_data import data_keys, subjects
     from farm.bench.adapt_markdown import page
     from farm.bench.adapt_report import code_digest, compare, comparison_table, keep, kept, table, write
     from farm.bench.methods import QUICK, methods_of, variants, work
 
     source, settled, model = _source(), load_family(manifest, overrides), family_name(manifest)
     source |= {"code": code_digest(), "adapt": dump(settled.adapt), "evaluate": dump(settled.evaluate)}
+    source |= data_keys(settled)
     every, default = variants(settled.adapt), settled.adapt
     unknown = [name for name in method or () if name not in methods_of(every)]
     if unknown:

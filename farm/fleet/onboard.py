@@ -29,6 +29,7 @@ from farm.fleet.session import check_cluster
 from farm.fleet.stages import adapt, evaluate, regenerate_answers
 from farm.fleet.trainers import Attempts
 from farm.fleet.triage import planned_lines
+from farm.fleet.trunk import close_trunk
 from farm.sections import TargetSpec
 from farm.store import ObjectStore, open_store
 
@@ -133,10 +134,13 @@ def _run_stages(run: Run) -> None:
             raise
         return
     _put_family(run, trunk)
-    select_prompts(run)
-    regenerate_answers(run, trunk)
-    select_answers(run, trunk)
-    adapt(run, trunk)
+    try:
+        select_prompts(run)
+        regenerate_answers(run, trunk)
+        select_answers(run, trunk)
+        adapt(run, trunk)
+    finally:
+        close_trunk(trunk.key)  # its actor is detached: it would outlive this run
     evaluate(run, trunk)
 
 

@@ -83,14 +83,17 @@ def _side(kind: Literal["packed", "runs"], jobs: Sequence[TrainJob], say: Say) -
     artifacts: dict[str, Artifact] = {}
     started = time.monotonic()
     runs = in_runs(jobs)
-    for ended in fit_runs(runs, lambda run: say(f"{run.name}: adapting")):
-        if ended.artifact is None:
-            assert ended.error is not None
-            raise RuntimeError(f"{ended.name}: {describe(ended.error)}") from ended.error
-        artifacts[ended.name] = ended.artifact
-    wall_s, like = time.monotonic() - started, jobs_of(runs[0])[0]
+    like = jobs_of(runs[0])[0]
     assert like.trunk is not None  # targets are adapted over one
-    close_trunk(like.trunk[0])
+    try:
+        for ended in fit_runs(runs, lambda run: say(f"{run.name}: adapting")):
+            if ended.artifact is None:
+                assert ended.error is not None
+                raise RuntimeError(f"{ended.name}: {describe(ended.error)}") from ended.error
+            artifacts[ended.name] = ended.artifact
+        wall_s = time.monotonic() - started
+    finally:
+        close_trunk(like.trunk[0])
     trained = tuple(_trained(job, artifacts[job.name]) for job in jobs)
     return Side(kind, len(runs), like.at_once, like.resources.workers, like.num_threads, wall_s, trained)
 
@@ -109,8 +112,8 @@ def _find_inputs(run: Run, target: TargetPlan) -> bool:
     if answers is None:
         return False
     run.answers[target.name] = answers
-    if target.select_key is None:
-        return True
+    if target.select_key is None or run.manifest.select.before:
+        return True  # answers to prompts that were chosen are all adapted on
     chosen = run.artifacts.find(SELECT, target.select_key)
     if chosen is not None:
         run.selections[target.name] = chosen

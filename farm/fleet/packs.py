@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from farm.artifacts import Artifact, Artifacts
-from farm.fleet.pool import run_bounded
+from farm.fleet.pool import TargetFailed, run_bounded
 from farm.fleet.session import runs_at_once
 from farm.fleet.trainers import (
     PackJob,
@@ -31,10 +31,6 @@ if TYPE_CHECKING:
 
 # Of a private expert: its training takes about as long as a run's processes take to start.
 SMALL_BYTES = 64 * 2**20
-
-
-class TargetFailed(Exception):
-    """One target of several in a run could not be fitted."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +95,7 @@ def fit_runs(
 
 
 def pack_worker(config: dict[Any, Any]) -> dict[str, str]:
-    """The body of one training worker: why targets failed, by name. Rank 0 publishes those that did not."""
+    """The body of one training worker: tracebacks of targets that failed, by name. Rank 0 publishes the others."""
     import torch
     from ray.train import get_checkpoint, get_context
 
@@ -144,19 +140,20 @@ def pack_worker(config: dict[Any, Any]) -> dict[str, str]:
 
 
 def drive(pack: PackJob) -> dict[str, str]:
-    """Runs until every target is published or has failed; the reasons of the latter by name."""
+    """Runs until every target is published or has failed; the tracebacks of the latter by name."""
     from ray.train import TrainingFailedError
 
     failures: dict[str, str] = {}
     store = open_store(pack.jobs[0].store)
     while left := [job for job in pack.jobs if job.name not in failures and not _is_done(job)]:
-        rest = PackJob(tuple(left))
+        # With the finished ones, which workers pass over: a driver that is started again finds its run by their keys.
+        rest = PackJob(tuple(job for job in pack.jobs if job.name not in failures))
         at = f"train/{rest.run_name}.at"  # the target that the run is with
         try:
             result = trainer(left[0], pack_worker, {"pack": rest, "at": at}, rest.run_name).fit()
         except TrainingFailedError as error:
             name = store.get(at).decode() if store.exists(at) else left[0].name
-            failures[name] = str(error).strip().splitlines()[0]
+            failures[name] = str(error)
         else:
             missing = {job.name: "its run ended without it" for job in left if not _is_done(job)}
             failures |= missing | result.return_value

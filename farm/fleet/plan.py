@@ -22,7 +22,7 @@ from farm.fleet.chosen import (
     only_chosen,
     prompts_selection_key,
 )
-from farm.sections import ProbeSettings, RegenerateSettings, TargetSpec
+from farm.sections import ProbeSettings, RegenerateSettings, Rows, TargetSpec, TrainSettings
 from farm.store import local_copy
 
 ADAPT: Literal["adapt"] = "adapt"
@@ -34,6 +34,8 @@ TRUNK_FILES = ("draft.json", TRUNK_FILE, EXPERT_FILE)
 BASE = "(base)"  # no target can have this name
 # When a checkpoint is written and how files are called decides nothing about the weights.
 _NOT_IN_KEY = {"save_every", "prompts", "rows"}
+# Nor do a bound and the way that a step is cut: they are in the key as if they had been left out.
+_AS_DEFAULT = {"cached_bytes", "micro_rows"}
 
 Digest = Callable[[TargetSpec], str]
 
@@ -87,8 +89,8 @@ def make_plan(manifest: Manifest, artifacts: Artifacts, digest: Digest, *, stand
 
     Prompts that a target has yet to make up are refused, or with `stand_in` planned as so many empty ones.
 
-    A target whose checkpoint or prompts cannot be read is refused alone; UserError concerns the whole
-    manifest.
+    A target whose checkpoint, prompts or selection cannot be read is refused alone; UserError concerns the
+    whole manifest.
     """
     base = TargetSpec.model_construct(name=BASE, model=manifest.base, prompts="")
     base_digest = digest(base)
@@ -102,8 +104,13 @@ def make_plan(manifest: Manifest, artifacts: Artifacts, digest: Digest, *, stand
         except (UserError, OSError) as error:
             refused[spec.name] = str(error)
     trunk = _plan_trunk(manifest, artifacts, base, base_digest, drafts)
-    targets = tuple(_plan_adapt(manifest, artifacts, trunk, target) for target in drafts)
-    return Plan(manifest, trunk, targets, refused)
+    targets: list[TargetPlan] = []
+    for target in drafts:
+        try:
+            targets.append(_plan_adapt(manifest, artifacts, trunk, target))
+        except (UserError, OSError) as error:
+            refused[target.name] = str(error)
+    return Plan(manifest, trunk, tuple(targets), refused)
 
 
 def elicit_key(manifest: Manifest, spec: TargetSpec, digest: str) -> str:
@@ -170,7 +177,9 @@ def probe_key(
     timed_slots: int | None = None,
 ) -> str:
     """The key of the base draft's tau on a target, or on the base; one that was timed has a key of its own."""
-    config = {"settings": dump(settings), "k": manifest.evaluate.k, "dtype": manifest.dtype}
+    # What is done with a tau decides nothing about it.
+    measured = dump(settings.model_copy(update={"skip_above": None}))
+    config = {"settings": measured, "k": manifest.evaluate.k, "dtype": manifest.dtype}
     if timed_slots is not None:
         config["timed_slots"] = timed_slots
     # As with the trunk: a target that is added later must not change what all others are compared with.
@@ -186,7 +195,7 @@ def check_key(trunk: TrunkPlan, target: TargetPlan) -> str:
 
 
 def _plan_adapt(manifest: Manifest, artifacts: Artifacts, trunk: TrunkPlan, target: TargetPlan) -> TargetPlan:
-    settings = {name: value for name, value in dump(manifest.adapt).items() if name not in _NOT_IN_KEY}
+    settings = _training_key(manifest.adapt)
     target = _plan_selection(manifest, artifacts, trunk, target)
     inputs, select_key = [target.answers.key, trunk.key, target.digest], target.select_key
     if select_key is not None and not manifest.select.before:
@@ -196,6 +205,16 @@ def _plan_adapt(manifest: Manifest, artifacts: Artifacts, trunk: TrunkPlan, targ
     order = (SELECT, ANSWERS, ADAPT) if manifest.select.before else (ANSWERS, SELECT, ADAPT)
     reused = (stage for stage in order if (of := stages[stage]) is not None and artifacts.find(stage, of))
     return replace(target, adapt_key=key, reused=tuple(reused))
+
+
+def _training_key(settings: TrainSettings) -> dict[str, Any]:
+    """The settings that decide the weights."""
+    fields = type(settings).model_fields
+    return {
+        name: fields[name].default if name in _AS_DEFAULT else value
+        for name, value in dump(settings).items()
+        if name not in _NOT_IN_KEY
+    }
 
 
 def _plan_selection(
@@ -220,23 +239,22 @@ def _plan_trunk(
     base_digest: str,
     targets: Sequence[TargetPlan],
 ) -> TrunkPlan:
-    prompts, held_out, digests = _base_prompts(manifest, targets)
+    prompts, held_out, digests, rows = _base_prompts(manifest, targets)
     folder, answers = None, None
     if manifest.trunk is not None:
         folder = local_copy(manifest.trunk)
         key = key_of(TRUNK, {}, [base_digest, _folder_digest(folder)])
     else:
         settings = manifest.train_trunk
-        config = {name: value for name, value in dump(settings).items() if name not in _NOT_IN_KEY}
         regenerate = _base_regenerate(manifest)
-        config |= {
+        config = _training_key(settings) | {
             "draft": dump(manifest.draft),
             "regenerate": settings_key(regenerate),
             "dtype": manifest.dtype,
         }
         # Without prompts of its own, a trunk is trained once on those of the targets known then: a target
         # that is added later must not change the trunk that all others were adapted to.
-        own = [*digests, settings.rows] if settings.prompts else []
+        own = [*digests, rows] if settings.prompts else []
         key = key_of(TRUNK, config | {"own": own}, [base_digest])
         joined = key_of("prompts", {}, digests)
         source = {"target_digest": base_digest, "prompts_digest": joined, "row_errors": []}
@@ -251,8 +269,8 @@ def _plan_trunk(
 
 def _base_prompts(
     manifest: Manifest, targets: Sequence[TargetPlan]
-) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...], list[str]]:
-    """Prompts for the trunk, prompts held out from it, and the digests of their sources."""
+) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...], list[str], Rows | None]:
+    """Prompts for the trunk, prompts held out from it, the digests of their sources, the rows of its own source."""
     settings, wanted = manifest.train_trunk, manifest.evaluate.prompts
     each = -(-wanted // max(1, len(targets)))
     held_out = tuple(prompt for target in targets for prompt in target.held_out[:each])[:wanted]
@@ -260,15 +278,15 @@ def _base_prompts(
         # Held-out rows stay out of the trunk too. Rows are numbered anew: each source counts its own from 0.
         together = [prompt for target in targets for prompt in target.answers.prompts]
         prompts = tuple(replace(prompt, row=row) for row, prompt in enumerate(together))
-        return prompts, held_out, [target.held_out_digest for target in targets]
+        return prompts, held_out, [target.held_out_digest for target in targets], None
     found = load_prompts(settings.prompts)
-    rows = range(found.num_rows)
-    used = rows[slice(*settings.rows)] if settings.rows else rows[: max(1, found.num_rows - wanted)]
+    rows = settings.rows or (0, max(1, found.num_rows - wanted))
+    used = range(found.num_rows)[slice(*rows)]
     outside = tuple(prompt for prompt in found.prompts if prompt.row not in used)[-wanted:]
     prompts = tuple(prompt for prompt in found.prompts if prompt.row in used)
     if not prompts:
         raise UserError(f"train_trunk.rows: selects none of the {found.num_rows} rows of {found.source}")
-    return prompts, outside or held_out, [found.digest]
+    return prompts, outside or held_out, [found.digest], rows
 
 
 def _base_regenerate(manifest: Manifest) -> RegenerateSettings:

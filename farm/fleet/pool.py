@@ -12,6 +12,10 @@ import ray
 from ray.exceptions import RayError
 
 
+class TargetFailed(Exception):
+    """A target could not be fitted in a run with others; the last line of the text says why."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How one task ended: `value` is what it returned, unless `error` is why it did not."""
@@ -68,7 +72,14 @@ def cause_of(error: BaseException) -> BaseException:
 
 
 def describe(error: BaseException) -> str:
-    """One line for a report: the kind of the error and the first line of its message."""
+    """One line for a report: the kind of the error and the first line of its message.
+
+    Of a failed training it is the last line, since its message is its workers' tracebacks.
+    """
+    from ray.train import TrainingFailedError
+
     cause = cause_of(error)
-    lines = str(cause).strip().splitlines()
-    return f"{type(cause).__name__}: {lines[0] if lines else 'no message'}"
+    lines = str(cause).strip().splitlines() or ["no message"]
+    if isinstance(cause, TargetFailed | TrainingFailedError):
+        return lines[-1]
+    return f"{type(cause).__name__}: {lines[0]}"

@@ -1,12 +1,13 @@
 """One onboarding under way: where it writes, which targets are still in it, what is known of the others."""
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from farm.artifacts import Artifact, Artifacts
-from farm.config import Manifest, Refused
+from farm.config import Manifest, Refused, UserError
 from farm.evaluate.records import Decision, TargetRow
 from farm.fleet.plan import Plan, TargetPlan, TrunkPlan
 from farm.fleet.pool import cause_of, describe
@@ -73,6 +74,14 @@ class Run:
         reason = str(cause_of(error)) if decision == "refused" else describe(error)
         details = "".join(traceback.format_exception_only(error)).strip()
         self.end(target, decision, reason, details)
+
+    @contextmanager
+    def alone(self, target: str) -> Iterator[None]:
+        """Decide a target whose own artifacts cannot be read inside the block; the others go on."""
+        try:
+            yield
+        except (UserError, OSError) as error:
+            self.fail(target, error)
 
     def took(self, target: str, stage: str, artifact: Artifact) -> None:
         """Note the seconds of a target's stage, those of an earlier run included."""

@@ -37,8 +37,9 @@ def select_prompts(run: Run) -> None:
         return
     found = _select(run, "prompts", choose_prompts, lambda target: _prompt_task(run, target))
     for target in run.remaining:
-        answers = only_chosen(target.answers, run.artifacts, found[target.name])
-        run.replan(replace(target, answers=answers))
+        with run.alone(target.name):
+            answers = only_chosen(target.answers, run.artifacts, found[target.name])
+            run.replan(replace(target, answers=answers))
 
 
 def select_answers(run: Run, trunk: Artifact) -> None:
@@ -57,10 +58,11 @@ def _select(
         if target.select_key is None:
             continue
         artifact = run.artifacts.find(SELECT, target.select_key)
-        if artifact is None:
-            specs[target.name] = (run.store.uri, target.select_key, arguments(target), run.run_id)
-        else:
+        if artifact is not None:
             found[target.name] = artifact
+            continue
+        with run.alone(target.name):
+            specs[target.name] = (run.store.uri, target.select_key, arguments(target), run.run_id)
 
     def started(name: str) -> None:
         run.board.update(name, stage=SELECT)

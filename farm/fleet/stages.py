@@ -22,7 +22,6 @@ from farm.fleet.run import Run
 from farm.fleet.selection import selected_rows
 from farm.fleet.session import cpus_of_largest_node
 from farm.fleet.trainers import CURVE_FILE, PackJob, TrainJob
-from farm.fleet.trunk import close_trunk
 from farm.fleet.vocabulary import coverage, token_files
 
 if TYPE_CHECKING:
@@ -93,16 +92,23 @@ def adapt(run: Run, trunk: Artifact) -> None:
             run.board.update(job.name, stage="adapt")
         run.say(f"{one.name}: adapting")
 
-    for ended in fit_runs(in_runs(adapt_jobs(run, trunk, missing)), started):
+    shared = _shared(run, trunk)
+    jobs: list[TrainJob] = []
+    for target in missing:
+        with run.alone(target.name):
+            jobs.append(_adapt_job(run, target, shared))
+    for ended in fit_runs(in_runs(jobs), started):
         if ended.artifact is not None:
             _adapted(run, ended.name, ended.artifact)
         elif ended.error is not None:
             run.fail(ended.name, ended.error)
-    close_trunk(trunk.key)
 
 
 def adapt_jobs(run: Run, trunk: Artifact, targets: Sequence[TargetPlan]) -> list[TrainJob]:
-    """What fits the private expert of each of these targets, whose answers the run has."""
+    """What fits the private expert of each of these targets, whose answers the run has.
+
+    Raises UserError when the artifacts of one are damaged.
+    """
     shared = _shared(run, trunk)
     return [_adapt_job(run, target, shared) for target in targets]
 
@@ -171,7 +177,8 @@ def _adapt_job(run: Run, target: TargetPlan, shared: _Shared) -> TrainJob:
 def _adapted(run: Run, name: str, artifact: Artifact) -> None:
     run.took(name, ADAPT, artifact)
     run.fields[name]["coverage"] = artifact.manifest["coverage"]
-    run.curves[name] = json.loads(run.artifacts.path(artifact, CURVE_FILE).read_text())
+    with run.alone(name):
+        run.curves[name] = json.loads(run.artifacts.path(artifact, CURVE_FILE).read_text())
 
 
 def evaluate(run: Run, trunk: Artifact) -> None:
@@ -181,12 +188,13 @@ def evaluate(run: Run, trunk: Artifact) -> None:
     specs: dict[str, tuple[Any, ...]] = {}
     found: dict[str, Artifact] = {}
     for target in run.remaining:
-        spec = _evaluation(run, target, trunk)
-        artifact = run.artifacts.find(EVALUATE, spec[1])
-        if artifact is None:
-            specs[target.name] = spec
-        else:
-            found[target.name] = artifact
+        with run.alone(target.name):
+            spec = _evaluation(run, target, trunk)
+            artifact = run.artifacts.find(EVALUATE, spec[1])
+            if artifact is None:
+                specs[target.name] = spec
+            else:
+                found[target.name] = artifact
 
     def started(name: str) -> None:
         run.board.update(name, stage="evaluate")

@@ -10,6 +10,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -107,7 +108,10 @@ def train_worker(config: dict[Any, Any]) -> Any:
 
 
 def steps_shown(job: TrainJob) -> Callable[[int, int], None] | None:
-    """Writes the steps that rank 0 has taken to the status records, at most one write in STATUS_EVERY_S."""
+    """Writes the steps that rank 0 has taken to the status records, at most one write in STATUS_EVERY_S.
+
+    A record that cannot be written is left as it was.
+    """
     from ray.train import get_context
 
     if job.shown_as is None or get_context().get_world_rank() != 0:
@@ -121,7 +125,8 @@ def steps_shown(job: TrainJob) -> Callable[[int, int], None] | None:
             return
         written = time.monotonic()
         for target in targets:
-            board.update(target, rows_done=done, rows_total=of)
+            with suppress(OSError, ValueError):  # nobody trains for the sake of what is shown
+                board.update(target, rows_done=done, rows_total=of)
 
     return show
 

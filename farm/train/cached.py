@@ -67,23 +67,34 @@ def cache_positions(
 ) -> Positions:
     """Every trained position of numbered samples, on the trunk's device.
 
-    A position takes 2 H numbers of `dtype`, and h_{t+1} as the samples have it.
+    A position takes 2 H numbers of `dtype`, and h_{t+1} as the samples have it. No more than `bytes_of` is held, beside
+    what one batch takes.
     """
-    device, parts, feature_dtype = trunk.fc.weight.device, [], samples[0][1].features_TH.dtype
+    device, at = trunk.fc.weight.device, []
+    parts, filled = _empty([sample for _, sample in samples], prompt_tokens, dtype, device), 0
     in_order = sorted(samples, key=lambda item: len(item[1].tokens_T))  # rows of one length waste no padding
     for start in range(0, len(in_order), batch_rows):
         numbers, rows = zip(*in_order[start : start + batch_rows], strict=True)
         batch = collate(rows, prompt_tokens=prompt_tokens, numbers=numbers).to(device)
         mask_BT = batch.mask(0)
         residual_BTH, normed_BTH = frozen_part(trunk, head.embed(batch.next_tokens_BT), batch.hidden_BTH)
-        hidden_MH = shift(batch.hidden_BTH, 1)[mask_BT].to(feature_dtype)
-        residual_MH, normed_MH = (part_BTH[mask_BT].to(dtype) for part_BTH in (residual_BTH, normed_BTH))
-        parts.append(Positions(residual_MH, normed_MH, hidden_MH, batch.where(0)))
-    return Positions(
-        torch.cat([part.residual_MH for part in parts]),
-        torch.cat([part.normed_MH for part in parts]),
-        torch.cat([part.hidden_MH for part in parts]),
-        Where(
-            torch.cat([part.at.sample_M for part in parts]), torch.cat([part.at.index_M for part in parts])
-        ),
-    )
+        at.append(batch.where(0))
+        end = filled + len(at[-1].index_M)
+        for part_MH, new_BTH in zip(
+            parts, (residual_BTH, normed_BTH, shift(batch.hidden_BTH, 1)), strict=True
+        ):
+            part_MH[filled:end] = new_BTH[mask_BT].to(part_MH.dtype)
+        filled = end
+    where = Where(torch.cat([one.sample_M for one in at]), torch.cat([one.index_M for one in at]))
+    return Positions(*(part_MH[:filled] for part_MH in parts), where)
+
+
+def _empty(
+    samples: Sequence[Sample], prompt_tokens: bool, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the hidden states of Positions, in their order: for every token that is learned from, [M, H]."""
+    most = sum(len(sample.tokens_T) if prompt_tokens else sample.num_said for sample in samples)
+    features_TH = samples[0].features_TH
+    shape = (most, features_TH.shape[1])
+    residual_MH, normed_MH = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+    return residual_MH, normed_MH, torch.empty(shape, dtype=features_TH.dtype, device=device)

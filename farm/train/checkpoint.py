@@ -52,7 +52,7 @@ def load_state(engine: Any, folder: Path) -> Progress:
         for moment in MOMENTS:
             _set_moment(engine, parameter, moment, tensors[f"{moment}.{name}"])
     for moments in optimizer.state.values():
-        moments["step"] = torch.tensor(float(step))
+        moments["step"].fill_(float(step))  # a fused AdamW wants it where the parameter is
     return Progress(step, *(_pairs(state[name]) for name in ("curve", "held_out")))
 
 

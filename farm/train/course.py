@@ -22,6 +22,11 @@ def split_held_out(numbers: Sequence[int], settings: TrainSettings) -> tuple[lis
     return sorted(shuffled[count:]), sorted(shuffled[:count])
 
 
+def rows_at_once(settings: TrainSettings) -> int:
+    """Rows that a worker passes through a model together."""
+    return min(settings.batch_rows, settings.micro_rows or settings.batch_rows)
+
+
 class Course:
     """Batches by step, rank and number of ranks; the same positions at a step whatever that number is."""
 
@@ -43,10 +48,8 @@ class Course:
             self.cached = Schedule(len(positions), settings.cached_tokens, cached_epochs, settings.seed)
         self.num_cached = 0 if self.cached is None else self.cached.num_steps
         self.num_steps = self.num_cached + self.rows.num_steps
-        each = self.rows.batch_rows // world
-        self.num_micro = min(
-            max(1, each), -(-self.rows.batch_rows // (world * (settings.micro_rows or each or 1)))
-        )
+        least, most = self.rows.batch_rows // world, -(-self.rows.batch_rows // world)  # rows of a rank
+        self.num_micro = min(max(1, least), -(-most // (settings.micro_rows or most)))
 
     def batches(self, step: int, rank: int) -> list[Batch | Positions]:
         """One rank's batches of a step, whose gradients add up; always `num_micro` of them."""
@@ -61,8 +64,9 @@ class Course:
     def whole(self, numbers: Sequence[int], rank: int) -> Iterator[Batch]:
         """One rank's share of some samples, once, in batches of rows of similar length."""
         mine = sorted(numbers, key=lambda number: len(self._samples[number].tokens_T))[rank :: self._world]
-        for start in range(0, len(mine), self._settings.batch_rows):
-            yield self.collate(mine[start : start + self._settings.batch_rows])
+        count = rows_at_once(self._settings)
+        for start in range(0, len(mine), count):
+            yield self.collate(mine[start : start + count])
 
     def with_settings(self, settings: TrainSettings) -> Course:
         """The same samples and cached positions under other settings."""

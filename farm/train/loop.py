@@ -32,7 +32,7 @@ from farm.sections import AdaptSettings, Dtype, TargetSpec, TrainSettings
 from farm.store import local_copy
 from farm.target.load import load_embedding_and_head
 from farm.train.cached import Positions, bytes_of, cache_positions
-from farm.train.course import Course, split_held_out
+from farm.train.course import Course, rows_at_once, split_held_out
 from farm.train.filtering import ReferenceLosses, reference_losses
 from farm.train.tiers import TierShape, TrainedDraft, trained_draft
 from farm.train.training import Clock, StepsDone, Training
@@ -189,7 +189,7 @@ def _cached(
         )
     return cache_positions(
         trained.trunk, head, [(number, samples[number]) for number in numbers],
-        batch_rows=settings.batch_rows, prompt_tokens=settings.prompt_tokens, dtype=dtype,
+        batch_rows=rows_at_once(settings), prompt_tokens=settings.prompt_tokens, dtype=dtype,
     )  # fmt: skip
 
 

@@ -6,13 +6,14 @@ leaves the others as they would have been alone.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, distributed
 
 from farm.config import UserError
 from farm.train.loop import FitResult, FitTask, Save, fit
@@ -22,13 +23,13 @@ NAME_FILE = "target.txt"  # in a checkpoint: whose it is
 
 PackedReport = Callable[[str, dict[str, float], Save], None]  # target, metrics, how to write its checkpoint
 Finished = Callable[[str, FitResult, Save], None]
-# What is wrong with one target: its settings, its answers, its numbers. All ranks meet it at the same place.
+# What is wrong with one target: its settings, its answers, its numbers.
 OWN_ERRORS: Final = (UserError, FloatingPointError, OSError, ValueError, SafetensorError)
 
 
 @dataclass(frozen=True)
 class Packed:
-    """What became of each target by name: its result, or the reason why it has none."""
+    """What became of each target by name: its result, or the traceback of why it has none."""
 
     results: Mapping[str, FitResult]
     failures: Mapping[str, str]
@@ -49,7 +50,8 @@ def fit_packed(
     `started(target)` is called before a target begins, and gives what its steps are counted by. `finished(target,
     result, save)` is called once for each, before the next one begins; what it keeps is what `done` says when the run
     is started again. `resume` is a checkpoint that `report`'s save wrote: the target in it goes on from there. An error
-    of OWN_ERRORS fails its target alone.
+    of OWN_ERRORS fails its target alone; where ranks have to keep step, any of them is raised that one rank may be
+    alone with.
     """
     results: dict[str, FitResult] = {}
     failures: dict[str, str] = {}
@@ -71,7 +73,10 @@ def fit_packed(
                 task, trunk=trunk, resume=_of(resume, name), report=keep, steps_done=started(name)
             )
         except OWN_ERRORS as error:
-            failures[name] = f"{type(error).__name__}: {error}"
+            # A rank with a full disk would enter the next target's collectives while the others wait in this one's.
+            if distributed.get_world_size() > 1 and not isinstance(error, FloatingPointError):
+                raise
+            failures[name] = "".join(traceback.format_exception(error))
             continue
         finished(name, results[name], saves[0])
     return Packed(results, failures)

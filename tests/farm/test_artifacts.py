@@ -85,3 +85,16 @@ def test_a_file_that_was_cut_after_it_was_finished_is_told_apart_from_a_good_one
     artifacts.path(finished, "shard").write_bytes(b"ab")
     with pytest.raises(UserError, match="has 2 bytes, was written with 3"):
         artifacts.path(finished, "shard")
+
+
+def test_a_file_that_is_gone_is_told_with_the_remedy_as_a_cut_one_is(artifacts):
+    for name in ("gone", "cut"):
+        artifacts.put_file("adapt", "k", name, b"abc")
+    finished = artifacts.finish("adapt", "k", {})
+    folder = artifacts.path(finished, "gone").parent
+    (folder / "gone").unlink()
+    (folder / "cut").write_bytes(b"ab")
+    for name, told in (("gone", "is gone"), ("cut", "has 2 bytes")):
+        for read in (artifacts.path, artifacts.location):
+            with pytest.raises(UserError, match=rf"{told}.*; delete .*adapt/k, then run again"):
+                read(finished, name)

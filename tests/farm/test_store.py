@@ -3,6 +3,7 @@
 import errno
 import multiprocessing
 import os
+import pickle
 import secrets
 import stat
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from farm.config import UserError
-from farm.store import FileStore, NotFound, ObjectStore, local_copy, open_store
+from farm.store import CorruptObject, FileStore, NotFound, ObjectStore, local_copy, open_store
 from tests.farm.killed import ROOT, run_until
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -301,3 +302,10 @@ def test_a_swapper_killed_while_it_holds_the_lock_blocks_nobody(folder):
     etag = folder.put("pointer", b"old")
     run_until("locked", HOLD_LOCK, str(folder.root))
     assert folder.compare_and_swap("pointer", b"new", etag)
+
+
+def test_what_is_corrupt_is_still_told_by_another_process_than_the_one_that_saw_it() -> None:
+    seen = CorruptObject("store/weights", "0a", "0b")
+    told = pickle.loads(pickle.dumps(seen))
+    assert type(told) is CorruptObject
+    assert str(told) == str(seen)

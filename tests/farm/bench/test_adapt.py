@@ -14,7 +14,7 @@ from matplotlib.image import imread
 from farm.artifacts import TRUNK, Artifacts
 from farm.bench import adapt_plots
 from farm.bench.adapt import Row, identities, measure
-from farm.bench.adapt_data import Subject, choose_rows, subjects
+from farm.bench.adapt_data import Subject, choose_rows, data_keys, subjects
 from farm.bench.adapt_markdown import page
 from farm.bench.adapt_report import code_digest, compare, keep, kept, table, tau_after, write
 from farm.bench.methods import SELECTIONS, Variant, Work, methods_of, variants, work
@@ -100,6 +100,20 @@ def test_rows_say_what_was_trained_and_a_second_run_measures_only_what_is_missin
     assert kept(tmp_path, "tiny", source | {"code": "another"}) == []
     assert kept(tmp_path, "tiny", source | {"adapt": {"epochs": 2}}) == []
     assert kept(tmp_path, "another", source) == []
+
+
+def test_rows_of_other_answers_another_trunk_or_another_dtype_are_measured_again(
+    tmp_path: Path, subject: Subject
+) -> None:
+    source = {"code": "c"} | data_keys(subject.manifest)
+    assert (source["dtype"], source["trunk"], source["answers"]) == ("auto", "trunk", {"legal": "answers"})
+    rows = [replace(ROW, model="tiny", target=name) for name in ("legal", "code")]
+    source["answers"] = {"legal": "answers", "code": "others"}
+    keep(tmp_path, rows, source)
+    assert kept(tmp_path, "tiny", source) == rows
+    assert kept(tmp_path, "tiny", source | {"answers": {"legal": "answers", "code": "new"}}) == rows[:1]
+    for name in ("dtype", "trunk"):
+        assert kept(tmp_path, "tiny", source | {name: "another"}) == []
 
 
 def test_full_retraining_is_measured_on_its_way_and_its_best_rate_is_chosen_by_held_out_rows(

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import unquote, urlparse
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -17,8 +22,10 @@ from farm.config import Manifest, UserError, dump
 from farm.data.features import write_shard
 from farm.decode.regenerate import regenerate_rows
 from farm.fleet.answers import ANSWERS
+from farm.fleet.chosen import SCORES_FILE, SELECT
 from farm.fleet.pack_cost import in_turn, onboarded_jobs
 from farm.fleet.plan import make_plan
+from farm.sections import SelectSettings
 from farm.store import open_store
 from farm.target.load import open_target, target_digest
 from tests.farm.fleet.family import Family
@@ -77,6 +84,28 @@ def test_targets_without_answers_are_left_out_and_the_others_stand_for_them_unde
     assert [job.task.target.name for job in five] == [job.name for job in five], (
         "a pack tells them apart by it"
     )
+
+
+def test_prompts_that_were_chosen_before_are_adapted_on_as_an_onboarding_does(
+    manifest: Manifest, tmp_path: Path
+) -> None:
+    """Of a selection of prompts nobody knows how many tokens the answers have: the answers say it."""
+    store = tmp_path / "store"
+    shutil.copytree(Path(unquote(urlparse(manifest.store).path)), store)
+    select = SelectSettings(strategy="random", before=True)
+    manifest = manifest.model_copy(update={"store": store.as_uri(), "select": select})
+    artifacts = Artifacts(open_store(manifest.store))
+    target = make_plan(manifest, artifacts, target_digest).targets[0]
+    scores = io.BytesIO()
+    rows = [prompt.row for prompt in target.answers.prompts]
+    pq.write_table(pa.table({"row": rows, "chosen": [row < 8 for row in rows]}), scores)
+    artifacts.put_file(SELECT, str(target.select_key), SCORES_FILE, scores.getvalue())
+    artifacts.finish(SELECT, str(target.select_key), {"prompt_tokens": 30})
+    write_shard(artifacts, ANSWERS, target.answers.key, 0, [])
+    artifacts.finish(ANSWERS, target.answers.key, {"answer_tokens": 50})
+    (job,) = onboarded_jobs(manifest, print)
+    assert job.record["trained_tokens"] == 50 * manifest.adapt.epochs
+    assert job.task.rows is None, "all of these answers"
 
 
 def test_a_store_without_the_familys_answers_says_what_to_do(manifest: Manifest, tmp_path: Path) -> None:

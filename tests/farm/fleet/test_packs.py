@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import ray
 import torch
+from ray.train import WorkerGroupError
 from safetensors.torch import load_file
 
 from farm.artifacts import Artifacts
 from farm.draft.checkpoint import EXPERT_FILE, TRUNK_FILE
-from farm.fleet.packs import SMALL_BYTES, divide, in_runs, jobs_of
+from farm.fleet.packs import SMALL_BYTES, divide, drive, in_runs, jobs_of
 from farm.fleet.plan import ADAPT
+from farm.fleet.pool import TargetFailed, describe
 from farm.fleet.trainers import Attempts, PackJob, TrainJob, train
 from farm.sections import AdaptResources
 from farm.store import open_store
@@ -68,6 +70,67 @@ def test_only_runs_that_are_side_by_side_share_the_cores(
     assert len(runs) == num_runs
     assert sorted(job.name for run in runs for job in jobs_of(run)) == list("abcd")
     assert {job.at_once for run in runs for job in jobs_of(run)} == {at_once}
+
+
+class Trained:
+    """Stands for Ray Train in `drive`: a run does to the store what `ends` says of its targets, in turn."""
+
+    def __init__(self, folder: Path, *ends: str) -> None:
+        self.store = open_store(folder.as_uri())
+        self.names: list[str] = []
+        self._ends, self._failed = dict(zip("abc", ends, strict=True)), {}
+
+    def pack(self) -> PackJob:
+        like: Any = {
+            "stage": ADAPT, "task": None, "store": self.store.uri, "trunk": None,
+            "resources": AdaptResources(), "attempts": Attempts(), "record": {},
+        }  # fmt: skip
+        return PackJob(tuple(TrainJob(name=name, key=name, **like) for name in self._ends))
+
+    def trainer(self, _like: TrainJob, _worker: object, config: dict[str, Any], run_name: str) -> Any:
+        self.names.append(run_name)
+        return SimpleNamespace(fit=lambda: self._fit(config["pack"], config["at"]))
+
+    def _fit(self, pack: PackJob, at: str) -> Any:
+        artifacts = Artifacts(self.store)
+        for job in (job for job in pack.jobs if artifacts.find(ADAPT, job.key) is None):
+            self.store.put(at, job.name.encode())
+            how = self._ends[job.name]
+            if how == "raises":
+                raise WorkerGroupError(
+                    f"[Rank 0 Error Snippet]:\nTraceback\nOSError: {job.name} is full\n", {}
+                )
+            self._ends[job.name] = "well"
+            if how == "dies":
+                raise KeyboardInterrupt
+            artifacts.finish(ADAPT, job.key, {})
+        filesystem = SimpleNamespace(delete_dir=lambda path: None)
+        return SimpleNamespace(return_value={}, filesystem=filesystem, path="")
+
+
+def test_a_run_that_a_target_takes_with_it_goes_on_without_it_and_keeps_the_whole_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    trained = Trained(tmp_path, "well", "raises", "well")
+    monkeypatch.setattr("farm.fleet.packs.trainer", trained.trainer)
+    reasons = drive(trained.pack())
+    assert set(reasons) == {"b"}
+    assert "Training failed due to worker errors:\n[Rank 0" in reasons["b"]
+    assert describe(TargetFailed(reasons["b"])) == "OSError: b is full"
+    assert len(set(trained.names)) == 2
+    assert all(Artifacts(trained.store).find(ADAPT, name) for name in "ac")
+
+
+def test_a_driver_that_is_started_again_finds_its_run_by_the_same_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    trained = Trained(tmp_path, "well", "dies", "well")
+    monkeypatch.setattr("farm.fleet.packs.trainer", trained.trainer)
+    pack = trained.pack()
+    with pytest.raises(KeyboardInterrupt):
+        drive(pack)
+    assert drive(pack) == {}
+    assert trained.names == [pack.run_name] * 2
 
 
 @pytest.mark.ray

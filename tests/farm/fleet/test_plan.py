@@ -2,6 +2,8 @@
 
 import io
 import json
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,8 +15,8 @@ from farm.config import Manifest, UserError, dump
 from farm.fleet.answers import ANSWERS, decode_prompts, encode_prompts, missing_shards
 from farm.fleet.chosen import SCORES_FILE, SELECT
 from farm.fleet.estimate import estimate_target, plan_table, read_rates
-from farm.fleet.plan import ADAPT, TRUNK, Plan, make_plan
-from farm.sections import TargetSpec
+from farm.fleet.plan import ADAPT, PROBE, TRUNK, Plan, make_plan, probe_key
+from farm.sections import ProbeSettings, TargetSpec
 from farm.store import open_store
 
 
@@ -86,6 +88,45 @@ def test_a_setting_changes_the_keys_of_what_it_decides(
 def test_how_often_a_checkpoint_is_written_changes_no_key(tmp_path: Path) -> None:
     before, after = (_plan(tmp_path, _manifest(tmp_path, "a", adapt={"save_every": n})) for n in (1, 2))
     assert before.targets[0].adapt_key == after.targets[0].adapt_key
+
+
+@pytest.mark.parametrize(
+    ("section", "setting"),
+    [("adapt", "cached_bytes"), ("adapt", "micro_rows"), ("train_trunk", "micro_rows")],
+)
+def test_a_bound_and_how_a_step_is_cut_change_no_key(tmp_path: Path, section: str, setting: str) -> None:
+    before, after = (
+        _plan(tmp_path, _manifest(tmp_path, "a", **{section: settings})) for settings in ({}, {setting: 7})
+    )
+    assert before.trunk.key == after.trunk.key
+    assert before.targets[0].adapt_key == after.targets[0].adapt_key
+
+
+def test_what_a_probe_is_used_for_changes_no_key(tmp_path: Path) -> None:
+    manifest = _manifest(tmp_path, "a")
+    plan = _plan(tmp_path, manifest)
+    keys = {
+        probe_key(manifest, plan.targets[0], ProbeSettings(skip_above=above), plan.trunk.key)
+        for above in (None, 0.5, 0.9)
+    }
+    settings = {"prompts": 16, "max_new_tokens": 48, "skip_above": None}
+    config = {"settings": settings, "k": manifest.evaluate.k, "dtype": "auto"}
+    config["prompts"] = [asdict(prompt) for prompt in plan.targets[0].held_out]
+    assert keys == {key_of(PROBE, config, [plan.targets[0].digest, plan.trunk.key])}, "that of older stores"
+
+
+def test_a_trunk_is_named_by_the_rows_it_is_trained_on(tmp_path: Path) -> None:
+    """Without a range of its own they are all but those that are held out, and so many as an evaluation takes."""
+
+    def key(rows: tuple[int, int] | None, held_out: int) -> str:
+        own = {"prompts": str(tmp_path / "general.jsonl"), "rows": rows}
+        sections = {"train_trunk": own, "evaluate": {"prompts": held_out}}
+        _manifest(tmp_path, "general")
+        return _plan(tmp_path, _manifest(tmp_path, "a", **sections)).trunk.key
+
+    assert key(None, 4) != key(None, 8)
+    assert key((0, 16), 4) == key((0, 16), 8) == key(None, 4), "these are the same rows"
+    assert key((0, 12), 4) == key(None, 8)
 
 
 def test_a_target_without_usable_prompts_is_refused_alone(tmp_path: Path) -> None:
@@ -269,6 +310,22 @@ def test_the_plan_counts_the_prompts_that_will_be_answered_and_finds_those_that_
     assert target.answers.key == plan.targets[0].answers.key
     assert estimate_target(chosen, target, rates).rows == 3
     assert chosen.trunk.answers == plan.trunk.answers  # of all prompts, as before
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"cut")], ids=["gone", "cut"])
+def test_a_target_whose_selection_is_damaged_is_refused_alone(
+    tmp_path: Path, damage: Callable[[Path], object]
+) -> None:
+    manifest = _manifest(tmp_path, "a", "b", select=BEFORE)
+    plan = _plan(tmp_path, manifest)
+    _choose(manifest, plan, {1, 4, 9})
+    (scores,) = (tmp_path / "store").rglob(SCORES_FILE)
+    damage(scores)
+    after = _plan(tmp_path, manifest)
+    assert [target.name for target in after.targets] == ["b"]
+    assert (
+        f"delete {'what is left in ' if damage is Path.unlink else ''}{scores.parent}" in after.refused["a"]
+    )
 
 
 def test_who_drafts_answers_decides_none_of_them_and_so_no_key(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray.train import ControllerError, WorkerGroupError
 
-from farm.fleet.pool import describe, run_bounded
+from farm.fleet.pool import TargetFailed, describe, run_bounded
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
 
@@ -56,3 +57,27 @@ def test_no_more_than_width_tasks_are_in_flight(ray_cluster: object, tmp_path: P
 def test_a_width_below_one_is_refused() -> None:
     with pytest.raises(ValueError, match="width"):
         list(run_bounded({}, _work, width=0))
+
+
+TRACEBACKS = """[Rank 0 Error Snippet]:
+Traceback (most recent call last):
+  File "farm/train/loop.py", line 197, in _cached
+    raise UserError(
+farm.errors.UserError: t: form cached would cache 9.0 GiB; raise adapt.cached_bytes
+"""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        WorkerGroupError(TRACEBACKS, {}),
+        ControllerError(RuntimeError(TRACEBACKS)),
+        TargetFailed(str(WorkerGroupError(TRACEBACKS, {}))),
+    ],
+    ids=["workers", "controller", "pack"],
+)
+def test_a_failed_training_is_told_by_what_its_worker_raised(error: Exception) -> None:
+    assert (
+        describe(error)
+        == "farm.errors.UserError: t: form cached would cache 9.0 GiB; raise adapt.cached_bytes"
+    )

@@ -2,14 +2,15 @@
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from farm.data.features import Sample
 from farm.draft.config import DraftConfig
 from farm.draft.model import Draft, DraftHead, new_draft
 from farm.sections import AdaptSettings
 from farm.train.batches import Batch, collate
-from farm.train.cached import Positions, cache_positions
-from farm.train.course import Course, split_held_out
+from farm.train.cached import Positions, bytes_of, cache_positions
+from farm.train.course import Course, rows_at_once, split_held_out
 from farm.train.unroll import unroll
 
 CONFIG = DraftConfig(16, 2, 1, 8, 24, 20, 1e-6, 10_000.0, 32)
@@ -87,6 +88,66 @@ def test_every_position_is_seen_once_in_an_epoch_of_full_batches(
     course = Course(samples, range(6), settings, positions)
     seen = [uid for step in range(course.num_steps) for uid in uids(course.batches(step, 0))]
     assert len(seen) == len(set(seen)) == len(positions) // 3 * 3
+
+
+@pytest.mark.parametrize(
+    ("rows", "world", "micro_rows", "num_micro"),
+    [
+        (16, 3, None, 1),
+        (16, 3, 2, 3),
+        (16, 3, 6, 1),
+        (16, 3, 5, 2),
+        (16, 4, 2, 2),
+        (4, 4, 1, 1),
+        (5, 4, 1, 1),
+    ],
+)
+def test_a_batch_is_cut_only_where_a_worker_has_more_rows_than_it_takes_at_once(
+    draft: Draft, rows: int, world: int, micro_rows: int | None, num_micro: int
+) -> None:
+    """A worker with a row less than others has to have one in each part."""
+    samples = [Sample(torch.zeros(9, dtype=torch.int64), torch.zeros(8, 16), 3)] * 20
+    course = Course(
+        samples, range(20), AdaptSettings(batch_rows=rows, micro_rows=micro_rows), None, world=world
+    )
+    assert course.num_micro == num_micro
+    for rank in range(world):
+        assert all(len(batch.sample_B) for batch in course.batches(0, rank))
+
+
+def test_no_pass_takes_more_rows_than_are_taken_at_once(samples: list[Sample]) -> None:
+    for settings, most in (({}, 6), ({"micro_rows": 2}, 2), ({"micro_rows": 9, "batch_rows": 4}, 4)):
+        asked = AdaptSettings(**settings)
+        sizes = [len(batch.sample_B) for batch in Course(samples, range(6), asked, None).whole(range(6), 0)]
+        assert (max(sizes), sum(sizes)) == (most, 6)
+        assert min(rows_at_once(asked), 6) == most
+
+
+def test_caching_holds_what_it_is_said_to_take_once(draft: Draft) -> None:
+    """All batches' parts beside their concatenation would be twice as much."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        Sample(
+            torch.randint(0, 32, (101,), generator=generator), torch.randn(100, 16, generator=generator), 1
+        )
+        for _ in range(60)
+    ]
+    weight = torch.randn(32, 16, generator=generator)
+    held = most = 0
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        cache_positions(
+            draft.trunk,
+            DraftHead(weight, weight, None),
+            list(enumerate(rows)),
+            batch_rows=1,
+            prompt_tokens=False,
+        )
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    told = bytes_of(rows, torch.float32)
+    assert told / 2 < most < 1.4 * told
 
 
 def test_operations_counted_at_a_few_steps_stand_for_all(samples: list[Sample], positions: Positions) -> None:

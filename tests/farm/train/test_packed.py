@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from farm.draft.checkpoint import EXPERT_FILE
+from farm.train import packed
 from farm.train.loop import FitResult, FitTask, Save
 from farm.train.packed import Packed, fit_packed
 from farm.train.process import fit_in_process
@@ -63,14 +64,37 @@ def test_a_target_that_diverges_fails_alone_and_the_others_end_as_in_runs_of_the
     tasks: list[FitTask], tmp_path: Path
 ) -> None:
     store = Store(tmp_path / "packed")
-    packed = store.run(tasks)
-    assert set(packed.results) == {"a", "c"}
-    assert "not finite" in packed.failures["b"]
+    ended = store.run(tasks)
+    assert set(ended.results) == {"a", "c"}
+    assert "not finite" in ended.failures["b"]
     for one in (tasks[0], tasks[2]):
         fit_in_process(one, trunk_of(one), tmp_path / one.target.name)
         alone = load_file(tmp_path / one.target.name / EXPERT_FILE)
         for name, value in store.expert(one.target.name).items():
             torch.testing.assert_close(value, alone[name])
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("error", [OSError("no space"), FloatingPointError("not finite")])
+def test_of_several_ranks_none_goes_on_alone_after_what_the_others_may_not_have_met(
+    task: FitTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int, error: Exception
+) -> None:
+    """A loss that is not finite is not so on all ranks."""
+
+    def fit(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(packed, "fit", fit)
+    monkeypatch.setattr(packed.distributed, "get_world_size", lambda: world)
+    todo = [called(task, "a"), called(task, "b")]
+    if world > 1 and isinstance(error, OSError):
+        with pytest.raises(OSError, match="no space"):
+            Store(tmp_path).run(todo)
+        return
+    failures = Store(tmp_path).run(todo).failures
+    assert set(failures) == {"a", "b"}
+    assert failures["a"].startswith("Traceback")
+    assert failures["a"].endswith(f"{type(error).__name__}: {error}\n")
 
 
 def test_an_early_stop_ends_its_own_target_and_the_others_go_on_to_their_end(
@@ -80,10 +104,10 @@ def test_an_early_stop_ends_its_own_target_and_the_others_go_on_to_their_end(
     stop = {"held_out": 0.25, "every": 1, "patience": 2, "min_gain": 1e-6}
     rates = {"a": 3e-3, "b": 1e-12, "c": 3e-3}
     todo = [called(tasks[0], name, lr=lr, epochs=3, early_stop=stop) for name, lr in rates.items()]
-    packed = Store(tmp_path / "packed").run(todo)
-    assert not packed.failures
-    assert {name: result.steps for name, result in packed.results.items()} == {"a": 6, "b": 3, "c": 6}
-    measured = {name: [step for step, _ in result.held_out] for name, result in packed.results.items()}
+    ended = Store(tmp_path / "packed").run(todo)
+    assert not ended.failures
+    assert {name: result.steps for name, result in ended.results.items()} == {"a": 6, "b": 3, "c": 6}
+    measured = {name: [step for step, _ in result.held_out] for name, result in ended.results.items()}
     assert measured == {"a": [1, 2, 3, 4, 5, 6], "b": [1, 2, 3], "c": [1, 2, 3, 4, 5, 6]}
 
 

@@ -1,0 +1,46 @@
+"""What a training worker tells the outside; runs themselves are in test_packs.py and test_onboard.py."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from farm.fleet.plan import ADAPT
+from farm.fleet.trainers import Attempts, TrainJob, steps_shown
+from farm.sections import AdaptResources
+from farm.status import StatusBoard, read_status
+from farm.store import open_store
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("no space"), TimeoutError("changed by others"), ValueError("torn")]
+)
+def test_steps_that_cannot_be_shown_stop_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr("ray.train.get_context", lambda: SimpleNamespace(get_world_rank=lambda: 0))
+    store = open_store(tmp_path.as_uri())
+    like: Any = {
+        "task": None,
+        "trunk": None,
+        "resources": AdaptResources(),
+        "attempts": Attempts(),
+        "record": {},
+    }
+    show = steps_shown(
+        TrainJob(name="t", stage=ADAPT, key="k", store=store.uri, shown_as=("r1", ("t",)), **like)
+    )
+    assert show is not None
+    show(5, 10)
+    update = StatusBoard.update
+
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(StatusBoard, "update", refuse)
+    show(10, 10)
+    assert read_status(store, "r1")[0].rows_done == 5
+    monkeypatch.setattr(StatusBoard, "update", update)
+    show(10, 10)
+    assert read_status(store, "r1")[0].rows_done == 10
