@@ -35,7 +35,7 @@ check: setup
 	$(BIN)/lint-imports
 
 test: check
-	RAY_AUTH_MODE=disabled OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	RAY_AUTH_MODE=disabled OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 # playwright drives a browser that is there already; its own download is not needed
 test-browser: setup

@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 import atexit
+import functools
 import secrets
 import shutil
 import tempfile
@@ -28,24 +29,35 @@ os.environ.update(S3.environment)
 os.environ["FARM_CACHE"] = tempfile.mkdtemp(prefix="farm-cache-")
 atexit.register(shutil.rmtree, os.environ["FARM_CACHE"], ignore_errors=True)
 
-# Ray's tests go to one process, which has the one cluster; the demo starts a Ray of its own and is as long as many.
-RAY_FOLDERS = ("tests/jobs/", "tests/serve/")
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Whole files go to one of several processes: Ray's to the one that has the cluster, the demo to another."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByPlace(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return place_of(nodeid)
+
+    return ByPlace(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where each test runs when there are several processes: those of a file in one, for their fixtures' sake."""
-    places = {item.nodeid: _place(item) for item in items}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(places[item.nodeid]))
-    items.sort(key=lambda item: {"ray": 0, "demo": 1}.get(places[item.nodeid], 2))  # the longest first
+    """What takes longest begins first."""
+    items.sort(key=lambda item: {"ray": 0, "demo": 1}.get(place_of(item.nodeid), 2))
 
 
-def _place(item: pytest.Item) -> str:
-    file = item.nodeid.partition("::")[0]
+def place_of(nodeid: str) -> str:
+    """What runs in one process beside each other."""
+    file = nodeid.partition("::")[0]
     if file == "tests/test_demo.py":
         return "demo"
-    needs_ray = item.get_closest_marker("ray") or "ray_cluster" in getattr(item, "fixturenames", ())
-    return "ray" if needs_ray or file.startswith(RAY_FOLDERS) else file
+    return "ray" if _needs_ray(file) else file
+
+
+@functools.cache
+def _needs_ray(file: str) -> bool:
+    return "pytest.mark.ray" in (Path(__file__).parents[1] / file).read_text()
 
 
 WORKER_VARIABLES = {
