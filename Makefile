@@ -1,5 +1,6 @@
 # make demo   build .venv, then train a small family and onboard it
 # make test   build .venv, check and run the tests
+# make test-slow   the tests that take more than a minute each, mostly whole onboardings
 # make test-browser   the playground in the system's chromium
 # make vllm-venv   build .vllm-venv, which `farm bench decode --engine vllm` compares with
 SHELL := bash
@@ -12,7 +13,7 @@ VLLM := .vllm-venv
 # version, name PyTorch's CPU index here, for instance TORCH_OPTIONS='--index-url URL'.
 TORCH_OPTIONS ?=
 
-.PHONY: setup demo test test-browser test-vllm check vllm-venv
+.PHONY: setup demo test test-slow test-browser test-vllm check vllm-venv
 CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
 setup: $(STAMP)
@@ -36,6 +37,9 @@ check: setup
 
 test: check
 	RAY_AUTH_MODE=disabled OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
+
+test-slow: setup
+	RAY_AUTH_MODE=disabled OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 # playwright drives a browser that is there already; its own download is not needed
 test-browser: setup

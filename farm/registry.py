@@ -31,7 +31,7 @@ class Canary:
 
 @dataclass(frozen=True)
 class RolledBack:
-    """A canary that a replica has ended."""
+    """A canary that a replica has ended, or a live version that somebody took back."""
 
     version: str
     reason: str
@@ -114,13 +114,19 @@ class Registry:
     def promote(self, target: str, version: str, expected: str | None) -> bool:
         """Make `version` live if the live one is still `expected`; whether it did. Ends its being the canary.
 
-        UserError if the version was never published, or is retired.
+        One that is live already stays so, and the one before it what is rolled back to. UserError if the version was
+        never published, or is retired.
         """
         pointer = self.pointer(target)
         self._of(target, version, pointer)
         if pointer.live != expected:
             return False
-        return self._move(target, replace(pointer, history=(*pointer.history, version)))
+        if pointer.live == version:
+            return True
+        ended = pointer.rolled_back
+        if ended is not None and ended.version == version:
+            ended = None  # who promotes it has decided otherwise
+        return self._move(target, replace(pointer, history=(*pointer.history, version), rolled_back=ended))
 
     def start_canary(self, target: str, version: str, share: float) -> bool:
         """Try `version` on a share of the requests, or change its share; whether it did.
@@ -152,14 +158,19 @@ class Registry:
                 return True
 
     def rollback(self, target: str) -> Version:
-        """Make the version live that was live before; UserError if there is none."""
+        """Make the version live that was live before; UserError if there is none.
+
+        What was live is marked as rolled back, so that no onboarding promotes it by itself.
+        """
         pointer = self.pointer(target)
-        previous = self._find(target, pointer.history[-2]) if len(pointer.history) > 1 else None
+        before = pointer.history[-2] if len(pointer.history) > 1 else None
+        previous = None if before is None or before in pointer.retired else self._find(target, before)
         if previous is None:
             raise UserError(
                 f"registry: {target} has no earlier live version to return to; promote one instead"
             )
-        if not self._move(target, replace(pointer, history=pointer.history[:-1])):
+        ended = RolledBack(pointer.history[-1], "by hand")
+        if not self._move(target, replace(pointer, history=pointer.history[:-1], rolled_back=ended)):
             raise UserError(
                 f"registry: the live version of {target} moved meanwhile; look again, then repeat"
             )

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import (
     BotoCoreError,
@@ -17,6 +18,7 @@ from botocore.exceptions import (
     ReadTimeoutError,
     ResponseStreamingError,
 )
+from s3transfer.exceptions import S3DownloadFailedError
 
 from farm.checksum import bytes_sha256, file_sha256
 from farm.errors import UserError
@@ -43,6 +45,10 @@ _BROKEN_OFF = (IncompleteReadError, ReadTimeoutError, ResponseStreamingError)
 _PARTS = TransferConfig(
     multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, max_concurrency=PARALLEL_PARTS
 )
+
+
+class Broken(UserError):
+    """A transfer that ended before its object did."""
 
 
 class S3Store(ObjectStore):
@@ -145,8 +151,13 @@ class S3Store(ObjectStore):
     def _cached(self, key: str, etag: str) -> Path:
         def download(to: Path) -> CachedObject:
             head = self._head(key)
-            with self._explained(key):
-                self._client.download_file(self._bucket, self._prefix + key, str(to), Config=_PARTS)
+            try:
+                with self._explained(key):
+                    self._client.download_file(self._bucket, self._prefix + key, str(to), Config=_PARTS)
+            except Broken:
+                if _plain_etag(self._head(key)) != _plain_etag(head):
+                    return download(to)  # replaced while it was read
+                raise
             expected, found = head["Metadata"].get(SHA256), file_sha256(to)
             if expected is not None and found != expected:
                 if _plain_etag(self._head(key)) != _plain_etag(head):
@@ -209,6 +220,8 @@ class S3Store(ObjectStore):
             raise (NotFound(f"{self.uri}/{key}") if isinstance(said, Absent) else said) from None
         except BotoCoreError as error:
             raise unusable(error, self.uri, self._client) from None
+        except (Boto3Error, S3DownloadFailedError) as error:
+            raise Broken(f"{self.uri}/{key}: broke off ({type(error).__name__}); run again") from None
 
 
 def open_s3(uri: str) -> S3Store:

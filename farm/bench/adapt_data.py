@@ -14,7 +14,7 @@ from farm.artifacts import Artifacts
 from farm.bench.family import held_out
 from farm.config import Manifest, UserError
 from farm.data.features import Sample, local_shards, read_shards, shard_names, write_shard
-from farm.data.prompts import load_prompts, split_rows
+from farm.data.prompts import load_prompts, split_rows, without_held_out
 from farm.decode.regenerate import Recapture, prefill_rows
 from farm.decode.sampling import SamplingParams
 from farm.draft.checkpoint import (
@@ -121,8 +121,10 @@ def _regenerated(manifest: Manifest, spec: TargetSpec, published: Published) -> 
 def _prefilled(manifest: Manifest, spec: TargetSpec, target: LoadedTarget, folder: Path) -> tuple[str, ...]:
     """The data set's own answers to the same prompts, as the target would have seen them; empty where it has none."""
     found, settings = load_prompts(spec.prompts), manifest.evaluate
-    used, _ = split_rows(found.num_rows, manifest.regenerate.rows, settings.rows, settings.prompts)
-    prompts = [prompt for prompt in found.prompts if prompt.row in used and prompt.answer is not None]
+    used, rest = split_rows(found.num_rows, manifest.regenerate.rows, settings.rows, settings.prompts)
+    held_out = [prompt for prompt in found.prompts if prompt.row in rest][: settings.prompts]
+    answered = [prompt for prompt in found.prompts if prompt.row in used and prompt.answer is not None]
+    prompts, _ = without_held_out(answered, held_out)
     if not prompts:
         return ()
     artifacts = Artifacts(open_store(folder.as_uri()))

@@ -35,7 +35,7 @@ def list_versions(store: StorePath = ".farm/store") -> None:
         if pointer.canary is not None:
             marks[pointer.canary.version] = f" (canary, {pointer.canary.share:g})"
         if pointer.rolled_back is not None:
-            marks[pointer.rolled_back.version] = f" (canary rolled back: {pointer.rolled_back.reason})"
+            marks[pointer.rolled_back.version] = f" (rolled back: {pointer.rolled_back.reason})"
         versions = [
             f"[bold]{v.version}{marks[v.version]}[/bold]" if v.version in marks else v.version
             for v in registry.versions(name)

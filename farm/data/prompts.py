@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -39,7 +39,8 @@ class PromptSet:
 def load_prompts(source: str, rows: Rows | None = None) -> PromptSet:
     """Read the rows `rows` (a python slice; None: all) of a source.
 
-    A row is {"prompt": str} or {"messages": [{"role", "content"}, ...]}, with optional "id" and "answer".
+    A row is {"prompt": str} or {"messages": [{"role", "content"}, ...]}, with optional "id" and "answer". What the
+    assistant says at the end of messages is the answer, unless another is given.
     A row that cannot be read becomes a RowError. UserError if the source cannot be opened or no row of the
     range is usable. Blank lines of a .jsonl file are no rows.
     """
@@ -73,6 +74,20 @@ def load_prompts(source: str, rows: Rows | None = None) -> PromptSet:
     if not prompts:
         raise UserError(_nothing_usable(source, rows, len(records), errors))
     return PromptSet(source, digest.hexdigest(), tuple(prompts), tuple(errors), len(records), origins)
+
+
+def without_held_out(
+    prompts: Sequence[Prompt], held_out: Sequence[Prompt]
+) -> tuple[tuple[Prompt, ...], tuple[RowError, ...]]:
+    """The prompts that ask nothing of what is held out, and those that do: else a draft is measured on its training."""
+    asked = {_asks(prompt) for prompt in held_out}
+    kept = tuple(prompt for prompt in prompts if _asks(prompt) not in asked)
+    twice = (RowError(prompt.row, "is held out too") for prompt in prompts if _asks(prompt) in asked)
+    return kept, tuple(twice)
+
+
+def _asks(prompt: Prompt) -> tuple[tuple[str, str], ...]:
+    return tuple((turn["role"], turn["content"]) for turn in prompt.messages)
 
 
 def split_rows(
@@ -156,13 +171,30 @@ def _parse(row: int, record: Any, reason: str) -> Prompt | RowError:
         messages = [{"role": "user", "content": prompt}]
     elif not _is_conversation(messages):
         return RowError(row, "has no usable prompt or messages")
-    name = record.get("id")
-    return Prompt(
-        row=row,
-        id=str(row if name is None else name),
-        messages=tuple({"role": message["role"], "content": message["content"]} for message in messages),
-        answer=answer if isinstance(answer, str) else None,
-    )
+    asked, said = _asked([{"role": turn["role"], "content": turn["content"]} for turn in messages])
+    if not asked:
+        return RowError(row, "has no message but the assistant's")
+    name = str(row if (given := record.get("id")) is None else given)
+    answer = answer if isinstance(answer, str) else said
+    if not all(map(_is_text, (name, answer or "", *(text for turn in asked for text in turn.values())))):
+        return RowError(row, "has a lone surrogate, which is no text")
+    return Prompt(row=row, id=name, messages=tuple(asked), answer=answer)
+
+
+def _asked(turns: list[dict[str, str]]) -> tuple[list[dict[str, str]], str | None]:
+    """A conversation up to where the assistant is to answer, and its answer if it has one already."""
+    end = len(turns)
+    while end and turns[end - 1]["role"] == "assistant":
+        end -= 1
+    return turns[:end], turns[end]["content"] if end < len(turns) else None
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _origin(record: Mapping[str, Any], name: str) -> str:

@@ -122,7 +122,8 @@ class Drafting:
             rows = Rows(self._read[some], some.start, counts=counts)
             tokens_BT = self._tokens(sequences[some], rows.starts, counts)
             hidden_BTH = self._kept(rows, max(counts))
-            run_draft(*self._drafts.bind(load.targets[some]), tokens_BT, hidden_BTH, rows, self._cache)
+            bound = self._drafts.bind(load.targets[some], len(set(load.targets)) > 1)
+            run_draft(*bound, tokens_BT, hidden_BTH, rows, self._cache)
             self._read[some] = [read + count for read, count in zip(self._read[some], counts, strict=True)]
 
     def propose(

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from farm.target.model import TargetModel
 
 KEPT_STACKS = 4  # mixtures of experts whose weights stay stacked in memory
 KEPT_TRUNKS = 2  # trunks with one target's changes in them, for batches of that target alone
+KEPT_BATCHES = 2  # that of a round, and rows of it that catch up
 
 
 @dataclass(frozen=True)
@@ -72,22 +73,27 @@ class Drafts:
         self._stack = remembered(KEPT_STACKS, self._stack_anew)
         self._stack_deltas = remembered(KEPT_STACKS, self._stack_deltas_anew)
         self._changed = remembered(KEPT_TRUNKS, self._changed_anew)
-        self.bind = remembered(1, self._bind_anew)  # a batch stays the same for many rounds
+        self.bind = remembered(KEPT_BATCHES, self._bind_anew)  # a batch stays the same for many rounds
 
     @property
     def tables(self) -> tuple[Tensor, Tensor]:
         """cos and sin of every position that drafts know."""
         return self._trunk.tables
 
-    def _bind_anew(self, targets: tuple[str, ...]) -> Bound:
-        """The trunk with each row's expert, and each row's head."""
+    def _bind_anew(self, targets: tuple[str, ...], in_mixture: bool = False) -> Bound:
+        """The trunk with each row's expert, and each row's head.
+
+        Rows of one target have its changes put into the trunk, unless they are a part of a mixture: that pays in many
+        rounds, not in the one in which a row catches up.
+        """
         groups = self._routes.groups(targets)
         heads = tuple(self._head(group.forward) for group in groups)
         head = heads[0] if len(heads) == 1 else MixedHeads(heads, groups)
         drafts = [self._routes[name].draft for name in targets]
         experts = [self._spare if draft is None else draft.expert for draft in drafts]
         deltas = [None if draft is None else draft.delta for draft in drafts]
-        if len(set(experts)) == 1 and len(set(deltas)) == 1:
+        alike = len(set(experts)) == 1 and len(set(deltas)) == 1
+        if alike and not (in_mixture and deltas[0] is not None and self._trunk.alone is not None):
             (delta,) = set(deltas)
             trunk = self._trunk if delta is None else self._changed(delta)
             return LeanDraft(trunk, self._lean(experts[0])), head
@@ -135,7 +141,10 @@ class Drafts:
         return self._loras[id(delta)]
 
     def _changed_anew(self, delta: TrunkDelta) -> LeanTrunk:
-        return LeanTrunk.of(with_delta(self._trunk.trunk, delta))
+        view = with_delta(self._trunk.trunk, delta)
+        lean = LeanTrunk.of(view)
+        view.fused = None  # no way back: what is dropped is freed at once
+        return replace(lean, tables=self._trunk.tables)
 
     def _stack_deltas_anew(self, present: tuple[TrunkDelta, ...]) -> Lora:
         return stack_loras(list(map(self._lora, present)))

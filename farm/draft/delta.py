@@ -106,5 +106,5 @@ def another_trunk(trunk: Trunk) -> Trunk:
     """Another trunk over the same tensors, of which modules can be replaced; not fused yet."""
     view = copy.copy(trunk)
     view._modules = dict(trunk._modules)
-    view.fused, view._tables = None, None
+    view.fused = None
     return view

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from farm.config import Refused, UserError
 from farm.data.chat import encode_chat
 from farm.data.prompts import Prompt
+from farm.decode.regenerate import DRAFTED_LENGTH
 from farm.decode.sampling import SamplingParams
 from farm.draft.checkpoint import EXPERT_FILE, load_adapter, load_trunk
 from farm.draft.model import Draft
@@ -20,6 +23,8 @@ from farm.evaluate.gate import gain_interval, tau_of
 from farm.sections import Dtype, EvaluateSettings, TargetSpec
 from farm.store import local_copy
 from farm.target.load import LoadedTarget, load_model, open_target, placement
+
+LEAST_PROMPTS = 2  # for an interval of a gain
 
 
 @dataclass(frozen=True)
@@ -60,11 +65,18 @@ def evaluate_target(task: EvaluateTask) -> dict[str, Any]:
     """The measured fields of a report row (see records.TargetRow), lists over draft positions 1..k.
 
     tau at the first of `settings.temperatures` decides and stands at the top; temperature 1 is reported beside it.
+    Raises Refused when too few prompts leave room for an answer.
     """
     torch.set_num_threads(task.settings.threads or torch.get_num_threads())
     target = open_target(task.target, task.dtype)
     opened = OpenTrunk.of(local_copy(task.trunk_folder), target)
     prompts = encode_prompts(target, task.prompts, task.settings)
+    least = 1 if task.adapted is None else LEAST_PROMPTS
+    if len(prompts) < least:
+        raise Refused(
+            f"{task.target.name}: of {len(task.prompts)} held-out prompts {len(prompts)} leave room for "
+            f"evaluate.max_new_tokens {task.settings.max_new_tokens}, {least} are needed; lower it or add prompts"
+        )
     row: dict[str, Any] = {"name": task.target.name, "kind": "full" if task.target.lora is None else "lora"}
     drafts = {"base_draft": opened.draft(None)}
     if task.adapted is not None:
@@ -85,9 +97,13 @@ def evaluate_target(task: EvaluateTask) -> dict[str, Any]:
 def encode_prompts(
     target: LoadedTarget, prompts: Sequence[Prompt], settings: EvaluateSettings
 ) -> list[PromptIds]:
-    """Token ids of the prompts that leave room for an answer."""
-    ids = [tuple(encode_chat(target.tokenizer, prompt.messages, target.chat_template)) for prompt in prompts]
-    return [one for one in ids if len(one) + settings.max_new_tokens <= target.max_positions]
+    """Token ids of the prompts that the target's template takes and that leave room for an answer."""
+    room, found = min(target.max_positions, DRAFTED_LENGTH) - settings.max_new_tokens, list[PromptIds]()
+    for prompt in prompts:
+        with suppress(UserError):
+            ids = tuple(encode_chat(target.tokenizer, prompt.messages, target.chat_template))
+            found += [ids] if len(ids) <= room else []
+    return found
 
 
 def _tau(

@@ -13,7 +13,7 @@ from farm.artifacts import TRUNK as TRUNK
 from farm.artifacts import Artifacts, key_of
 from farm.config import Manifest, Refused, UserError, dump
 from farm.data.chat import read_template
-from farm.data.prompts import Prompt, PromptSet, load_prompts, split_rows
+from farm.data.prompts import Prompt, PromptSet, load_prompts, split_rows, without_held_out
 from farm.fleet.answers import ANSWERS, AnswersJob, answers_key, settings_key
 from farm.fleet.chosen import (
     SELECT,
@@ -143,8 +143,8 @@ def _plan_answers(manifest: Manifest, spec: TargetSpec, digest: str, found: Prom
         )
     except UserError as error:
         raise Refused(f"{found.source}: {error}") from error
-    prompts = tuple(prompt for prompt in found.prompts if prompt.row in used)
     kept = tuple(prompt for prompt in found.prompts if prompt.row in held_out)[: manifest.evaluate.prompts]
+    prompts, twice = without_held_out([prompt for prompt in found.prompts if prompt.row in used], kept)
     if not prompts or not kept:
         raise Refused(
             f"{found.source}: no usable row {'to adapt on' if not prompts else 'held out'}; repair its rows"
@@ -155,7 +155,9 @@ def _plan_answers(manifest: Manifest, spec: TargetSpec, digest: str, found: Prom
         "prompts": found.source,
         "prompts_digest": found.digest,
         "row_errors": [
-            {"row": error.row, "reason": error.reason} for error in found.errors if error.row in used
+            {"row": error.row, "reason": error.reason}
+            for error in (*found.errors, *twice)
+            if error.row in used
         ],
     }
     if not spec.prompts:

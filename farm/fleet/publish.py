@@ -61,7 +61,7 @@ def publish(
 ) -> Verdict:
     """Publish the adapter unless it is there, and promote it when the gate lets it pass."""
     version = _published(registry, target) or _publish(registry, artifacts, plan, target, evaluation, fit)
-    live = registry.live(target.name)
+    pointer, live = registry.pointer(target.name), registry.live(target.name)
     interval, least = evaluation.manifest["row"]["gain_interval"], plan.manifest.evaluate.min_gain
     if live is not None and live.version == version.version:
         return Verdict("promoted", f"live since it was promoted: gain above {least:g}", version.version)
@@ -71,7 +71,15 @@ def publish(
         return Verdict(
             "kept", f"lower bound of the gain in tau is {low}, not above {least:g}", version.version
         )
-    if registry.promote(target.name, version.version, live.version if live else None):
+    ended = pointer.rolled_back
+    if ended is not None and ended.version == version.version:
+        again = f"`farm registry promote {target.name} {version.version}` makes it live all the same"
+        return Verdict(
+            "kept", f"{version.version} was rolled back ({ended.reason}); {again}", version.version
+        )
+    opponent = opponent_of(registry, target.name, target.adapt_key, plan.trunk.key)
+    beaten = evaluation.manifest["opponent"] == (opponent.version if opponent else None)
+    if beaten and registry.promote(target.name, version.version, live.version if live else None):
         return Verdict(
             "promoted", f"gain in tau is above {interval[0]:.3f} with 95 % confidence", version.version
         )

@@ -91,8 +91,7 @@ class TargetForward:
         self.max_positions: int = config.max_position_embeddings
         placed = {name: value.detach().to(device) for name, value in weights.items()}
         self.embedding: Tensor = placed["model.embed_tokens.weight"].view(self.vocab_size, self.hidden_size)
-        tied = config.tie_word_embeddings or "lm_head.weight" not in placed
-        self.head_weight: Tensor = self.embedding if tied else placed["lm_head.weight"]
+        self.head_weight: Tensor = _head(placed, self.embedding, tied=config.tie_word_embeddings)
         self.head = Dense.of(self.head_weight)
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
         self.norm = RmsNorm.of(placed["model.norm.weight"], self.eps)
@@ -203,10 +202,23 @@ def _spread(x_MX: Tensor, real_M: Tensor | None, num_tokens: int) -> Tensor:
     return x_MX.new_zeros(num_tokens, x_MX.shape[1]).index_copy_(0, real_M, x_MX)
 
 
+def _head(placed: Mapping[str, Tensor], embedding_VH: Tensor, *, tied: bool) -> Tensor:
+    """The head [V, H]; a file that ties it and holds another one all the same means the other one.
+
+    Raises KeyError where it is neither tied nor there.
+    """
+    if tied and "lm_head.weight" not in placed:
+        return embedding_VH
+    head_VH = placed["lm_head.weight"]
+    return embedding_VH if tied and torch.equal(head_VH, embedding_VH) else head_VH
+
+
 def unsupported_reason(config: Any) -> str | None:
     """Why the lean forward would not compute this architecture exactly; None when it does."""
     if config.model_type not in SUPPORTED:
         return f"model_type {config.model_type!r} is not one of {', '.join(SUPPORTED)}"
+    if getattr(config, "quantization_config", None) is not None:
+        return "its weights are quantized: what the files hold is not what is computed with"
     if getattr(config, "use_sliding_window", False):
         return "sliding-window attention is not supported"
     rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")

@@ -20,7 +20,7 @@ from farm.sections import Dtype, TargetSpec
 from farm.store import local_copy
 from farm.target.forward import TargetForward, unsupported_reason
 from farm.target.model import TargetModel
-from farm.target.weights import read_weights
+from farm.target.weights import INVOCATION, read_weights
 
 WEIGHT_SUFFIXES = (".safetensors", ".gguf")
 ENDS = ("model.embed_tokens.weight", "lm_head.weight")
@@ -68,7 +68,7 @@ def load_target(spec: TargetSpec, *, dtype: str = "float32", device: str = "cpu"
         tokenizer = load_tokenizer(spec.model)
     except Refused:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise Refused(
             f"{spec.name}: {spec.model} cannot be loaded ({type(error).__name__}: {error})"
         ) from error
@@ -96,6 +96,7 @@ def _config_and_forward(spec: TargetSpec, dtype: torch.dtype, device: str) -> tu
         check_folder(spec.name, folder)
         if spec.lora is not None:
             check_folder(spec.name, local_copy(spec.lora), "adapter_config.json")
+            _check_always_on(spec.name, local_copy(spec.lora))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         lora = None if spec.lora is None else local_copy(spec.lora)
         weights = read_weights(folder, lora, dtype) if unsupported_reason(config) is None else None
@@ -107,6 +108,14 @@ def _config_and_forward(spec: TargetSpec, dtype: torch.dtype, device: str) -> tu
     from farm.target.reference import ReferenceForward
 
     return model.config, ReferenceForward(model.to(device))
+
+
+def _check_always_on(name: str, lora: Path) -> None:
+    """Raises Refused for an adapter that is off until certain tokens are said: nothing merged can be."""
+    if json.loads((lora / "adapter_config.json").read_text()).get(INVOCATION):
+        raise Refused(
+            f"{name}: {lora} is an activated LoRA ({INVOCATION}); train a plain one, or leave it out"
+        )
 
 
 def load_model(spec: TargetSpec, dtype: str = "float32") -> Any:
@@ -156,7 +165,8 @@ def load_embedding_and_head(spec: TargetSpec) -> tuple[Tensor, Tensor]:
     except (OSError, SafetensorError) as error:
         raise Refused(f"{spec.name}: {folder} cannot be read ({error}); copy the checkpoint again") from error
     embedding, head = (found.get(name) for name in ENDS)
-    if embedding is None:  # other architectures have other names for it
+    tied = json.loads((folder / "config.json").read_text()).get("tie_word_embeddings") is True
+    if embedding is None or (head is None and not tied):  # other architectures have other names for them
         return _ends(load_model(spec))
     return embedding, embedding if head is None else head
 
@@ -169,7 +179,12 @@ def _lora_leaves_ends(lora: str | None) -> bool:
     if lora is None:
         return True
     config = json.loads((local_copy(lora) / "adapter_config.json").read_text())
-    changed = [*(config.get("target_modules") or ["all-linear"]), *(config.get("modules_to_save") or ())]
+    targets = config.get("target_modules") or ["all-linear"]
+    if isinstance(targets, str) or config.get(
+        "trainable_token_indices"
+    ):  # a pattern, or rows of the embedding
+        return False
+    changed = [*targets, *(config.get("modules_to_save") or ())]
     return not any("embed" in name or "lm_head" in name or name == "all-linear" for name in changed)
 
 

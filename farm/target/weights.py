@@ -17,6 +17,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 LORA_PREFIX = "base_model.model."
+INVOCATION = "alora_invocation_tokens"  # of an adapter that is off until they are said
+# Ways to begin a LoRA that leave the base's weights as they are; others (PiSSA, OLoRA, LoftQ) take a part out of them.
+PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+UNUSUAL = (
+    "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias", "use_qalora",
+    "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "trainable_token_indices", INVOCATION,
+)  # fmt: skip
 
 
 def read_weights(folder: Path, lora: Path | None, dtype: torch.dtype) -> dict[str, Tensor] | None:
@@ -66,9 +73,9 @@ def read_factors(lora: Path) -> dict[str, LoraFactors] | None:
 
 def is_plain(config: Mapping[str, Any]) -> bool:
     """Whether a PEFT config says W + alpha / r B A and nothing else."""
-    unusual = ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias")
     return (
         config.get("peft_type") == "LORA"
         and config.get("bias", "none") == "none"
-        and not any(config.get(option) for option in unusual)
+        and config.get("init_lora_weights", True) in PLAIN_INITS
+        and not any(config.get(option) for option in UNUSUAL)
     )

@@ -1,4 +1,5 @@
 import hashlib
+import json
 import multiprocessing
 import sys
 import time
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farm.config import UserError
-from farm.registry import Canary, Registry
+from farm.registry import Canary, Registry, RolledBack
 from farm.store import CorruptObject, FileStore, open_store
 from tests.farm.killed import run_until
 
@@ -89,6 +90,38 @@ def test_rollback_returns_to_what_was_live_before_not_to_the_number_below(regist
     assert registry.promote("legal", "v3", "v1")
     assert registry.rollback("legal").version == "v1"
     assert registry.live("legal") == registry.versions("legal")[0]
+    with pytest.raises(UserError, match="no earlier live version"):
+        registry.rollback("legal")
+
+
+def test_promoting_what_is_live_keeps_what_is_rolled_back_to(registry):
+    for _ in range(2):
+        registry.publish("legal", {}, {})
+    assert registry.promote("legal", "v1", None)
+    assert registry.promote("legal", "v2", "v1")
+    assert registry.promote("legal", "v2", "v2")  # a script that is run twice
+    assert not registry.retire("legal", "v1")
+    assert registry.rollback("legal").version == "v1"
+
+
+def test_what_was_rolled_back_is_marked_until_somebody_promotes_it(registry):
+    for _ in range(3):
+        registry.publish("legal", {}, {})
+    assert registry.promote("legal", "v1", None)
+    assert registry.promote("legal", "v2", "v1")
+    registry.rollback("legal")
+    assert registry.pointer("legal").rolled_back == RolledBack("v2", "by hand")
+    assert registry.promote("legal", "v3", "v1")
+    assert registry.pointer("legal").rolled_back == RolledBack("v2", "by hand")
+    assert registry.promote("legal", "v2", "v3")
+    assert registry.pointer("legal").rolled_back is None
+
+
+def test_a_retired_version_is_not_rolled_back_to(registry):
+    for _ in range(2):
+        registry.publish("legal", {}, {})
+    pointer = {"version": "v2", "history": ["v1", "v2"], "retired": ["v1"]}
+    registry.store.put("registry/legal/live.json", json.dumps(pointer).encode())
     with pytest.raises(UserError, match="no earlier live version"):
         registry.rollback("legal")
 
@@ -243,7 +276,8 @@ class Model:
         broken = ""
         if name == "promote":
             broken = f"promoted over {live}, expected {expected}" if live != expected else ""
-            self.history = (*self.history, version)
+            if live != version:
+                self.history = (*self.history, version)
         elif name == "start":
             if live == version:
                 broken = f"live {version} became its own canary"

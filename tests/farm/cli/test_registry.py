@@ -46,7 +46,7 @@ def test_versions_are_listed_promoted_and_rolled_back(store):
     run("canary", "math", "v2", "--share", "0.25", "--store", store)
     assert "v1 (live), v2 (canary, 0.25)" in run("list", "--store", store)
     Registry(open_store(store)).end_canary("math", "v2", "worse")
-    assert "v1 (live), v2 (canary rolled back: worse)" in run("list", "--store", store)
+    assert "v1 (live), v2 (rolled back: worse)" in run("list", "--store", store)
     run("canary", "math", "v2", "--share", "0.5", "--store", store)
     run("canary", "math", "v2", "--end", "--store", store)
     assert "v1 (live), v2\n" in run("list", "--store", store)

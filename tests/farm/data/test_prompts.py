@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farm.config import UserError
-from farm.data.prompts import RowError, load_prompts, split_rows
+from farm.data.prompts import RowError, load_prompts, split_rows, without_held_out
 
 ROWS = [{"id": f"r{n}", "prompt": f"question {n}", "answer": f"answer {n}"} for n in range(6)]
 
@@ -50,6 +50,37 @@ def test_a_file_without_a_usable_prompt_is_refused_with_its_name(tmp_path, conte
 def test_a_range_without_rows_is_refused(source):
     with pytest.raises(UserError, match="select none of its 6 prompts"):
         load_prompts(source, (6, None))
+
+
+def test_an_answer_at_the_end_of_a_conversation_is_its_answer_and_no_part_of_the_prompt(tmp_path):
+    """Else a target would be asked to go on after it has answered."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    more = [*turns, {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]
+    rows = [{"messages": turns}, {"messages": more, "answer": "given"}, {"messages": turns[1:]}]
+    loaded = load_prompts(lines(tmp_path / "p.jsonl", *map(json.dumps, rows)))
+    assert [[turn["content"] for turn in prompt.messages] for prompt in loaded.prompts] == [
+        ["a"],
+        ["a", "b", "c"],
+    ]
+    assert [prompt.answer for prompt in loaded.prompts] == ["b", "given"]
+    assert loaded.errors == (RowError(2, "has no message but the assistant's"),)
+
+
+@pytest.mark.parametrize("field", ["id", "prompt", "answer"])
+def test_a_cut_emoji_is_a_row_error_and_fails_no_target_later(tmp_path, field):
+    row = {"id": "x", "prompt": "a", "answer": "b"} | {field: "cut \ud83d"}
+    loaded = load_prompts(lines(tmp_path / "p.jsonl", json.dumps(row), '{"prompt": "whole \\ud83d\\ude00"}'))
+    assert [error.row for error in loaded.errors] == [0]
+    assert [prompt.messages[0]["content"] for prompt in loaded.prompts] == ["whole \U0001f600"]
+
+
+def test_a_prompt_that_is_held_out_too_is_not_trained_on(tmp_path):
+    texts = ["same", "other", "same"]
+    source = lines(tmp_path / "p.jsonl", *(json.dumps({"prompt": text}) for text in texts))
+    first, second, last = load_prompts(source).prompts
+    kept, twice = without_held_out([first, second], [last])
+    assert kept == (second,)
+    assert twice == (RowError(0, "is held out too"),)
 
 
 def test_a_line_separator_inside_a_prompt_does_not_split_it(tmp_path):

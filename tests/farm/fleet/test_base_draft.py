@@ -37,6 +37,7 @@ def tokens_of(artifacts: Artifacts, job: AnswersJob) -> list[dict[str, object]]:
     return [row for path in paths for row in pq.read_table(path).to_pylist()]
 
 
+@pytest.mark.slow
 def test_answers_are_the_same_with_the_base_draft_which_comes_from_the_object_store(
     ray_cluster: object, family: Family, tmp_path: Path
 ) -> None:

@@ -19,6 +19,7 @@ FEATURE_BYTES = 2 * 64  # of a token
 BUDGET = 300_000  # of a target; its features take about 700,000
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_features_beyond_the_budget_are_held_nowhere(
     ray_cluster: object, family: Family, store: Path, monkeypatch: pytest.MonkeyPatch

@@ -83,6 +83,7 @@ def test_a_report_has_what_a_reader_decides_by(farmed: Farmed) -> None:
     assert farmed.report.curves["alpha"]
 
 
+@pytest.mark.slow
 def test_a_selection_is_kept_and_only_what_it_chose_is_adapted_on(farmed: Farmed, tmp_path: Path) -> None:
     copy = tmp_path / "store"
     shutil.copytree(farmed.store, copy)
@@ -163,6 +164,7 @@ def count_remote_work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return started
 
 
+@pytest.mark.slow
 def test_a_killed_worker_and_a_killed_driver_are_failed_rows_and_the_others_go_on(
     farmed: Farmed,
 ) -> None:

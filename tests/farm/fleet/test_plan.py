@@ -49,6 +49,17 @@ def test_held_out_rows_are_neither_adapted_on_nor_seen_by_the_trunk(tmp_path: Pa
     assert not {"a 16", "b 19"} & set(texts)
 
 
+def test_a_prompt_that_a_held_out_row_repeats_is_counted_and_not_adapted_on(tmp_path: Path) -> None:
+    manifest = _manifest(tmp_path, "a")
+    file = tmp_path / "a.jsonl"
+    rows = file.read_text().splitlines()
+    rows[3] = rows[18]
+    file.write_text("\n".join(rows) + "\n")
+    (target,) = _plan(tmp_path, manifest).targets
+    assert {p.row for p in target.answers.prompts} == set(range(16)) - {3}
+    assert target.answers.source["row_errors"] == [{"row": 3, "reason": "is held out too"}]
+
+
 def test_prompts_of_the_trunk_are_split_too(tmp_path: Path) -> None:
     manifest = _manifest(tmp_path, "a", "general")
     own = {"prompts": str(tmp_path / "general.jsonl")}

@@ -25,6 +25,7 @@ def _run(family: Family, store: Path, *names: str) -> Run:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_trunk_is_trained_once_and_serves_targets_that_are_added_later(
     ray_cluster: object, family: Family, store: Path

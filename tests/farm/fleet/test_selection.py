@@ -38,6 +38,7 @@ def run_of(manifest: Manifest) -> tuple[Run, list[str]]:
     return Run("r1", plan, artifacts.store, said.append, Attempts(0, 0)), said
 
 
+@pytest.mark.slow
 def test_only_chosen_prompts_are_answered_and_all_of_those_answers_are_adapted_on(
     ray_cluster: object, family: Family, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

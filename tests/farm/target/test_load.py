@@ -1,10 +1,12 @@
 """What cannot serve as a target is refused alone and by name; a LoRA is merged; a digest follows the files."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from farm.config import Refused
 from farm.layers.cache import Rows
@@ -19,6 +21,7 @@ from farm.target.load import (
     resolve_dtype,
     target_digest,
 )
+from farm.target.weights import is_plain
 from tests.farm.models import tiny_model
 
 
@@ -87,6 +90,72 @@ def test_a_lora_on_the_head_is_part_of_the_head(tmp_path: Path, tokenizer: objec
     model.save_pretrained(tmp_path / "lora")
     _, head = load_embedding_and_head(base.model_copy(update={"lora": str(tmp_path / "lora")}))
     assert not torch.allclose(head, load_embedding_and_head(base)[1])
+
+
+def test_a_head_that_is_missing_though_nothing_ties_it_is_refused(tmp_path: Path, tokenizer: object) -> None:
+    """The shard that held it was not copied: the embedding in its place would say something, and nothing true."""
+    spec = checkpoint(tmp_path / "base", tokenizer)
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["lm_head.weight"]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(Refused, match="base: .*lm_head"):
+        load_target(spec)
+
+
+def test_a_head_beside_a_tied_embedding_is_the_head_where_it_differs(
+    tmp_path: Path, tokenizer: object
+) -> None:
+    spec = checkpoint(tmp_path / "base", tokenizer, tie_word_embeddings=True)
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1.0
+    save_file(tensors, file, {"format": "pt"})
+    assert torch.equal(load_target(spec).forward.head_weight, tensors["lm_head.weight"])
+    assert torch.equal(load_embedding_and_head(spec)[1], tensors["lm_head.weight"])
+
+
+def test_weights_that_are_quantized_are_read_by_who_knows_how(
+    tmp_path: Path, tokenizer: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the files hold lacks its scales: cast as it is, it would decode noise."""
+    spec = checkpoint(tmp_path / "base", tokenizer)
+    file = tmp_path / "base" / "config.json"
+    quantized = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": quantized}))
+    monkeypatch.setattr("farm.target.load.read_weights", None)
+    load_target(spec)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"init_lora_weights": "pissa"}, {"init_lora_weights": "loftq"}, {"trainable_token_indices": [3]}],
+)
+def test_a_lora_that_is_more_than_a_sum_is_left_to_peft(fields: dict[str, object]) -> None:
+    assert is_plain({"peft_type": "LORA", "r": 4, "lora_alpha": 4})
+    assert not is_plain({"peft_type": "LORA", "r": 4, "lora_alpha": 4, **fields})
+
+
+def test_a_lora_that_waits_for_its_invocation_is_refused(tmp_path: Path, tokenizer: object) -> None:
+    base = checkpoint(tmp_path / "base", tokenizer)
+    config = LoraConfig(r=4, target_modules=["q_proj"], alora_invocation_tokens=[1, 2])
+    get_peft_model(tiny_model(vocab=1024), config).save_pretrained(tmp_path / "lora")
+    with pytest.raises(Refused, match="activated LoRA"):
+        load_target(base.model_copy(update={"lora": str(tmp_path / "lora")}))
+
+
+def test_a_pattern_of_modules_may_name_the_head(tmp_path: Path, tokenizer: object) -> None:
+    base = checkpoint(tmp_path / "base", tokenizer)
+    model = get_peft_model(
+        tiny_model(vocab=1024),
+        LoraConfig(r=4, target_modules=r".*\.q_proj|.*lm_head", ensure_weight_tying=False),
+    )
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(tmp_path / "lora")
+    spec = base.model_copy(update={"lora": str(tmp_path / "lora")})
+    assert not torch.equal(load_embedding_and_head(spec)[1], load_embedding_and_head(base)[1])
 
 
 def test_a_missing_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
