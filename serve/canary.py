@@ -1,7 +1,8 @@
 """Which requests a canary gets, and whether it is worse than the live version: an anytime-valid test.
 
 Unit: one finished request and its tau, emitted tokens / verification rounds, in [1, k + 1]. Rounds of one request are
-correlated, so they are not counted one by one. Requests are assigned by a hash of their id: given the requests of a
+correlated, so they are not counted one by one; nor are the choices of one that asks for several (`n`): the first alone
+stands for it, and no request is in two blocks. Requests are assigned by a hash of their id: given the requests of a
 block, in whatever order and from whomever they came, which of them went to the canary is chance. What is assumed: that
 assignment does not change which requests come, nor which of them finish.
 

@@ -68,6 +68,13 @@ class Caller:
             return ErrorBody(status=400, message=message, param="max_tokens", code="invalid_value")
         return asked or _least(default, self.max_new_tokens)
 
+    def too_many_choices(self, asked: int) -> ErrorBody | None:
+        """What is wrong with an `n` above `max_concurrent`: a choice takes a slot as a request does. None: nothing."""
+        if asked <= (self.max_concurrent or asked):
+            return None
+        message = f"n: {asked} is more than the {self.max_concurrent} that this key may have open"
+        return ErrorBody(status=400, message=message, param="n", code="invalid_value")
+
 
 def _least(*limits: int | None) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
@@ -76,9 +83,11 @@ def _least(*limits: int | None) -> int | None:
 class Guard:
     """The checks of one gateway replica, and its open requests."""
 
-    def __init__(self, settings: ServeSettings) -> None:
-        """UserError when there is a file of keys that cannot be read."""
-        self._settings = settings
+    def __init__(
+        self, settings: ServeSettings, refused: Callable[[int], None] = lambda _status: None
+    ) -> None:
+        """`refused` is told the status of each refusal. UserError when there is a file of keys that cannot be read."""
+        self._settings, self._refused = settings, refused
         self._ring = None if settings.keys is None else KeyRing(Path(settings.keys))
         self._open: Counter[str | None] = Counter()
         self.is_draining = False
@@ -108,25 +117,29 @@ class Guard:
         headers, answers = Headers(scope=scope), scope["method"] == "POST"
         if not SANE_ID.fullmatch(headers.get(REQUEST_ID, "none")):
             message = f"{REQUEST_ID}: has to be 1 to 128 letters, digits or any of ._:/+=@-"
-            await refuse(ErrorBody(status=400, message=message, param=REQUEST_ID))(scope, receive, send)
+            await self._refuse(ErrorBody(status=400, message=message, param=REQUEST_ID))(scope, receive, send)
             return
         if not scope["path"].removeprefix(scope.get("root_path", "")).startswith(PROTECTED):
             await app(scope, receive, send)
             return
         caller = self._admit(headers.get("authorization"), answers=answers)
         if isinstance(caller, ErrorBody):
-            await refuse(caller)(scope, receive, send)
+            await self._refuse(caller)(scope, receive, send)
             return
         scope.setdefault("state", {})["caller"] = caller
         self._open[caller.name] += answers
         try:
             again = await bounded(scope, receive, self._settings.max_body_bytes)
             if isinstance(again, ErrorBody):
-                await refuse(again)(scope, receive, send)
+                await self._refuse(again)(scope, receive, send)
             else:
                 await app(scope, again, send)
         finally:
             self._open[caller.name] -= answers
+
+    def _refuse(self, error: ErrorBody) -> Response:
+        self._refused(error.status)
+        return refuse(error)
 
     def _admit(self, authorization: str | None, *, answers: bool) -> Caller | ErrorBody:
         if answers and self.is_draining:

@@ -29,6 +29,7 @@ from farm.sections import ServeSettings
 from serve import pages
 from serve.answers import ChatStyle, Head, Style, TextStyle, body, events, whole
 from serve.guard import Caller, Guard, Guarded, caller_of, refuse
+from serve.listing import Listing
 from serve.metrics import exposition
 from serve.records import Ask, Hosted, Item, ask_of, named
 from serve.request_log import request_meter
@@ -44,8 +45,7 @@ from serve.schemas import (
 )
 
 QUIET = {"enable_access_log": False}  # Serve's own line a request; serve.metrics writes a better one
-LIST_FRESH_S = 2.0  # how long the list of hosted targets is believed
-LIST_WAIT_S = 5.0
+METRICS_WAIT_S = 5.0
 STARTED = int(time.time())
 log = logging.getLogger("ray.serve")
 api = FastAPI(
@@ -138,6 +138,12 @@ def _card(hosted: Hosted) -> Model:
     return Model.model_validate({**fields, "version": hosted.version, "canary": canary})
 
 
+def _counted(error: ErrorBody) -> Response:
+    """The refusal of a request that goes to no engine, which nothing else counts."""
+    request_meter().refused(error.status)
+    return refuse(error)
+
+
 def _json(answer: BaseModel | dict[str, Any]) -> Response:
     content = body(answer) if isinstance(answer, BaseModel) else json.dumps(answer).encode()
     return Response(content, media_type="application/json")
@@ -155,9 +161,8 @@ class Gateway:
         self, hosts: dict[str, DeploymentHandle[Any]], group_of: dict[str, str], settings: ServeSettings
     ) -> None:
         self._hosts, self._group_of = hosts, group_of
-        self.guard = Guard(settings)
-        self._listed: dict[str, list[Hosted]] = {}
-        self._listed_at = -LIST_FRESH_S
+        self.guard = Guard(settings, request_meter().refused)
+        self._listing = Listing(hosts)
 
     @api.get("/v1/models", responses={200: {"model": ModelList}, **REFUSALS})
     async def models(self, http: Request) -> Response:
@@ -206,16 +211,16 @@ class Gateway:
 
     async def _answer(self, request: ChatRequest | TextRequest, style: Style, caller: Caller) -> Response:
         if request.num_chars > MAX_PROMPT_CHARS:
-            request_meter().refused(413)
-            return refuse(too_large(request.num_chars))
+            return _counted(too_large(request.num_chars))
         most = caller.new_tokens(request.asked_tokens, request.max_new_tokens)
         if isinstance(most, ErrorBody):
-            request_meter().refused(most.status)
-            return refuse(most)
+            return _counted(most)
+        too_many = caller.too_many_choices(request.n)
+        if too_many is not None:
+            return _counted(too_many)
         ask = ask_of(request, most, caller.max_prompt_tokens)
         if not caller.may_use(ask.target):
-            request_meter().refused(404)
-            return refuse(unknown_model(request.model))
+            return _counted(unknown_model(request.model))
         items = request_meter().watch(ask, self._items(ask))
         head = Head.of(ask.id, request.model, ask.target, tells_rounds=ask.include_rounds)
         first = await anext(items)
@@ -253,26 +258,15 @@ class Gateway:
         """What each replica of a group has counted; those that do not answer are left out."""
         asked = self._hosts[group].broadcast("metrics")
         try:
-            found = await asked.results_async(timeout_s=LIST_WAIT_S, return_exceptions=True)
+            found = await asked.results_async(timeout_s=METRICS_WAIT_S, return_exceptions=True)
         except (TimeoutError, RayError, RayServeException) as error:
             log.warning("metrics: no replica of %s answers: %s", group, error)
             return []
         return [replica for replica in found if not isinstance(replica, BaseException)]
 
     async def _hosted(self) -> list[Hosted]:
-        """The engines that take new requests; those of a group are older when no replica of it says which."""
-        if time.monotonic() - self._listed_at >= LIST_FRESH_S:
-            listed = await asyncio.gather(*(self._hosted_by(name) for name in self._hosts))
-            self._listed = dict(zip(self._hosts, listed, strict=True))
-            self._listed_at = time.monotonic()
-        if not any(self._listed.values()):
+        """The engines that take new requests. HTTPException while none is known."""
+        hosted = await self._listing.current()
+        if not hosted:
             raise HTTPException(503, "no engine host answers")
-        return sorted(itertools.chain.from_iterable(self._listed.values()), key=lambda one: one.target)
-
-    async def _hosted_by(self, group: str) -> list[Hosted]:
-        try:
-            hosted = await asyncio.wait_for(self._hosts[group].hosted.remote(), LIST_WAIT_S)
-        except (TimeoutError, RayError, RayServeException) as error:
-            log.warning("%s does not say what it hosts: %s", group, error)
-            return self._listed.get(group, [])
-        return [engine for engine in hosted if engine.is_current]
+        return hosted

@@ -15,6 +15,7 @@ from farm.decode.logprobs import TokenLogprob
 from farm.decode.stats import DecodeStats
 from serve.canary import WorseTest, takes
 
+FIRST_CHOICE = "0"  # behind the slash of a choice's id, which begins with its request's
 UNDRAFTED = 0.9  # share of a request's rounds from which on it counts as decoded plainly
 log = logging.getLogger("ray.serve")
 T = TypeVar("T")
@@ -113,9 +114,12 @@ class EngineLoop:
         self._commands.put(partial(self._cancel, request_id))
 
     def inspect(self, look: Callable[[list[Lane], Mapping[str, Lane]], T]) -> "Future[T]":
-        """What `look` says of all lanes and of the ones that take new requests, called between two steps."""
+        """What `look` says of all lanes and of the ones that take new requests, called between two steps.
+
+        What it raises is raised by the future. One that is cancelled before is not looked for.
+        """
         answer: Future[T] = Future()
-        self._command(lambda: answer.set_result(look(self._lanes, self._current)))
+        self._command(lambda: _settle(answer, lambda: look(self._lanes, self._current)))
         return answer
 
     def stop(self, wait_s: float = 0.0) -> None:
@@ -251,15 +255,19 @@ class EngineLoop:
     def _choose(
         self, target: str, request_id: str, version: str | None
     ) -> tuple[Lane | None, WorseTest | None]:
-        """The lane of a new request, and the test that it counts for if chance decided between two lanes."""
+        """The lane of a new request, and the test that it counts for if chance decided between two lanes.
+
+        Of a request's choices only the first counts: they are of one prompt, and chance decided for all at once.
+        """
         current, canary = self._current[target], self._canary.get(target)
         if version is not None:
             taking = (lane for lane in (current, canary) if lane is not None and lane.version == version)
             return next(taking, None), None
         if canary is None:
             return current, None
-        asked = request_id.partition("/")[0]  # all choices of a request go the same way
-        return canary if takes(canary.route, canary.share, asked) else current, canary.test
+        asked, _, choice = request_id.partition("/")  # all choices of a request go the same way
+        lane = canary if takes(canary.route, canary.share, asked) else current
+        return lane, canary.test if choice in ("", FIRST_CHOICE) else None
 
     def _cancel(self, request_id: str) -> None:
         admitted = self._admitted.pop(request_id, None)
@@ -285,6 +293,16 @@ class EngineLoop:
 
     def _end(self) -> None:
         self._stopping = True
+
+
+def _settle(answer: "Future[T]", look: Callable[[], T]) -> None:
+    """Gives the future what `look` returns or raises; nothing where it was cancelled, as by a client that left."""
+    if not answer.set_running_or_notify_cancel():
+        return
+    try:
+        answer.set_result(look())
+    except Exception as error:  # noqa: BLE001 - who asked gets it; the engines are as they were
+        answer.set_exception(error)
 
 
 def _stop_token(completion: Completion | None) -> int | None:

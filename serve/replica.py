@@ -1,6 +1,7 @@
 """The engine host: a replica that holds the trunk once and decodes for every target of the family."""
 
 import asyncio
+import logging
 import os
 import secrets
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
@@ -32,6 +33,7 @@ from serve.spelling import Spelling
 
 EXPORT_S = 2.0
 PLAIN_AFTER = 8  # requests in a row that were decoded plainly
+log = logging.getLogger("ray.serve")
 
 
 @serve.deployment(
@@ -123,7 +125,10 @@ class EngineHost:
         """For Ray's exporter, which nobody asks through here."""
         while True:
             await asyncio.sleep(EXPORT_S)
-            await self.metrics()
+            try:
+                await self.metrics()
+            except Exception:
+                log.exception("nothing was exported in this round")
 
     def _read_meter(self, lanes: list[Lane], current: Mapping[str, Lane]) -> None:  # noqa: ARG002 - inspect gives both
         self._meter.read(lanes)

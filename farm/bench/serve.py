@@ -92,7 +92,7 @@ def bench_url(manifest: Manifest, endpoint: Endpoint, load: Load, say: Say) -> d
 
 def with_engine(manifest: Manifest, load: Load, record: dict[str, Any], say: Say) -> dict[str, Any]:
     """The engine's own speed under the same requests, slots and threads, and the endpoint's share of it."""
-    subjects, threads = Subjects.of(manifest), replica_threads()
+    subjects, threads = Subjects.of(manifest), replica_threads(manifest.resources.serve.num_cpus)
     say("the same engine in this process")
     alone = engine_speed(
         manifest, subjects.specs, subjects.in_turn(),
@@ -107,10 +107,10 @@ def with_engine(manifest: Manifest, load: Load, record: dict[str, Any], say: Say
     }
 
 
-def replica_threads() -> int:
-    """Torch threads of a replica: OMP_NUM_THREADS, which Ray sets to a replica's one CPU where it is not set."""
-    given = os.environ.get("OMP_NUM_THREADS", "1")
-    return int(given) if given.isdigit() and int(given) > 0 else 1
+def replica_threads(num_cpus: float) -> int:
+    """Torch threads of a replica: OMP_NUM_THREADS, which Ray sets to the replica's whole CPUs where it is not set."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdigit() and int(given) > 0 else max(1, int(num_cpus))
 
 
 async def _bench(endpoint: Endpoint, subjects: Subjects, load: Load, say: Say) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pydantic import ValidationError
 
 from farm.evaluate.records import Report, TargetRow
-from farm.evaluate.triage import Cost, Past, Tier
+from farm.evaluate.triage import TRAINING_SHARE, Cost, Past, Tier
 from farm.store import NotFound, ObjectStore
 
 # What triage offers for a tier of `adapt.tier`; those that are not named are experts, with or without low-rank changes.
@@ -36,15 +36,16 @@ def read_history(store: ObjectStore) -> tuple[Past, ...]:
 
 
 def typical_cost(history: Sequence[Past], kind: str, rows: int) -> Cost | None:
-    """Seconds that adapting `rows` answers took in the median of past runs, those on this kind of target if any."""
+    """Seconds that adapting `rows` answers took in the median of past runs, those on this kind of target if any.
+
+    Training seconds are an expert's, as `Cost` has them: another tier's are brought to that by its share.
+    """
     known = [past for past in history if past.rows]
     known = [past for past in known if past.kind == kind] or known
     if not known:
         return None
-    answers, training = (
-        statistics.median(getattr(past, field) / past.rows for past in known)
-        for field in ("answers_s", "training_s")
-    )
+    answers = statistics.median(past.answers_s / past.rows for past in known)
+    training = statistics.median(past.training_s / TRAINING_SHARE[past.tier] / past.rows for past in known)
     return Cost(answers * rows, training * rows)
 
 

@@ -20,8 +20,8 @@ from farm.target.load import check_family, load_target, open_target
 class TauOfBaseDraft:
     """tau of the base's draft on one target, greedy; lists over draft positions 1..k, intervals are 95 % over prompts.
 
-    `alpha` is the share of the reached drafted tokens that was accepted. Seconds are those of the machine, prefills
-    included: a batch's seconds over all its tokens or rounds. None where they were not asked for.
+    `alpha` is the share of the reached drafted tokens that was accepted. Seconds are those of the machine: a batch's
+    over all its tokens or rounds. None where they were not asked for.
     """
 
     tau: float
@@ -29,8 +29,9 @@ class TauOfBaseDraft:
     alpha: float | None  # None where nothing was drafted
     tau_interval: tuple[float, float] | None  # None for a single prompt
     alpha_interval: tuple[float, float] | None
-    plain_s: float | None = None  # a token without speculation
+    plain_s: float | None = None  # a token without speculation, after the prefill
     round_s: float | None = None  # a round
+    prefill_s: float | None = None  # of the prompts, the draft's reading among it, by token of their answers
 
 
 def check_target(base: TargetSpec, target: TargetSpec) -> None:
@@ -68,8 +69,9 @@ def probe(
     plain = measure_tau(loaded, None, ids, params, k=0, num_slots=timed_slots)
     return replace(
         _summary(result),
-        plain_s=plain.seconds / max(1, plain.stats.emitted),
-        round_s=result.seconds / max(1, result.stats.rounds),
+        plain_s=plain.decode_s / max(1, plain.stats.emitted),
+        round_s=result.decode_s / max(1, result.stats.rounds),
+        prefill_s=result.prefill_s / max(1, result.stats.emitted),
     )
 
 

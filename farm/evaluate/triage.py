@@ -1,12 +1,13 @@
 """Does adapting a target pay, in which tier, and after how many served tokens? Arithmetic only: no torch, no model.
 
-    seconds a token now       s0 = min(plain, round / tau)
-    after an adaptation       s1 = min(plain, round / tau'),  tau' = tau + r (tau_base - tau)
+    seconds a token now       s0 = prefill + min(plain, round / tau)
+    after an adaptation       s1 = prefill + min(plain, round / tau'),  tau' = tau + r (tau_base - tau)
     paid after                n  = adaptation seconds / (s0 - s1) served tokens
 
-`r` is the share of the lost tau that a tier wins back. It starts as a guess that counts as GUESS_WEIGHT targets and is
-averaged with what past runs of the store have measured on targets of the same kind. A tier that was never measured is
-not preferred to one that was: its guess alone would decide.
+`prefill` is the seconds of the prompts by token of their answers: no draft shortens them. `r` is the share of the lost
+tau that a tier wins back. It starts as a guess that counts as GUESS_WEIGHT targets and is averaged with what past runs
+of the store have measured on targets of the same kind. A tier that was never measured is not preferred to one that was:
+its guess alone would decide.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from farm.config import OWN_DRAFT
 
@@ -62,17 +63,35 @@ class Seen:
     """What is known of a target as it is served now; seconds are those of the machine, at one batch size."""
 
     tau: float
-    plain_s: float | None = None  # a token without speculation; None: not measured
+    plain_s: float | None = None  # a token without speculation, after the prefill; None: not measured
     round_s: float | None = None  # a round with the draft
     tau_interval: Interval | None = None  # 95 %
     alpha: float | None = None  # accepted / reached drafted tokens
     alpha_interval: Interval | None = None
+    prefill_s: float = 0.0  # of prompts, a served token; 0: not known, the other two may have it in them
+
+    @classmethod
+    def of_probe(cls, known: Mapping[str, Any]) -> Seen:
+        """From what a probe has kept. Older ones do not tell prefills apart from decoding."""
+
+        def interval(name: str) -> Interval | None:
+            return None if known[name] is None else (known[name][0], known[name][1])
+
+        return cls(
+            tau=known["tau"],
+            plain_s=known["plain_s"],
+            round_s=known["round_s"],
+            tau_interval=interval("tau_interval"),
+            alpha=known["alpha"],
+            alpha_interval=interval("alpha_interval"),
+            prefill_s=known.get("prefill_s") or 0.0,
+        )
 
     def token_s(self, tau: float) -> float:
         """Seconds a served token at a tau; decoding falls back to plain where that is faster. nan if not measured."""
         if self.plain_s is None or self.round_s is None:
             return math.nan
-        return min(self.plain_s, self.round_s / tau)
+        return self.prefill_s + min(self.plain_s, self.round_s / tau)
 
 
 @dataclass(frozen=True)

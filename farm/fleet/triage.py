@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from farm.artifacts import Artifact, Artifacts
 from farm.config import Manifest, Refused, UserError
@@ -168,19 +167,7 @@ def _trunk_folder(plan: Plan, artifacts: Artifacts) -> Path:
 
 
 def _seen(probe: Artifact) -> Seen:
-    known: dict[str, Any] = probe.manifest
-
-    def interval(name: str) -> tuple[float, float] | None:
-        return None if known[name] is None else (known[name][0], known[name][1])
-
-    return Seen(
-        tau=known["tau"],
-        plain_s=known["plain_s"],
-        round_s=known["round_s"],
-        tau_interval=interval("tau_interval"),
-        alpha=known["alpha"],
-        alpha_interval=interval("alpha_interval"),
-    )
+    return Seen.of_probe(probe.manifest)
 
 
 def _verdict(

@@ -99,6 +99,33 @@ def test_a_limit_of_tokens_is_a_refusal_when_asked_for_and_a_default_when_not() 
     assert Caller(None, None, None, None, None).new_tokens(None, 16) == 16
 
 
+def test_more_choices_than_a_key_may_have_open_are_refused_by_name() -> None:
+    caller = Caller("one", None, None, None, 2)
+    refused = caller.too_many_choices(3)
+    assert isinstance(refused, ErrorBody)
+    assert (refused.status, refused.param) == (400, "n")
+    assert caller.too_many_choices(2) is None
+    assert Caller("all", None, None, None, None).too_many_choices(8) is None
+
+
+def test_every_refusal_is_told_to_whoever_counts(keys: dict[str, str]) -> None:
+    statuses: list[int] = []
+    guard = Guard(ServeSettings(keys=keys["path"], max_body_bytes=10), statuses.append)
+
+    async def together() -> None:
+        async with client(guard) as one:
+            waits = (one.post("/v1/who", content=b"wait", headers=bearer(keys["one"])) for _ in range(2))
+            await asyncio.gather(*waits)
+
+    asyncio.run(together())
+    ask(guard)
+    ask(guard, content=b"x" * 11, headers=bearer(keys["all"]))
+    ask(guard, headers={"X-Request-ID": "a b"})
+    guard.is_draining = True
+    ask(guard, headers=bearer(keys["all"]))
+    assert statuses == [429, 401, 413, 400, 503]
+
+
 def test_a_key_is_asked_for_below_a_route_prefix_too(keys: dict[str, str]) -> None:
     guard = Guard(ServeSettings(keys=keys["path"]))
     answers = Starlette(routes=[Route("/v1/who", who)])

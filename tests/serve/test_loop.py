@@ -1,6 +1,7 @@
 """The engine thread: targets advance together, versions change under load, nobody waits for ever."""
 
 import queue
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from farm.decode.engine import Engine, Request, Route
 from farm.decode.sampling import SamplingParams
 from farm.layers.dense import Dense
 from farm.target.forward import TargetForward
+from serve.canary import WorseTest
 from serve.loop import EngineLoop, Progress
 from tests.serve.family import tiny_model, tiny_tokenizer
 
@@ -157,3 +159,36 @@ def test_requests_that_were_decoded_plainly_are_counted_until_one_drafts(loop):
         lambda lanes, current: {name: lane.plain_in_a_row for name, lane in current.items()}
     )
     assert counts.result(timeout=10) == {"a": 3, "b": 0}
+
+
+def test_a_look_that_is_cancelled_or_raises_ends_no_request(loop):
+    """As when the client that asked has left: the commands are still in the queue."""
+    box = Mailbox()
+    loop.submit("a", ask("open", 100), box.put)
+    assert box.get(timeout=10).tokens
+
+    def fail(lanes, current):
+        raise LookupError("no such lane")
+
+    blocked = threading.Event()
+    loop.inspect(lambda lanes, current: blocked.wait(10))
+    left = loop.inspect(lambda lanes, current: None)
+    assert left.cancel()
+    failed = loop.inspect(fail)
+    blocked.set()
+    with pytest.raises(LookupError, match="no such lane"):
+        failed.result(timeout=10)
+    assert box.rest()[-1].finish_reason == "length"
+    assert loop.is_alive
+
+
+def test_the_choices_of_a_request_are_one_in_the_canarys_test(loop):
+    loop.host_canary("a", "v2", route(2), 0.5, WorseTest(0.5, 0, 0.05, 0.05))
+    boxes = {f"{name}/{index}": Mailbox() for name in ("p", "q", "r") for index in range(3)}
+    for name, box in boxes.items():
+        loop.submit("a", ask(name), box.put)
+    versions = {name: {progress.version for progress in box.rest()} for name, box in boxes.items()}
+    assert all(versions[f"{name}/0"] == versions[f"{name}/2"] for name in ("p", "q", "r"))
+    tests = loop.inspect(lambda lanes, current: [lane.test for lane in lanes if lane.test])
+    (test,) = tests.result(timeout=10)
+    assert (test.canary.requests, test.live.requests) == (1, 2)  # as chance has it for these names

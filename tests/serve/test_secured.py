@@ -113,6 +113,8 @@ def test_without_a_key_nothing_is_told_but_health(secured):
         assert caught.value.body["code"] == "invalid_api_key"
     assert httpx.get(f"{secured.url}/healthz").json() == {"status": "ok"}
     assert httpx.get(f"{secured.url}/readyz").json()["status"] == "ready"
+    counted = httpx.get(f"{secured.url}/metrics").text
+    assert 'farm_requests_total{status="401",target=""} 2.0' in counted
 
 
 def test_limits_of_a_key_are_told_by_name(secured):
@@ -120,6 +122,9 @@ def test_limits_of_a_key_are_told_by_name(secured):
         secured.greedy("one", max_tokens=10)
     assert caught.value.body["param"] == "max_tokens"
     assert secured.greedy("one", max_tokens=None).usage.completion_tokens == 9
+    with pytest.raises(openai.BadRequestError, match=r"n: 2 is more than the 1") as caught:
+        secured.greedy("one", n=2)
+    assert caught.value.body["param"] == "n"
     with pytest.raises(openai.APIStatusError, match="at most 12") as caught:
         secured.client("brief").completions.create(model="legal", prompt=[10] * 13)
     assert caught.value.status_code == 413

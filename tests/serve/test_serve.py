@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 
 import httpx
 import openai
@@ -15,6 +16,7 @@ from farm.decode.sampling import SamplingParams
 from farm.evaluate.counters import read_counters
 from farm.sections import TargetSpec
 from farm.target.load import load_target
+from serve.listing import FRESH_S
 from tests.serve.family import publish, tiny_expert
 from tests.serve.served import HELLO, HOSTED, MAX_LENGTH, hosted, wait_until
 
@@ -236,6 +238,29 @@ def test_more_requests_than_the_queue_takes_are_told_when_to_come_back(served):
         response.json()["choices"][0]["message"]["content"] for response in responses if response.is_success
     }
     assert len(answers) == 1
+
+
+def test_a_replica_that_is_full_of_answers_keeps_no_probe_waiting(served):
+    async def probed() -> tuple[httpx.Response, float, int]:
+        fields = {"model": "bare", "messages": HELLO, "temperature": 0, "max_tokens": MAX_LENGTH}
+        async with httpx.AsyncClient(timeout=60) as client:
+            asked = (client.post(f"{served.url}/v1/chat/completions", json=fields) for _ in range(4))
+            answers = [asyncio.create_task(one) for one in asked]
+            await asyncio.sleep(FRESH_S + 0.1)
+            started_s = time.perf_counter()
+            response = await client.get(f"{served.url}/readyz")
+            took_s, num_open = time.perf_counter() - started_s, sum(not one.done() for one in answers)
+            for one in answers:
+                one.cancel()
+            await asyncio.gather(*answers, return_exceptions=True)
+            return response, took_s, num_open
+
+    served.client.models.list()
+    response, took_s, num_open = asyncio.run(probed())
+    assert num_open == 4, "an answer ended before the probe: ask for longer ones"
+    assert response.json() == {"status": "ready", "targets": 4}
+    assert took_s < 1.0
+    wait_until(lambda: hosted("bare")[0].num_open == 0, seconds=5)
 
 
 def test_chunks_say_what_was_drafted_when_asked(served):

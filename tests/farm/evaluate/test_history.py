@@ -7,6 +7,7 @@ import pytest
 
 from farm.evaluate.history import read_history, typical_cost
 from farm.evaluate.records import Report, TargetRow
+from farm.evaluate.triage import TRAINING_SHARE, Tier
 from farm.store import FileStore
 
 
@@ -78,3 +79,13 @@ def test_costs_are_those_of_the_same_kind_by_row(store: FileStore) -> None:
     other = typical_cost(history[:2], "lora", 200)
     assert other is not None
     assert typical_cost((), "full", 200) is None
+
+
+@pytest.mark.parametrize("tier", ["low-rank", "expert", "full"])
+def test_a_tier_that_was_measured_costs_what_it_took(store: FileStore, tier: Tier) -> None:
+    """Taken for the expert's, its seconds would be multiplied by its share once more."""
+    put(store, "1", row("a", tier=tier, adapt=51.0))
+    cost = typical_cost(read_history(store), "full", 100)
+    assert cost is not None
+    assert cost.of(tier) == pytest.approx(10.0 + 51.0)
+    assert cost.of("expert") == pytest.approx(10.0 + 51.0 / TRAINING_SHARE[tier])

@@ -48,6 +48,27 @@ def test_seconds_after_the_break_even_are_those_before_it() -> None:
     assert tokens > 1.2 * wrong
 
 
+def test_a_prefill_costs_the_same_whatever_the_tau() -> None:
+    """As a part of the round it would be divided by tau, and adapting would seem to shorten it."""
+    prefilled = replace(SLOW, prefill_s=0.02)
+    for whole, without in zip(
+        offers(prefilled, 4.0, COST, "full", ()), offers(SLOW, 4.0, COST, "full", ()), strict=True
+    ):
+        assert whole.saved_s == pytest.approx(without.saved_s)
+        assert whole.break_even == pytest.approx(without.break_even)
+        assert whole.speedup == pytest.approx((0.02 + 0.010) / (0.02 + 0.015 / whole.tau))
+
+
+def test_a_probe_that_was_kept_before_prefills_were_told_apart_is_read() -> None:
+    known = {
+        "target": "math", "tau": 1.2, "survival": [0.2], "alpha": 0.2, "tau_interval": [1.1, 1.3],
+        "alpha_interval": None, "plain_s": 0.010, "round_s": 0.015,
+    }  # fmt: skip
+    assert Seen.of_probe(known) == SLOW
+    assert Seen.of_probe({**known, "prefill_s": None}) == SLOW
+    assert Seen.of_probe({**known, "prefill_s": 0.02}) == replace(SLOW, prefill_s=0.02)
+
+
 def test_what_past_runs_won_back_replaces_the_guess() -> None:
     assert recovery("expert", "full", ()) == GUESSED_RECOVERY["expert"]
     poor = [past(1.6)] * 50  # a fifth of what was lost
