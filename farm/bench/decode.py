@@ -30,7 +30,9 @@ from farm.evaluate.bench import PromptIds
 
 Workload = Literal["equal", "ragged"]
 MAX_DRAFTED = 8
-EQUAL_TOKENS, EQUAL_PROMPTS = 64, 4  # at least this many prompts: one alone may be easy or hard to draft
+# No more tokens than the zoo's shortest answers have: behind its end a target says what nobody asked for, and no draft
+# was trained on. At least so many prompts: one alone may be easy or hard to draft.
+EQUAL_TOKENS, EQUAL_PROMPTS = 48, 8
 # An arm runs its requests again and again for so long: a small model answers all in a few hundredths of a second, in
 # which a control learns little, and any other process is half of what is measured.
 WARM_UP_S, MEASURED_S = 0.5, 0.25
