@@ -30,8 +30,8 @@ from farm.evaluate.bench import PromptIds
 
 Workload = Literal["equal", "ragged"]
 MAX_DRAFTED = 8
-# No more tokens than the zoo's shortest answers have: behind its end a target says what nobody asked for, and no draft
-# was trained on. At least so many prompts: one alone may be easy or hard to draft.
+# No more tokens than most answers of the zoo have: behind its end a target says what nobody asked for, and no draft was
+# trained on. At least so many prompts: one alone may be easy or hard to draft.
 EQUAL_TOKENS, EQUAL_PROMPTS = 48, 8
 # An arm runs its requests again and again for so long: a small model answers all in a few hundredths of a second, in
 # which a control learns little, and any other process is half of what is measured.
