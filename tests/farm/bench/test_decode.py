@@ -142,8 +142,11 @@ def test_rows_of_vllm_carry_its_own_seconds_and_dtype_at_equal_requests(member: 
     }
     assert {row.dtype for row in vllm} == {"bfloat16"}
     assert {row.dtype for row in rows if row.engine == "farm"} == {"float32"}
-    assert {row.tokens_per_s for row in vllm if row.batch == 2} == {128.0}
-    assert engines["ngram"].asked == [(4, 2), (64, 8)] * 3, "once to warm up, then a repeat each"
+    tokens = decode.EQUAL_PROMPTS * decode.EQUAL_TOKENS
+    assert {row.tokens_per_s for row in vllm if row.batch == 2} == {tokens / 2.0}
+    assert engines["ngram"].asked == [(decode.EQUAL_PROMPTS, 2), (64, 8)] * 3, (
+        "once to warm up, then a repeat each"
+    )
     short = FakeVllm("float32", too_few=1)
     with pytest.raises(AssertionError):
         list(measure(member, "zoo", with_vllm(arms[:1]), 1, {"off": short, "ngram": short}))
@@ -151,7 +154,7 @@ def test_rows_of_vllm_carry_its_own_seconds_and_dtype_at_equal_requests(member: 
 
 def test_an_engine_is_made_for_the_longest_request_of_any_arm(member: Member) -> None:
     longest = max(map(len, member.prompts))
-    assert largest(member, [Arm("farm", "off", "none", 16)]) == (longest + 64, 16)
+    assert largest(member, [Arm("farm", "off", "none", 16)]) == (longest + decode.EQUAL_TOKENS, 16)
     positions, slots = largest(
         member, [Arm("farm", "off", "none", 1), Arm("farm", "off", "none", 8, "ragged")]
     )
@@ -226,7 +229,7 @@ def test_the_best_of_several_equal_lengths_is_not_chosen_by_its_luck() -> None:
 
 
 def test_controls_are_warmed_up_on_prompts_that_are_not_measured(member: Member) -> None:
-    member = replace(member, prompts=tuple((i, i) for i in range(8)))
+    member = replace(member, prompts=tuple((i, i) for i in range(2 * decode.EQUAL_PROMPTS)))
     arm = Arm("farm", "cost", "adapted", 1)
     measured, before = (decode._task(member, arm, others=others) for others in (False, True))
     assert set(measured.prompts).isdisjoint(before.prompts)
