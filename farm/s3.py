@@ -154,15 +154,13 @@ class S3Store(ObjectStore):
             try:
                 with self._explained(key):
                     self._client.download_file(self._bucket, self._prefix + key, str(to), Config=_PARTS)
-            except Broken:
+                expected, found = head["Metadata"].get(SHA256), file_sha256(to)
+                if expected is not None and found != expected:
+                    raise CorruptObject(f"{self.uri}/{key}", found, expected)
+            except (Broken, CorruptObject):
                 if _plain_etag(self._head(key)) != _plain_etag(head):
                     return download(to)  # replaced while it was read
                 raise
-            expected, found = head["Metadata"].get(SHA256), file_sha256(to)
-            if expected is not None and found != expected:
-                if _plain_etag(self._head(key)) != _plain_etag(head):
-                    return download(to)  # replaced while it was read
-                raise CorruptObject(f"{self.uri}/{key}", found, expected)
             return CachedObject(etag=_plain_etag(head), sha256=found)
 
         return self._cache.fetch(self._prefix + key, etag, download)

@@ -76,9 +76,7 @@ def test_the_zoo_is_neither_trivial_nor_saturated(report: dict[str, Any]) -> Non
     assert all(0.25 <= share <= 0.70 for share in retention.values()), retention
     assert min(retention.values()) < 0.40
     assert max(retention.values()) > 0.50
-    # Grammars that are too regular end at 0.956 to 0.966. The aim is 0.9; see the log of 2026-11-26 for a processor
-    # whose rounding trains a family at 0.909.
-    assert max(rows[name]["tau_adapted"] for name in FULL) < 0.95 * (report["k"] + 1)
+    assert max(rows[name]["tau_adapted"] for name in FULL) < 0.9 * (report["k"] + 1)
 
 
 def test_speculation_pays_on_this_machine(report: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from farm.artifacts import Artifacts
 from farm.bench.family import held_out
 from farm.config import Manifest, UserError
 from farm.data.features import Sample, local_shards, read_shards, shard_names, write_shard
-from farm.data.prompts import load_prompts, split_rows, without_held_out
+from farm.data.prompts import load_prompts, split_prompts
 from farm.decode.regenerate import Recapture, prefill_rows
 from farm.decode.sampling import SamplingParams
 from farm.draft.checkpoint import (
@@ -29,7 +29,6 @@ from farm.draft.config import DraftConfig
 from farm.draft.model import Draft
 from farm.evaluate.bench import PromptIds, TauResult, measure_tau
 from farm.evaluate.published import BASE, Published, spec_of
-from farm.registry import Registry
 from farm.sections import SelectSettings, Strategy, TargetSpec
 from farm.store import open_store
 from farm.target.load import LoadedTarget, open_target
@@ -91,10 +90,10 @@ def data_keys(manifest: Manifest) -> dict[str, Any]:
 
     Raises UserError when the store holds no family.
     """
-    registry = Registry(open_store(manifest.store))
-    live = {spec.name: registry.live(spec.name) for spec in manifest.targets}
+    published = Published.of(manifest.store)
+    live = {spec.name: published.registry.live(spec.name) for spec in manifest.targets}
     answers = {name: version.card["answers_key"] for name, version in live.items() if version is not None}
-    return {"dtype": manifest.dtype, "trunk": registry.family()["trunk_key"], "answers": answers}
+    return {"dtype": manifest.dtype, "trunk": published.trunk_key, "answers": answers}
 
 
 def _open(manifest: Manifest, spec: TargetSpec, published: Published, folder: Path) -> Subject:
@@ -121,10 +120,8 @@ def _regenerated(manifest: Manifest, spec: TargetSpec, published: Published) -> 
 def _prefilled(manifest: Manifest, spec: TargetSpec, target: LoadedTarget, folder: Path) -> tuple[str, ...]:
     """The data set's own answers to the same prompts, as the target would have seen them; empty where it has none."""
     found, settings = load_prompts(spec.prompts), manifest.evaluate
-    used, rest = split_rows(found.num_rows, manifest.regenerate.rows, settings.rows, settings.prompts)
-    held_out = [prompt for prompt in found.prompts if prompt.row in rest][: settings.prompts]
-    answered = [prompt for prompt in found.prompts if prompt.row in used and prompt.answer is not None]
-    prompts, _ = without_held_out(answered, held_out)
+    split = split_prompts(found, manifest.regenerate.rows, settings.rows, settings.prompts)
+    prompts = [prompt for prompt in split.prompts if prompt.answer is not None]
     if not prompts:
         return ()
     artifacts = Artifacts(open_store(folder.as_uri()))

@@ -177,7 +177,7 @@ def with_trees(arms: Sequence[Arm], names: Sequence[str]) -> list[Arm]:
 
 def largest(member: Member, arms: Sequence[Arm]) -> tuple[int, int]:
     """Positions of the longest request of any arm, and the most requests side by side."""
-    longest = max(_longest(_task(member, arm, others=others)) for arm in arms for others in (False, True))
+    longest = max(_longest(task) for arm in arms for task in _tasks(member, arm))
     return longest, max(arm.batch for arm in arms)
 
 
@@ -197,17 +197,16 @@ def measure(
 ) -> Iterator[Row]:
     """Warms every arm up, then runs all of them in turn, `repeats` times; `vllm` has an engine a control.
 
-    Arms are warmed up on other prompts: what a control learns there has to hold for new ones. An arm answers its
-    requests as often as takes it the seconds given, at least once.
+    Arms are warmed up on other prompts where there are so many: what a control learns there has to hold for new ones.
+    An arm answers its requests as often as takes it the seconds given, at least once.
     """
     arms = [arm for arm in arms if arm.draft != "adapted" or member.adapted is not None]
-    runs = [(arm, _runner(member, arm, vllm or {}), _task(member, arm)) for arm in arms]
-    passes = [
-        max(1, math.ceil(measured_s / _warm_up(run, _task(member, arm, others=True), warm_up_s)))
-        for arm, run, _ in runs
-    ]
+    runs = []
+    for arm in arms:
+        run, (task, other) = _runner(member, arm, vllm or {}), _tasks(member, arm)
+        runs.append((arm, run, task, max(1, math.ceil(measured_s / _warm_up(run, other, warm_up_s)))))
     for repeat in range(repeats):
-        for (arm, run, task), count in zip(runs, passes, strict=True):
+        for arm, run, task, count in runs:
             measured = _together([run(task) for _ in range(count)])
             yield Row(
                 **asdict(arm), model=model, target=member.name,
@@ -244,10 +243,13 @@ def _dtype(member: Member, arm: Arm, vllm: Mapping[str, VllmEngine]) -> str:
     )
 
 
-def _task(member: Member, arm: Arm, *, others: bool = False) -> Task:
-    """The same requests for every arm of a batch size and workload; `others` with the prompts at the end."""
+def _tasks(member: Member, arm: Arm) -> tuple[Task, Task]:
+    """What is measured, the same for all arms of a batch size and workload; with the last prompts, what warms up."""
+    return _task(member, arm, member.prompts), _task(member, arm, member.prompts[::-1])
+
+
+def _task(member: Member, arm: Arm, order: Sequence[PromptIds]) -> Task:
     count = max(arm.batch, EQUAL_PROMPTS) if arm.workload == "equal" else RAGGED_REQUESTS
-    order = member.prompts[::-1] if others else member.prompts
     prompts = tuple(order[i % len(order)] for i in range(count))
     if arm.workload == "equal":
         return Task(prompts, (EQUAL_TOKENS,) * count)
@@ -263,9 +265,7 @@ def _runner(member: Member, arm: Arm, vllm: Mapping[str, VllmEngine]) -> Callabl
         return lambda task: _vllm_run(engine, arm, task)
     if arm.engine == "farm":
         draft = {"none": None, "base": member.base_draft, "adapted": member.adapted}[arm.draft]
-        return _engine_run(
-            member, arm, draft, [_task(member, arm, others=others) for others in (False, True)]
-        )
+        return _engine_run(member, arm, draft, _tasks(member, arm))
     options = {"prompt_lookup_num_tokens": 4} if arm.engine == "transformers-assisted" else {}
     return lambda task: _generate_run(member, arm, task, options)
 

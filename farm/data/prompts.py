@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -76,14 +76,31 @@ def load_prompts(source: str, rows: Rows | None = None) -> PromptSet:
     return PromptSet(source, digest.hexdigest(), tuple(prompts), tuple(errors), len(records), origins)
 
 
-def without_held_out(
-    prompts: Sequence[Prompt], held_out: Sequence[Prompt]
-) -> tuple[tuple[Prompt, ...], tuple[RowError, ...]]:
-    """The prompts that ask nothing of what is held out, and those that do: else a draft is measured on its training."""
+@dataclass(frozen=True)
+class Split:
+    """A target's prompts to adapt on, those held out, and what is wrong with rows of the former."""
+
+    prompts: tuple[Prompt, ...]
+    held_out: tuple[Prompt, ...]
+    errors: tuple[RowError, ...]
+
+
+def split_prompts(
+    found: PromptSet, regenerate: Rows | None, evaluate: Rows | None, evaluate_prompts: int
+) -> Split:
+    """The prompts by `split_rows`, at most `evaluate_prompts` held out.
+
+    One that asks what a held-out one asks is left out and counted: a draft would be measured on its training.
+    """
+    used, rest = split_rows(found.num_rows, regenerate, evaluate, evaluate_prompts)
+    held_out = tuple(prompt for prompt in found.prompts if prompt.row in rest)[:evaluate_prompts]
     asked = {_asks(prompt) for prompt in held_out}
-    kept = tuple(prompt for prompt in prompts if _asks(prompt) not in asked)
-    twice = (RowError(prompt.row, "is held out too") for prompt in prompts if _asks(prompt) in asked)
-    return kept, tuple(twice)
+    prompts = [prompt for prompt in found.prompts if prompt.row in used]
+    broken = [error for error in found.errors if error.row in used]
+    twice = [RowError(prompt.row, "is held out too") for prompt in prompts if _asks(prompt) in asked]
+    return Split(
+        tuple(prompt for prompt in prompts if _asks(prompt) not in asked), held_out, (*broken, *twice)
+    )
 
 
 def _asks(prompt: Prompt) -> tuple[tuple[str, str], ...]:

@@ -35,26 +35,22 @@ class Load:
 
 @dataclass(frozen=True)
 class RoundResult:
-    """What came of one round: drafted and accepted tokens by row, draft forwards, seconds of drafting and the rest.
+    """What came of a round: by row drafted, accepted, emitted tokens; draft forwards; seconds of drafting and the rest.
 
     `signals[i][b]` is what the control wanted to know of row b's distribution at position i. `catch_up_s` went on what
     the draft had not read of earlier rounds: it is no part of the round's `seconds`, which are alike in all like it.
-    Row b took `emitted[b]` tokens, less than it accepted and one where a stop cut them; () where none was cut.
+    A row emits what it accepted and one token more, or less where a stop cut them.
     """
 
     load: Load
     drafted: tuple[int, ...]
     accepted: tuple[int, ...]
+    emitted: tuple[int, ...]
     forwards: int
     draft_s: float
     rest_s: float
     signals: Sequence[Sequence[float]] = ()
     catch_up_s: float = 0.0
-    emitted: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not self.emitted:
-            object.__setattr__(self, "emitted", tuple(accepted + 1 for accepted in self.accepted))
 
     @property
     def tokens(self) -> int:

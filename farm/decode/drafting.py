@@ -23,10 +23,16 @@ from farm.decode.scheduler import Move
 from farm.decode.steps import Steps
 from farm.decode.tree import TreeShape
 from farm.decode.tree_reader import TreeReader
+from farm.draft.trunk import MAX_POSITIONS
 from farm.layers.cache import Rows, SlotCache
 
 KEPT_NOTES = 64
 READ_TOKENS = 256  # of a row that one forward reads at most when a draft has fallen behind
+
+
+def longest_drafted(max_drafted: int) -> int:
+    """Tokens of the longest sequence that a draft can follow, of which a round drafts at most `max_drafted`."""
+    return MAX_POSITIONS - READ_TOKENS - max_drafted - 1
 
 
 def buffered(capacity: int) -> int:

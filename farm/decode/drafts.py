@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -92,8 +92,8 @@ class Drafts:
         drafts = [self._routes[name].draft for name in targets]
         experts = [self._spare if draft is None else draft.expert for draft in drafts]
         deltas = [None if draft is None else draft.delta for draft in drafts]
-        alike = len(set(experts)) == 1 and len(set(deltas)) == 1
-        if alike and not (in_mixture and deltas[0] is not None and self._trunk.alone is not None):
+        by_row = in_mixture and self._trunk.alone is not None
+        if len(set(experts)) == 1 and len(set(deltas)) == 1 and (deltas[0] is None or not by_row):
             (delta,) = set(deltas)
             trunk = self._trunk if delta is None else self._changed(delta)
             return LeanDraft(trunk, self._lean(experts[0])), head
@@ -141,10 +141,7 @@ class Drafts:
         return self._loras[id(delta)]
 
     def _changed_anew(self, delta: TrunkDelta) -> LeanTrunk:
-        view = with_delta(self._trunk.trunk, delta)
-        lean = LeanTrunk.of(view)
-        view.fused = None  # no way back: what is dropped is freed at once
-        return replace(lean, tables=self._trunk.tables)
+        return LeanTrunk.made_of(with_delta(self._trunk.trunk, delta), self._trunk.tables)
 
     def _stack_deltas_anew(self, present: tuple[TrunkDelta, ...]) -> Lora:
         return stack_loras(list(map(self._lora, present)))

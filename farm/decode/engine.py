@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -186,10 +186,8 @@ class Engine:
             outputs += said
             ended = time.perf_counter()
             # What the control takes is a part of rounds, too: the last one's share stands for this one's.
-            whole_s = ended - begun - done.result.catch_up_s + self._observed_s
-            self.control.observe(
-                replace(done.result, rest_s=whole_s - done.result.draft_s, emitted=tuple(kept))
-            )
+            whole_s = ended - begun - done.catch_up_s + self._observed_s
+            self.control.observe(done.result(kept, whole_s))
             self._observed_s = time.perf_counter() - ended
         self.seconds.host += time.perf_counter() - started - (self.seconds.on_tensors - on_tensors)
         return outputs
@@ -215,7 +213,7 @@ class Engine:
         """Outputs, and how many tokens each slot took."""
         kept = list[int]()
         for slot, sequence in enumerate(list(self.scheduler.live)):
-            drafted, accepted = done.result.drafted[slot], done.result.accepted[slot]
+            drafted, accepted = done.drafted[slot], len(done.tokens[slot]) - 1
             new = self.scheduler.commit(slot, done.tokens[slot])
             kept.append(len(new))
             if slot in done.logprobs:
@@ -225,7 +223,8 @@ class Engine:
                 stats.count(drafted, accepted, len(new))
             if self.capture:
                 self._features[sequence.request.id].append(done.hidden_BTH[slot, : len(new)].clone())
-        return self._emit(range(len(kept)), kept, done.result.accepted), kept
+        accepted_B = [len(tokens) - 1 for tokens in done.tokens]
+        return self._emit(range(len(kept)), kept, accepted_B), kept
 
     def _emit(
         self, slots: Sequence[int], num_kept: Sequence[int], num_accepted: Sequence[int | None]

@@ -7,19 +7,18 @@ import functools
 import itertools
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Growth:
-    """A rule over whole distributions: no drawn token nor its probability has a part in it.
+class Rule:
+    """Over whole distributions: no drawn token nor its probability has a part in it.
 
     A row's survival is the product of what its distributions' largest probabilities promise. A position is verified
     where the rows' survival, summed, is above `verify_above`; the next one is drafted where their survival times what
-    is `expected` of it is above `draft_above`. Beyond its limit a row survives no more.
+    is `expected` of it is above `draft_above`.
     """
 
-    limits: Sequence[int]  # [B]
     accepted: Sequence[Sequence[float]]  # [B][bins]: acceptance by the bin of the largest probability
     expected: Sequence[Sequence[float]]  # [B][K]: acceptance by position, before its distribution is known
     verify_above: Sequence[float]  # [K]
@@ -31,17 +30,19 @@ class Growth:
         nested = (self.accepted, self.expected, (self.verify_above,), (self.draft_above,))
         return tuple(array("d", itertools.chain.from_iterable(rows)) for rows in nested)
 
-    def within(self, limits: Sequence[int]) -> Growth:
-        """The same rule for rows with other limits."""
-        other = replace(self, limits=limits)
-        other.__dict__["packed"] = self.packed  # limits have no part in it
-        return other
+
+@dataclass(frozen=True)
+class Growth:
+    """A rule for the rows of a round; beyond its limit a row survives no more."""
+
+    limits: Sequence[int]  # [B]
+    rule: Rule
 
     @classmethod
     def whole(cls, limits: Sequence[int], length: int) -> Growth:
         """To that length, whatever the distributions say."""
         rows, never = len(limits), [-1.0] * length
-        return cls(limits, [[1.0]] * rows, [[1.0] * length] * rows, never, never)
+        return cls(limits, Rule([[1.0]] * rows, [[1.0] * length] * rows, never, never))
 
 
 class Growing:
@@ -53,19 +54,19 @@ class Growing:
     def keeps(self, index: int, peak_B: Sequence[float]) -> bool:
         """Whether position `index` is verified, by the largest probabilities of its distributions."""
         growth = self._growth
-        rows = zip(self._survival_B, growth.limits, growth.accepted, peak_B, strict=True)
+        rows = zip(self._survival_B, growth.limits, growth.rule.accepted, peak_B, strict=True)
         self._survival_B = [
             survival * table[bin_of(peak, len(table))] if index < limit else 0.0
             for survival, limit, table, peak in rows
         ]
-        return sum(self._survival_B) > growth.verify_above[index]
+        return sum(self._survival_B) > growth.rule.verify_above[index]
 
     def grows(self, index: int) -> bool:
         """Whether position `index`, of which nothing is known yet, is drafted at all."""
         growth = self._growth
-        rows = zip(self._survival_B, growth.limits, growth.expected, strict=True)
+        rows = zip(self._survival_B, growth.limits, growth.rule.expected, strict=True)
         hoped = [survival * table[index] if index < limit else 0.0 for survival, limit, table in rows]
-        return sum(hoped) > growth.draft_above[index]
+        return sum(hoped) > growth.rule.draft_above[index]
 
 
 def bin_of(peak: float, num: int) -> int:

@@ -20,12 +20,11 @@ from farm.data.features import FEATURE_DTYPE, Answer
 from farm.data.prompts import Prompt
 from farm.decode.control import Control
 from farm.decode.conversation import Conversation
-from farm.decode.drafting import READ_TOKENS
+from farm.decode.drafting import longest_drafted
 from farm.decode.endpoint import Endpoint, ask_all
 from farm.decode.engine import OFFLINE_PREFILL_TOKENS, Engine, FinishReason, Request, Route
 from farm.decode.renewal import Cost
 from farm.draft.model import Draft
-from farm.draft.trunk import MAX_POSITIONS
 from farm.layers.cache import Rows
 from farm.layers.lora import LoraRows
 from farm.sections import Dtype, RegenerateSettings, TargetSpec
@@ -35,7 +34,6 @@ RECAPTURED_ROWS = 16
 CHECKED_TOKENS = 32  # of a greedy answer from an endpoint, compared with what the checkpoint predicts
 LEAST_AGREEMENT = 0.9  # share of them; rounding of another engine costs a few
 MOST_DRAFTED = 8  # tokens of a round
-DRAFTED_LENGTH = MAX_POSITIONS - READ_TOKENS - MOST_DRAFTED - 1  # of the longest row of a batch that drafts
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,8 @@ def _decode(
             under_way = _greedy_first(under_way)
         requests = [request for _, request in under_way]
         max_length = max(len(request.prompt_ids) + request.params.max_new_tokens for request in requests)
-        draft = None if speculation is None or max_length > DRAFTED_LENGTH else speculation.draft
+        too_long = max_length > longest_drafted(MOST_DRAFTED)
+        draft = None if speculation is None or too_long else speculation.draft
         engine = Engine(
             [Route(target.forward, target.stop_ids, draft, target.lora)],
             num_slots=min(settings.batch_rows, len(requests)),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from farm.decode.control import Load, RoundResult, Signal
 from farm.decode.costs import LOOKS, AcceptanceByPeak, Bucket, Ratio, RoundCosts, bucket_of
-from farm.decode.growth import Growing, Growth
+from farm.decode.growth import Growing, Growth, Rule
 
 
 class Acceptance:
@@ -93,7 +93,7 @@ class Cost:
         self._asked, self._round, self._alike, self._drafted = False, 0, 0, False
         self._growing: Growing | None = None
         self._rule_load, self._rule_until = Load((), ()), 0
-        self._last_rule: Growth | None = None
+        self._last_rule: Rule | None = None
 
     def limit(self, load: Load) -> int:
         self._asked, self.growth, self._growing = True, None, None
@@ -107,7 +107,7 @@ class Cost:
         if not regime.speculates:
             return 0
         rule = self._rule(load, regime.rate.value)
-        return 0 if rule is None else self._follow(rule, self.max_length)
+        return 0 if rule is None else self._follow(Growth(load.limits, rule), self.max_length)
 
     def _follow(self, growth: Growth, length: int) -> int:
         self.growth = growth if length else None
@@ -167,27 +167,22 @@ class Cost:
     def _best(self, load: Load) -> tuple[int, float]:
         return self._costs.best(load, self._mean_survival(load))
 
-    def _rule(self, load: Load, reached: float) -> Growth | None:
+    def _rule(self, load: Load, reached: float) -> Rule | None:
         """Survival that pays for each position, at the rate that is reached; worked out anew every few rounds.
 
-        None where nothing pays: the targets of this batch are drafted worse than those that the rate came from.
+        None where nothing pays: the targets of this batch are drafted worse than those that the rate came from. At
+        other limits something may.
         """
-        like, last = self._rule_load, self._last_rule
-        if self._round < self._rule_until and (load.targets, load.num_groups) == (
-            like.targets,
-            like.num_groups,
-        ):
-            if load.limits == like.limits:
-                return last
-            if last is not None:  # what nothing pays for at one limit may pay at another
-                return last.within(load.limits)
+        same = load if self._last_rule is None else replace(load, limits=self._rule_load.limits)
+        if self._round < self._rule_until and same == self._rule_load:
+            return self._last_rule
         plain, verify = self._costs.plain(load), self._costs.verify_step(load)
         self._last_rule = None
         if self._best(load)[1] > plain:
             rate = load.num_rows * max(self._costs.without_pace(plain), reached)
             of_rows = [self._of_target[name] for name in load.targets]
-            self._last_rule = Growth(
-                load.limits, [one.by_peak.table() for one in of_rows],
+            self._last_rule = Rule(
+                [one.by_peak.table() for one in of_rows],
                 [[ratio.value for ratio in one.by_position] for one in of_rows],
                 [rate * verify] * self.max_length,
                 [rate * (self._costs.draft_step(load) + verify)] * self.max_length,

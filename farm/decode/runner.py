@@ -47,15 +47,27 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Round:
-    """What a round committed, `tokens[b]` of row b, and the hidden states of what it read.
+    """What a round decided, `tokens[b]` of row b, and the hidden states of what it read.
 
-    `logprobs` has the rows that ask for them.
+    `logprobs` has the rows that ask for them. Row b had drafted `drafted[b]` tokens; seconds are as in RoundResult.
     """
 
     tokens: list[list[int]]
     hidden_BTH: Tensor
-    result: RoundResult
     logprobs: dict[int, list[TokenLogprob]]
+    load: Load
+    drafted: tuple[int, ...]
+    proposal: Proposal
+    draft_s: float
+    catch_up_s: float
+
+    def result(self, emitted: Sequence[int], whole_s: float) -> RoundResult:
+        """For the control: of `tokens` row b kept `emitted[b]`, and the round took `whole_s` without catching up."""
+        accepted = tuple(len(tokens) - 1 for tokens in self.tokens)
+        return RoundResult(
+            self.load, self.drafted, accepted, tuple(emitted), self.proposal.forwards,
+            self.draft_s, whole_s - self.draft_s, self.proposal.signals, self.catch_up_s,
+        )  # fmt: skip
 
 
 class Prefilled(NamedTuple):
@@ -180,12 +192,9 @@ class Runner:
         self.seconds.draft += catch_up_s + draft_s
         self.seconds.verify += verify_s
         self.seconds.sample += sample_s
-        accepted = tuple(len(tokens) - 1 for tokens in settled.tokens)
-        result = RoundResult(
-            load, settled.lengths, accepted, proposal.forwards, draft_s, verify_s + sample_s, proposal.signals,
-            catch_up_s,
-        )  # fmt: skip
-        return Round(settled.tokens, settled.hidden_BTH, result, logprobs)
+        return Round(
+            settled.tokens, settled.hidden_BTH, logprobs, load, settled.lengths, proposal, draft_s, catch_up_s
+        )
 
     def _limits(self, rows: Sequence[LiveRequest], targets: tuple[str, ...]) -> tuple[int, ...]:
         """Most tokens that each row may draft: the verification adds one, and a tree is drafted whole or not."""

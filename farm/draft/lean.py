@@ -77,15 +77,18 @@ class LeanTrunk:
     def of(cls, trunk: Trunk) -> LeanTrunk:
         """The fused form of a trunk, made once; move the trunk to its device before."""
         if trunk.fused is None:
-            projections = (trunk.q_proj, trunk.k_proj, trunk.v_proj)
-            qkv = Dense.of(torch.cat([p.weight.detach() for p in projections]))
-            fc, out = Dense.of(trunk.fc.weight), Dense.of(trunk.o_proj.weight)
-            norm = RmsNorm.of(trunk.post_attention_layernorm.weight, trunk.config.rms_eps)
             weight, (cos_SD, sin_SD) = trunk.fc.weight, trunk.tables(trunk.fc.weight.device)
-            tables = cos_SD.to(weight.dtype), sin_SD.to(weight.dtype)
-            trunk.fused = cls(trunk, fc, qkv, out, norm, LeanExpert.of(trunk.shared_expert), tables)
+            trunk.fused = cls.made_of(trunk, (cos_SD.to(weight.dtype), sin_SD.to(weight.dtype)))
         fused: LeanTrunk = trunk.fused
         return fused
+
+    @classmethod
+    def made_of(cls, trunk: Trunk, tables: tuple[Tensor, Tensor]) -> LeanTrunk:
+        """The fused form of a trunk, which nothing but the caller keeps; `tables` are those of its config and dtype."""
+        qkv = Dense.of(torch.cat([p.weight.detach() for p in (trunk.q_proj, trunk.k_proj, trunk.v_proj)]))
+        fc, out = Dense.of(trunk.fc.weight), Dense.of(trunk.o_proj.weight)
+        norm = RmsNorm.of(trunk.post_attention_layernorm.weight, trunk.config.rms_eps)
+        return cls(trunk, fc, qkv, out, norm, LeanExpert.of(trunk.shared_expert), tables)
 
     @functools.cached_property
     def alone(self) -> Decoder | None:

@@ -129,7 +129,9 @@ def best_length(survival: Sequence[float], costs: StepCosts) -> tuple[int, float
     load, known = Load(("served",), (len(survival),)), RoundCosts(len(survival))
     for length in range(len(survival) + 1):
         drafted_s = length * costs.draft
-        known.add(RoundResult(load, (length,), (0,), length, drafted_s, costs.round(length) - drafted_s))
+        known.add(
+            RoundResult(load, (length,), (0,), (1,), length, drafted_s, costs.round(length) - drafted_s)
+        )
     length, rate = known.best(load, survival)
     return length, rate / known.plain(load)
 

@@ -13,7 +13,7 @@ import torch
 from farm.config import Refused, UserError
 from farm.data.chat import encode_chat
 from farm.data.prompts import Prompt
-from farm.decode.regenerate import DRAFTED_LENGTH
+from farm.decode.drafting import longest_drafted
 from farm.decode.sampling import SamplingParams
 from farm.draft.checkpoint import EXPERT_FILE, load_adapter, load_trunk
 from farm.draft.model import Draft
@@ -98,12 +98,12 @@ def encode_prompts(
     target: LoadedTarget, prompts: Sequence[Prompt], settings: EvaluateSettings
 ) -> list[PromptIds]:
     """Token ids of the prompts that the target's template takes and that leave room for an answer."""
-    room, found = min(target.max_positions, DRAFTED_LENGTH) - settings.max_new_tokens, list[PromptIds]()
+    encoded = list[PromptIds]()
     for prompt in prompts:
         with suppress(UserError):
-            ids = tuple(encode_chat(target.tokenizer, prompt.messages, target.chat_template))
-            found += [ids] if len(ids) <= room else []
-    return found
+            encoded.append(tuple(encode_chat(target.tokenizer, prompt.messages, target.chat_template)))
+    room = min(target.max_positions, longest_drafted(settings.k)) - settings.max_new_tokens
+    return [ids for ids in encoded if len(ids) <= room]
 
 
 def _tau(

@@ -1,7 +1,8 @@
 """What the connected cluster has, and what it may grow to: nodes are started only once something waits for them."""
 
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,9 +58,8 @@ def largest_cluster() -> Capacity:
 
 def larger(now: Capacity, grown: Capacity) -> Capacity:
     """The most of both, resource by resource."""
-    names = {*now.resources, *grown.resources}
-    most = {name: max(now.resources.get(name, 0.0), grown.resources.get(name, 0.0)) for name in names}
-    return Capacity(max(now.num_nodes, grown.num_nodes), most)
+    most = Counter(now.resources) | Counter(grown.resources)
+    return Capacity(max(now.num_nodes, grown.num_nodes), dict(most))
 
 
 def allowed_by(config: Mapping[str, Any]) -> Capacity:
@@ -67,22 +67,15 @@ def allowed_by(config: Mapping[str, Any]) -> Capacity:
 
     Of each resource by itself, the types of nodes that have most of it first: an upper bound.
     """
-    types, head = config.get("available_node_types", {}), config.get("head_node_type")
-    workers = [(kind.get("resources", {}), _most(kind)) for name, kind in types.items() if name != head]
-    most = min(config.get("max_workers", 0), sum(count for _, count in workers))
-    of_head = types.get(head, {}).get("resources", {})
-    names = {*of_head, *(name for resources, _ in workers for name in resources)}
-    total = {name: float(of_head.get(name, 0) + _sum(workers, name, most)) for name in names}
-    return Capacity(1 + most, total)
+    types, most = dict(config.get("available_node_types", {})), config.get("max_workers", 0)
+    head = types.pop(config.get("head_node_type"), {}).get("resources", {})
+    # A type without a bound of its own has that of all workers.
+    workers = [(kind.get("resources", {}), kind.get("max_workers", most)) for kind in types.values()]
+    names = {*head, *(name for resources, _ in workers for name in resources)}
+    total = {name: float(head.get(name, 0) + _most_of(name, workers, most)) for name in names}
+    return Capacity(1 + min(most, sum(count for _, count in workers)), total)
 
 
-def _most(kind: Mapping[str, Any]) -> int:
-    return max(kind.get("max_workers", 0), kind.get("min_workers", 0))
-
-
-def _sum(workers: list[tuple[Mapping[str, float], int]], name: str, room: int) -> float:
-    total = 0.0
-    for resources, count in sorted(workers, key=lambda kind: kind[0].get(name, 0), reverse=True):
-        taken = min(count, room)
-        total, room = total + taken * resources.get(name, 0), room - taken
-    return total
+def _most_of(name: str, workers: Sequence[tuple[Mapping[str, float], int]], most: int) -> float:
+    each = (resources.get(name, 0) for resources, count in workers for _ in range(count))
+    return sum(sorted(each, reverse=True)[:most])

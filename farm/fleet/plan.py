@@ -13,7 +13,7 @@ from farm.artifacts import TRUNK as TRUNK
 from farm.artifacts import Artifacts, key_of
 from farm.config import Manifest, Refused, UserError, dump
 from farm.data.chat import read_template
-from farm.data.prompts import Prompt, PromptSet, load_prompts, split_rows, without_held_out
+from farm.data.prompts import Prompt, PromptSet, load_prompts, split_prompts
 from farm.fleet.answers import ANSWERS, AnswersJob, answers_key, settings_key
 from farm.fleet.chosen import (
     SELECT,
@@ -138,36 +138,31 @@ def _prompts(
 def _plan_answers(manifest: Manifest, spec: TargetSpec, digest: str, found: PromptSet) -> TargetPlan:
     """The target with its rows split for adapting and evaluating; keys that need the trunk are empty."""
     try:
-        used, held_out = split_rows(
-            found.num_rows, manifest.regenerate.rows, manifest.evaluate.rows, manifest.evaluate.prompts
+        split = split_prompts(
+            found, manifest.regenerate.rows, manifest.evaluate.rows, manifest.evaluate.prompts
         )
     except UserError as error:
         raise Refused(f"{found.source}: {error}") from error
-    kept = tuple(prompt for prompt in found.prompts if prompt.row in held_out)[: manifest.evaluate.prompts]
-    prompts, twice = without_held_out([prompt for prompt in found.prompts if prompt.row in used], kept)
-    if not prompts or not kept:
-        raise Refused(
-            f"{found.source}: no usable row {'to adapt on' if not prompts else 'held out'}; repair its rows"
-        )
-    key = answers_key(spec, manifest.regenerate, "regenerate", manifest.dtype, digest, prompts, found.digest)
+    if not split.prompts or not split.held_out:
+        which = "held out" if split.prompts else "to adapt on"
+        raise Refused(f"{found.source}: no usable row {which}; repair its rows")
+    key = answers_key(
+        spec, manifest.regenerate, "regenerate", manifest.dtype, digest, split.prompts, found.digest
+    )
     source: dict[str, Any] = {
         "target_digest": digest,
         "prompts": found.source,
         "prompts_digest": found.digest,
-        "row_errors": [
-            {"row": error.row, "reason": error.reason}
-            for error in (*found.errors, *twice)
-            if error.row in used
-        ],
+        "row_errors": [asdict(error) for error in split.errors],
     }
     if not spec.prompts:
         source["prompts_key"] = elicit_key(manifest, spec, digest)  # so that cleaning up keeps them
     selected = manifest.select.strategy != "all" and not manifest.select.before
     answers = AnswersJob(
-        spec, manifest.regenerate, key, prompts, dtype=manifest.dtype, source=source, selected=selected
+        spec, manifest.regenerate, key, split.prompts, dtype=manifest.dtype, source=source, selected=selected
     )
     return TargetPlan(
-        spec, digest, answers, kept, found.digest, adapt_key="", reused=(), origins=found.origins
+        spec, digest, answers, split.held_out, found.digest, adapt_key="", reused=(), origins=found.origins
     )
 
 

@@ -61,9 +61,9 @@ def publish(
 ) -> Verdict:
     """Publish the adapter unless it is there, and promote it when the gate lets it pass."""
     version = _published(registry, target) or _publish(registry, artifacts, plan, target, evaluation, fit)
-    pointer, live = registry.pointer(target.name), registry.live(target.name)
+    pointer = registry.pointer(target.name)
     interval, least = evaluation.manifest["row"]["gain_interval"], plan.manifest.evaluate.min_gain
-    if live is not None and live.version == version.version:
+    if pointer.live == version.version:
         return Verdict("promoted", f"live since it was promoted: gain above {least:g}", version.version)
     measured = interval is not None and None not in interval
     if not (measured and promotes(interval, least)):
@@ -79,7 +79,7 @@ def publish(
         )
     opponent = opponent_of(registry, target.name, target.adapt_key, plan.trunk.key)
     beaten = evaluation.manifest["opponent"] == (opponent.version if opponent else None)
-    if beaten and registry.promote(target.name, version.version, live.version if live else None):
+    if beaten and registry.promote(target.name, version.version, pointer.live):
         return Verdict(
             "promoted", f"gain in tau is above {interval[0]:.3f} with 95 % confidence", version.version
         )

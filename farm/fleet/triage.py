@@ -69,12 +69,12 @@ def triage(
     probes = _Probes(plan, artifacts, _trunk_folder(plan, artifacts), _settings(manifest, prompts))
     history, rates = read_history(artifacts.store), read_rates(plan, artifacts)
     verdicts, refused, total = [], dict(plan.refused), len(plan.targets) + 1
-    base = _seen(probes.of(plan.trunk))
+    base = Seen.of_probe(probes.of(plan.trunk).manifest)
     for done, target in enumerate(plan.targets, 1):
         if progress is not None:
             progress(target.name, done, total)
         try:
-            seen = _seen(probes.of(target))
+            seen = Seen.of_probe(probes.of(target).manifest)
         except Refused as error:
             refused[target.name] = str(error)
             continue
@@ -97,7 +97,7 @@ def planned_lines(plan: Plan, artifacts: Artifacts) -> list[str]:
         found = _find_probe(plan, artifacts, target, settings)
         earlier = [past for past in history if past.target == target.name]
         if found is not None and found_base is not None:
-            seen, tau_base = _seen(found), float(found_base.manifest["tau"])
+            seen, tau_base = Seen.of_probe(found.manifest), float(found_base.manifest["tau"])
         elif earlier:
             past = earlier[-1]
             seen, tau_base = Seen(past.tau_before, past.plain_s, past.round_s), past.tau_base
@@ -164,10 +164,6 @@ def _trunk_folder(plan: Plan, artifacts: Artifacts) -> Path:
     raise UserError(
         "there is no trunk to probe with; run `farm train-trunk` on this manifest, or give it a trunk"
     )
-
-
-def _seen(probe: Artifact) -> Seen:
-    return Seen.of_probe(probe.manifest)
 
 
 def _verdict(

@@ -29,9 +29,6 @@ class Rule(Protocol):
     """When chains grow, see farm/decode/growth.py."""
 
     @property
-    def limits(self) -> Sequence[int]: ...
-
-    @property
     def accepted(self) -> Sequence[Sequence[float]]: ...
 
     @property
@@ -39,6 +36,16 @@ class Rule(Protocol):
 
     @property
     def packed(self) -> tuple[array[float], ...]: ...
+
+
+class RuleOfRows(Protocol):
+    """A rule and how far each row may go by it."""
+
+    @property
+    def limits(self) -> Sequence[int]: ...
+
+    @property
+    def rule(self) -> Rule: ...
 
 
 class Chain(NamedTuple):
@@ -85,7 +92,7 @@ class Foreteller:
         hidden_BTH: Tensor,
         rows: Rows,
         counts: Sequence[int],
-        growth: Rule | None,
+        growth: RuleOfRows | None,
     ) -> Chain:
         """As `begin`, then each row's likeliest token after the other, as long as `growth` says; None: to the end."""
         self._prepare(tokens_BT, hidden_BTH, rows, counts)
@@ -95,8 +102,9 @@ class Foreteller:
         if growth is None:
             self._foretelling.peak = None
         else:
-            bins, width, limits = len(growth.accepted[0]), len(growth.expected[0]), array("q", growth.limits)
-            numbers = [one.buffer_info()[0] for one in (*growth.packed, limits)]
+            rule = growth.rule
+            bins, width, limits = len(rule.accepted[0]), len(rule.expected[0]), array("q", growth.limits)
+            numbers = [one.buffer_info()[0] for one in (*rule.packed, limits)]
         steps, counted = self._numbers.data_ptr() + 8 * self._first, told.buffer_info()[0]
         call = Growth(*numbers, steps, steps + 8 * size * length, counted, counted + 8, bins, width, length)
         kernels().run("chain", self._scratch.dtype, self._decoder.struct, self._call, self._foretelling, call)

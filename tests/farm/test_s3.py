@@ -3,10 +3,13 @@
 import os
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from boto3.exceptions import RetriesExceededError
 from botocore.exceptions import ClientError
+from s3transfer.exceptions import S3DownloadFailedError
 
 from farm.checksum import bytes_sha256
 from farm.errors import UserError
@@ -181,6 +184,36 @@ def test_a_cached_copy_is_not_downloaded_again_until_the_object_changes(store, m
     monkeypatch.undo()
     store.put("a", b"two")
     assert store.local_path("a").read_bytes() == b"two"
+
+
+def breaks_off_once(store: S3Store, error: Exception, meanwhile: Callable[[], object]) -> Callable[..., Any]:
+    """A download that fails the first time, after something else has happened."""
+    download, failures = store._client.download_file, [error]
+
+    def broken(*args: Any, **options: Any) -> Any:
+        if failures:
+            meanwhile()
+            raise failures.pop()
+        return download(*args, **options)
+
+    return broken
+
+
+def test_an_object_that_is_replaced_while_its_parts_are_read_is_read_again(store, monkeypatch):
+    store.put("a", b"one")
+    changed = S3DownloadFailedError("Contents of stored object changed")  # of a ranged read with If-Match
+    once = breaks_off_once(store, changed, lambda: store.put("a", b"two"))
+    monkeypatch.setattr(store._client, "download_file", once)
+    assert store.local_path("a").read_bytes() == b"two"
+
+
+@pytest.mark.parametrize("error", [S3DownloadFailedError("short"), RetriesExceededError(OSError("reset"))])
+def test_a_transfer_that_breaks_off_is_told_with_the_remedy(store, monkeypatch, error):
+    """It is none of botocore's errors: uncaught it would end an onboarding for one target's file."""
+    store.put("a", b"one")
+    monkeypatch.setattr(store._client, "download_file", breaks_off_once(store, error, lambda: None))
+    with pytest.raises(UserError, match=f"/a: broke off .{type(error).__name__}.; run again"):
+        store.local_path("a")
 
 
 def test_a_damaged_copy_in_the_cache_is_downloaded_again(store):

@@ -3,7 +3,6 @@
 import errno
 import multiprocessing
 import os
-import pickle
 import secrets
 import stat
 import subprocess
@@ -11,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -304,8 +304,11 @@ def test_a_swapper_killed_while_it_holds_the_lock_blocks_nobody(folder):
     assert folder.compare_and_swap("pointer", b"new", etag)
 
 
-def test_what_is_corrupt_is_still_told_by_another_process_than_the_one_that_saw_it() -> None:
-    seen = CorruptObject("store/weights", "0a", "0b")
-    told = pickle.loads(pickle.dumps(seen))
-    assert type(told) is CorruptObject
-    assert str(told) == str(seen)
+def find_corrupt() -> None:
+    raise CorruptObject("store/weights", "0a", "0b")
+
+
+def test_what_is_corrupt_is_told_where_another_process_has_seen_it() -> None:
+    with ProcessPoolExecutor(1, mp_context=SPAWN) as pool, pytest.raises(CorruptObject) as told:
+        pool.submit(find_corrupt).result()
+    assert str(told.value) == str(CorruptObject("store/weights", "0a", "0b"))

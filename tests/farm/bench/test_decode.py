@@ -231,7 +231,7 @@ def test_the_best_of_several_equal_lengths_is_not_chosen_by_its_luck() -> None:
 def test_controls_are_warmed_up_on_prompts_that_are_not_measured(member: Member) -> None:
     member = replace(member, prompts=tuple((i, i) for i in range(2 * decode.EQUAL_PROMPTS)))
     arm = Arm("farm", "cost", "adapted", 1)
-    measured, before = (decode._task(member, arm, others=others) for others in (False, True))
+    measured, before = decode._tasks(member, arm)
     assert set(measured.prompts).isdisjoint(before.prompts)
     assert measured.num_new == before.num_new
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farm.config import UserError
-from farm.data.prompts import RowError, load_prompts, split_rows, without_held_out
+from farm.data.prompts import RowError, load_prompts, split_prompts, split_rows
 
 ROWS = [{"id": f"r{n}", "prompt": f"question {n}", "answer": f"answer {n}"} for n in range(6)]
 
@@ -77,10 +77,10 @@ def test_a_cut_emoji_is_a_row_error_and_fails_no_target_later(tmp_path, field):
 def test_a_prompt_that_is_held_out_too_is_not_trained_on(tmp_path):
     texts = ["same", "other", "same"]
     source = lines(tmp_path / "p.jsonl", *(json.dumps({"prompt": text}) for text in texts))
-    first, second, last = load_prompts(source).prompts
-    kept, twice = without_held_out([first, second], [last])
-    assert kept == (second,)
-    assert twice == (RowError(0, "is held out too"),)
+    split = split_prompts(load_prompts(source), None, None, 1)
+    assert [prompt.row for prompt in split.prompts] == [1]
+    assert [prompt.row for prompt in split.held_out] == [2]
+    assert split.errors == (RowError(0, "is held out too"),)
 
 
 def test_a_line_separator_inside_a_prompt_does_not_split_it(tmp_path):

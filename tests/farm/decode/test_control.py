@@ -10,7 +10,7 @@ from farm.decode.adaedl import AdaEDL
 from farm.decode.control import Control, Fixed, Load, RoundResult
 from farm.decode.controls import make_control
 from farm.decode.costs import AcceptanceByPeak, RoundCosts
-from farm.decode.growth import Growing, Growth
+from farm.decode.growth import Growing, Growth, Rule
 from farm.decode.renewal import Cost
 
 
@@ -19,7 +19,12 @@ def load_of(rows: int) -> Load:
 
 
 def took(rows: int, length: int, draft_s: float, rest_s: float) -> RoundResult:
-    return RoundResult(load_of(rows), (length,) * rows, (0,) * rows, length, draft_s, rest_s)
+    return RoundResult(load_of(rows), (length,) * rows, (0,) * rows, (1,) * rows, length, draft_s, rest_s)
+
+
+def plus_one(accepted: Sequence[int]) -> tuple[int, ...]:
+    """What rows emit that no stop cuts."""
+    return tuple(num + 1 for num in accepted)
 
 
 def steady(seconds: float) -> float:
@@ -83,7 +88,16 @@ def play(  # noqa: PLR0913 - a machine, each property with a name
         draft_s, rest_s = step * forwards, 1 + verify_step * max(kept)
         slow, load = pace(draft_s + rest_s), load_of(rows)
         control.observe(
-            RoundResult(load, tuple(kept), tuple(accepted), forwards, slow * draft_s, slow * rest_s, peaks)
+            RoundResult(
+                load,
+                tuple(kept),
+                tuple(accepted),
+                plus_one(accepted),
+                forwards,
+                slow * draft_s,
+                slow * rest_s,
+                peaks,
+            )
         )
         if number >= rounds // 2:
             drafted_sum += sum(kept) / rows
@@ -161,8 +175,9 @@ def test_a_position_that_was_drafted_and_dropped_counts_as_what_its_peak_says() 
         peak = 0.1 if rng.random() < 1 / 6 else 0.9
         hit = rng.random() < peak
         verified = peak > 0.5
+        accepted = (int(verified and hit),)
         results.append(
-            RoundResult(load_of(1), (int(verified),), (int(verified and hit),), 1, 0.1, 1.0, [[peak]])
+            RoundResult(load_of(1), (int(verified),), accepted, plus_one(accepted), 1, 0.1, 1.0, [[peak]])
         )
     truth = 5 / 6 * 0.9 + 1 / 6 * 0.1
     assert survival_after(results)[0] == pytest.approx(truth, abs=0.04)
@@ -170,7 +185,7 @@ def test_a_position_that_was_drafted_and_dropped_counts_as_what_its_peak_says() 
 
 def test_tokens_behind_a_stop_teach_nothing() -> None:
     """Every round ends with an accepted stop at the second of four drafted tokens; those behind it are refused."""
-    stopped = RoundResult(load_of(1), (4,), (2,), 4, 0.4, 1.0, [[0.9]] * 4, emitted=(2,))
+    stopped = RoundResult(load_of(1), (4,), (2,), (2,), 4, 0.4, 1.0, [[0.9]] * 4)
     assert stopped.tokens == 2
     first, second, third, *_ = survival_after([stopped] * 50)
     assert min(first, second) > 0.9
@@ -184,10 +199,10 @@ def test_a_rule_is_not_made_anew_because_a_request_nears_its_end() -> None:
     for limit in range(8, 2, -1):
         load = Load(("",), (limit,))
         control.limit(load)
-        if control.growth is not None and len(control.growth.accepted[0]) > 1:  # no trial
+        if control.growth is not None and len(control.growth.rule.accepted[0]) > 1:  # no trial
             assert control.growth.limits == (limit,)
-            rules.add(id(control.growth.accepted))
-        control.observe(RoundResult(load, (0,), (0,), 0, 0.0, 1.0))
+            rules.add(id(control.growth.rule))
+        control.observe(RoundResult(load, (0,), (0,), (1,), 0, 0.0, 1.0))
     assert len(rules) <= 2  # of six rounds; every eighth makes one
 
 
@@ -200,7 +215,7 @@ def test_lengths_that_no_request_allows_are_not_waited_for() -> None:
             control.keep(index, [0.5, 0.5])
         signals = [[0.5, 0.5]] * most
         lengths, seconds = (most, min(most, 1)), (0.1 * most, 1 + 0.3 * most)
-        control.observe(RoundResult(load, lengths, (0, 0), most, *seconds, signals))
+        control.observe(RoundResult(load, lengths, (0, 0), (1, 1), most, *seconds, signals))
     assert control.limit(load) == 0
 
 
@@ -290,7 +305,9 @@ def drafted_by_round(
             hits = (rng.random() < alpha(target, number) for _ in range(kept))
             accepted.append(next((i for i, hit in enumerate(hits) if not hit), kept))
         lengths, seconds = (kept,) * load.num_rows, (0.1 * forwards, 1 + 0.1 * kept)
-        control.observe(RoundResult(load, lengths, tuple(accepted), forwards, *seconds, peaks))
+        control.observe(
+            RoundResult(load, lengths, tuple(accepted), plus_one(accepted), forwards, *seconds, peaks)
+        )
         said.append((load.targets[0], kept))
     return said
 
@@ -320,7 +337,9 @@ def test_looks_into_a_draft_that_does_not_pay_cost_little_whatever_it_has_to_rea
             control.keep(index, [0.5] * 8)
         seconds, behind = (0.1 * limit, 1 + 0.1 * limit), catch_up_s if limit and rested else 0.0
         zeros = (0,) * 8
-        control.observe(RoundResult(load, (limit,) * 8, zeros, limit, *seconds, [[0.5] * 8] * limit, behind))
+        control.observe(
+            RoundResult(load, (limit,) * 8, zeros, (1,) * 8, limit, *seconds, [[0.5] * 8] * limit, behind)
+        )
         rested = not limit
         if number >= 12_000:
             lost += sum(seconds) + behind - 1
@@ -363,7 +382,7 @@ def test_a_plain_look_that_is_cut_off_forgets_no_price() -> None:
 
 
 def test_a_distribution_that_is_no_number_is_trusted_with_nothing() -> None:
-    growth = Growth((8,), [[0.0, 0.9]], [[1.0] * 8], [0.5] * 8, [0.5] * 8)
+    growth = Growth((8,), Rule([[0.0, 0.9]], [[1.0] * 8], [0.5] * 8, [0.5] * 8))
     assert not Growing(growth).keeps(0, [math.nan])
     assert Growing(growth).keeps(0, [0.8])
     known = AcceptanceByPeak()

@@ -9,7 +9,7 @@ import torch
 
 from farm.decode.chain import ChainProposal
 from farm.decode.control import Fixed, Signal
-from farm.decode.growth import Growing, Growth
+from farm.decode.growth import Growing, Growth, Rule
 from farm.decode.propose import ChainReader, FusedChainReader, Pending, chain_reader, propose
 from farm.decode.sampling import SamplingBatch, SamplingParams
 from farm.draft.lean import LeanDraft, LeanHead
@@ -159,7 +159,7 @@ def test_a_chain_in_one_call_grows_as_one_that_is_asked_for_token_by_token(
     growth = None
     if above is not None:
         tables = [[0.2, 0.5, 0.7, 0.9]] * 2
-        growth = Growth(limits, tables, [[0.9, 0.8, 0.7]] * 2, [above] * 3, [0.8 * above] * 3)
+        growth = Growth(limits, Rule(tables, [[0.9, 0.8, 0.7]] * 2, [above] * 3, [0.8 * above] * 3))
     whole, parts = grown(limits, growth)
     assert whole.lengths == parts.lengths
     assert whole.forwards == parts.forwards
@@ -227,7 +227,7 @@ def test_threads_agree_on_how_far_a_chain_grows(above: float) -> None:
     hidden = torch.randn(6, 2, 96, generator=torch.Generator().manual_seed(0))
     tokens = torch.arange(12).view(6, 2)
     tables = [[0.1 * bin for bin in range(1, 11)]] * 6
-    growth = Growth((4,) * 6, tables, [[0.9] * 4] * 6, [above] * 4, [above] * 4)
+    growth = Growth((4,) * 6, Rule(tables, [[0.9] * 4] * 6, [above] * 4, [above] * 4))
     found, before = [], torch.get_num_threads()
     for num_threads in (1, 2, 3):
         torch.set_num_threads(num_threads)

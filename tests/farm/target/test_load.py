@@ -115,16 +115,26 @@ def test_a_head_beside_a_tied_embedding_is_the_head_where_it_differs(
     assert torch.equal(load_embedding_and_head(spec)[1], tensors["lm_head.weight"])
 
 
-def test_weights_that_are_quantized_are_read_by_who_knows_how(
-    tmp_path: Path, tokenizer: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What the files hold lacks its scales: cast as it is, it would decode noise."""
-    spec = checkpoint(tmp_path / "base", tokenizer)
-    file = tmp_path / "base" / "config.json"
-    quantized = {"quant_method": "fp8", "activation_scheme": "dynamic"}
-    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": quantized}))
-    monkeypatch.setattr("farm.target.load.read_weights", None)
-    load_target(spec)
+def test_weights_that_are_quantized_are_taken_with_their_scales(tmp_path: Path, tokenizer: object) -> None:
+    """FP8 as published checkpoints have it, a scale a block; cast as they lie in the file they would be noise."""
+    spec, scale = checkpoint(tmp_path / "base", tokenizer), 0.01
+    file, config = (tmp_path / "base" / name for name in ("model.safetensors", "config.json"))
+    kept, plain = load_file(file), {}
+    for name, weight in list(kept.items()):
+        plain[name] = weight
+        if name.endswith("proj.weight"):
+            kept[name] = (weight / scale).to(torch.float8_e4m3fn)
+            kept[f"{name}_scale_inv"] = torch.full([-(-size // 128) for size in weight.shape], scale)
+            plain[name] = kept[name].float() * scale
+    save_file(kept, file, {"format": "pt"})
+    quantized = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": quantized}))
+    model, forward = tiny_model(vocab=1024), load_target(spec).forward
+    model.load_state_dict(plain)
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    got = forward.logits(forward.forward(tokens, Rows([0]), forward.new_cache(1, 8)))
+    with torch.no_grad():
+        torch.testing.assert_close(got, model(tokens).logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
