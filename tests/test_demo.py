@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +17,10 @@ from farm.decode.engine import Engine, Request, Route
 from farm.decode.sampling import SamplingParams
 from farm.evaluate.target import OpenTrunk, encode_prompts
 from farm.registry import Registry
-from farm.sections import EvaluateSettings
+from farm.sections import EvaluateSettings, TargetSpec
 from farm.store import open_store
 from farm.target import grammar
-from farm.target.load import load_target
+from farm.target.load import LoadedTarget, load_target
 
 pytestmark = pytest.mark.timeout(1800)  # the first test waits for the whole demo
 
@@ -86,38 +87,50 @@ def test_speculation_pays_on_this_machine(report: dict[str, Any]) -> None:
             assert row["speedup_adapted"] > 1.1, row["name"]
 
 
+def greedy_requests(target: LoadedTarget, spec: TargetSpec) -> list[Request]:
+    """Of the last prompts of a target, which nothing was adapted on."""
+    prompts = load_prompts(spec.prompts).prompts[-NUM_GREEDY_PROMPTS:]
+    return [
+        Request(str(i), ids, SamplingParams(max_new_tokens=64))
+        for i, ids in enumerate(encode_prompts(target, prompts, EvaluateSettings()))
+    ]
+
+
+def greedy_tokens(
+    target: LoadedTarget, requests: list[Request], draft: Any, num_slots: int, k: int = 4
+) -> list[tuple[int, ...]]:
+    route = Route(target.forward, target.stop_ids, draft)
+    engine = Engine([route], num_slots=num_slots, max_length=256, k=k)
+    return [done.tokens for done in engine.run(requests)]
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_full_targets_write_whole_answers(manifest: Manifest, name: str) -> None:
+    """A target that leaves out most of what its grammar writes makes every figure one of stubs."""
+    spec = next(target for target in manifest.targets if target.name == name)
+    target = load_target(spec)
+    answers = greedy_tokens(target, greedy_requests(target, spec), None, NUM_GREEDY_PROMPTS)
+    assert statistics.median(map(len, answers)) >= 40
+    assert min(map(len, answers)) >= 25
+
+
 @pytest.mark.parametrize("name", [*FULL, "lora0"])
 def test_greedy_speculative_output_is_the_targets_own_token_by_token(
     folder: Path, manifest: Manifest, name: str
 ) -> None:
     spec = next(target for target in manifest.targets if target.name == name)
     target = load_target(spec)
-    store = open_store(manifest.store)
-    registry = Registry(store)
+    registry = Registry(open_store(manifest.store))
     live = registry.live(name)
     assert live is not None
     trunk = OpenTrunk.of(folder / "store" / "artifacts" / "trunk" / registry.family()["trunk_key"], target)
-    prompts = load_prompts(spec.prompts).prompts[-NUM_GREEDY_PROMPTS:]
-    requests = [
-        Request(str(i), ids, SamplingParams(max_new_tokens=64))
-        for i, ids in enumerate(encode_prompts(target, prompts, EvaluateSettings()))
-    ]
-
-    def tokens(draft: Any, num_slots: int) -> list[tuple[int, ...]]:
-        engine = Engine(
-            [Route(target.forward, target.stop_ids, draft)],
-            num_slots=num_slots,
-            max_length=256,
-            k=manifest.evaluate.k,
-        )
-        return [done.tokens for done in engine.run(requests)]
-
-    plain = tokens(None, 1)
+    requests, k = greedy_requests(target, spec), manifest.evaluate.k
+    plain = greedy_tokens(target, requests, None, 1)
     assert len(plain) == NUM_GREEDY_PROMPTS
     adapted = trunk.draft(str(registry.path(live, "expert.safetensors")))
-    assert tokens(adapted, 1) == plain
-    assert tokens(adapted, 5) == plain
-    assert tokens(trunk.draft(None), 4) == plain
+    assert greedy_tokens(target, requests, adapted, 1, k) == plain
+    assert greedy_tokens(target, requests, adapted, 5, k) == plain
+    assert greedy_tokens(target, requests, trunk.draft(None), 4, k) == plain
 
 
 def test_onboarding_again_reuses_everything_and_ends_with_the_same_registry(

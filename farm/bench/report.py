@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from farm.bench.decode import TREES, Row
+from farm.bench.arms import TREES
+from farm.bench.decode import Row
 from farm.bench.floor import Floor
 from farm.evaluate.provenance import git_sha, hardware, versions
 

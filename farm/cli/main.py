@@ -8,11 +8,13 @@ from pathlib import Path
 # Importing them registers their commands, in the order of the help.
 from farm.cli import exporting, onboarding, registry, results, serving, triage  # noqa: F401
 from farm.cli.options import app, mistakes_exit
+from farm.fleet.session import set_worker_variables
 
 
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit code 2."""
     _quiet_libraries()
+    set_worker_variables()
     with mistakes_exit():
         app()
 

@@ -84,7 +84,8 @@ def bench_decode(  # noqa: PLR0913 - the options of a command
     """Speed of `generate`, plain decoding, both drafts and every control of the draft length, in one run."""
     from rich.progress import track
 
-    from farm.bench.decode import chosen, full_arms, largest, measure, quick_arms, with_trees, with_vllm
+    from farm.bench.arms import chosen, full_arms, quick_arms, with_trees, with_vllm
+    from farm.bench.decode import largest, measure
     from farm.bench.family import members
     from farm.bench.floor import measure_floor
     from farm.bench.report import beside_best_fixed, table, write

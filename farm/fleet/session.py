@@ -11,10 +11,21 @@ from farm.sections import AdaptResources
 
 NAMESPACE = "farm"
 AUTH_VARIABLE = "RAY_AUTH_MODE"
-# Ray starts a process for a service that a farm of short runs has no use for; it costs memory in every run.
-WORKER_VARIABLES = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+WORKER_VARIABLES = {
+    # Ray starts a process for a service that a farm of short runs has no use for; it costs memory in every run.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # Turns of OpenMP's loop in which a thread waits for the others, some ten microseconds; unset, milliseconds. Where
+    # another process has one of the cores, they are taken from the thread that is waited for.
+    "GOMP_SPINCOUNT": "1000",
+}
 # A run is a driver task, a controller and workers: fewer logical CPUs would wait for ever.
 MIN_LOGICAL_CPUS = 4
+
+
+def set_worker_variables() -> None:
+    """In this process, and so in those of a cluster that it starts; before torch is imported, which reads them once."""
+    for name, value in WORKER_VARIABLES.items():
+        os.environ.setdefault(name, value)
 
 
 @contextmanager
@@ -26,7 +37,7 @@ def connect() -> Iterator[None]:
     """
     # Left unset, Ray turns token authentication on in some commands and not in others.
     os.environ.setdefault(AUTH_VARIABLE, "token" if _has_token() and in_cluster() else "disabled")
-    os.environ.update({name: os.environ.get(name, value) for name, value in WORKER_VARIABLES.items()})
+    set_worker_variables()
     import ray
 
     if ray.is_initialized():

@@ -52,7 +52,7 @@ def test_an_object_goes_with_its_last_reference() -> None:
 @pytest.mark.usefixtures("no_collector")
 @pytest.mark.parametrize("drafted", [False, True], ids=["plain", "drafted"])
 def test_an_engine_that_is_dropped_frees_its_caches_at_once(drafted: bool) -> None:
-    """Regeneration makes one for each shard: a gigabyte each would stay until the collector comes."""
+    """Regeneration makes one for each shard, whose caches would stay until the collector comes."""
     target, draft = tiny_pair(seed=1)
     route = Route(target, frozenset(), draft if drafted else None)
     engine = Engine([route], num_slots=2, max_length=64, k=3, control=make_control("cost", 3))
