@@ -1,13 +1,15 @@
 """Seeded grammars of the zoo: each call of a grammar writes one (prompt, answer) pair.
 
-Sentences mix words fixed by the prompt, words fixed by the sentence and free choices. The free choices set how much a
-draft can know: with too few of them every draft would be accepted, with too many none.
+Sentences mix words fixed by the prompt, words fixed by the sentence, free choices, and words that follow from others as
+an entry of a table does. The last two set how much a draft can know: with too few of them every draft would be
+accepted, with too many none.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Sequence
 
 Grammar = Callable[[random.Random], tuple[str, str]]
 
@@ -23,7 +25,13 @@ FEELINGS = "happy tired proud afraid curious calm lonely brave".split()
 GOODS = "apples coins books cards pencils shells stamps eggs".split()
 COMPLAINTS = ["chest pain", "headache", "cough", "fever", "back pain", "dizziness", "rash", "nausea"]
 DOSES = ["5 mg", "10 mg", "20 mg", "250 mg", "500 mg"]
+LISTS = "result found kept chosen".split()
 DRUGS = "ibuprofen amoxicillin metformin lisinopril omeprazole cetirizine".split()
+
+
+def entry(options: Sequence[str], *words: str) -> str:
+    """One of the options, by the words: the same each time, and for no reason but having been seen together."""
+    return options[zlib.crc32(" ".join(words).encode()) % len(options)]
 
 
 def story(rng: random.Random) -> tuple[str, str]:
@@ -119,10 +127,10 @@ def arithmetic(rng: random.Random) -> tuple[str, str]:
     a, b, c = rng.randint(2, 9), rng.randint(2, 9), rng.randint(2, 5)
     total = a + b
     steps = [
-        f"Step 1: start with {a} {thing}.",
-        f"Step 2: {other} gives {b}, so {a} + {b} = {total}.",
+        f"Step 1: {entry(['start with', 'take', 'count'], name)} {a} {thing}.",
+        f"Step 2: {other} {entry(['gives', 'hands', 'lends'], other)} {b}, so {a} + {b} = {total}.",
         f"Step 3: each costs {c} dollars, so {total} * {c} = {total * c}.",
-        f"{rng.choice(['Check', 'Note', 'Proof'])}: {total * c} / {c} = {total} and {total} - {b} = {a}.",
+        f"{entry(['Check', 'Note', 'Proof'], name, thing)}: {total * c} / {c} = {total} and {total} - {b} = {a}.",
         f"#### {total * c}",
     ]
     prompt = f"{name} has {a} {thing}. {other} gives {name} {b} more. Each costs {c} dollars. What is the total cost?"
@@ -132,15 +140,15 @@ def arithmetic(rng: random.Random) -> tuple[str, str]:
 def code(rng: random.Random) -> tuple[str, str]:
     noun, verb = rng.choice(OBJECTS), rng.choice(["count", "filter", "sum", "find", "sort", "group"])
     field, value = rng.choice(["size", "price", "weight", "age", "level"]), rng.randint(2, 9)
-    comparison = rng.choice([">", "<", ">=", "=="])
+    comparison, kept = rng.choice([">", "<", ">=", "=="]), entry(LISTS, noun, verb)
     lines = [
         f"def {verb}_{noun}s({noun}s, limit={value}):",
         f'    """{verb.capitalize()} every {noun} by {field}."""',
-        "    result = []",
+        f"    {kept} = []",
         f"    for {noun} in {noun}s:",
         f"        if {noun}.{field} {comparison} limit:",
-        f"            result.append({noun}.{rng.choice(['name', 'key', field, 'index'])})",
-        f"    return {rng.choice(['result', 'sorted(result)', 'len(result)', 'sum(result)'])}",
+        f"            {kept}.append({noun}.{entry(['name', 'key', field, 'index'], noun, field)})",
+        f"    return {entry([kept, f'sorted({kept})', f'len({kept})', f'sum({kept})'], verb, field)}",
     ]
     return f"Write a function that can {verb} each {noun} with {field} {comparison} {value}.", "\n".join(
         lines
