@@ -87,7 +87,7 @@ class Plan:
 def make_plan(manifest: Manifest, artifacts: Artifacts, digest: Digest, *, stand_in: bool = False) -> Plan:
     """Plan the manifest against what `artifacts` holds; `digest` gives the sha256 of a checkpoint.
 
-    Prompts that a target has yet to make up are refused, or with `stand_in` planned as so many empty ones.
+    Prompts that a target has yet to make up are refused, or with `stand_in` planned as so many short ones.
 
     A target whose checkpoint, prompts or selection cannot be read is refused alone; UserError concerns the
     whole manifest.
@@ -131,7 +131,7 @@ def _prompts(
     if not stand_in:
         raise Refused("it has no prompts; `farm onboard` has it make some up, or give it a file")
     rows = range(manifest.elicit.prompts)
-    prompts = tuple(Prompt(row, str(row), ({"role": "user", "content": ""},), None) for row in rows)
+    prompts = tuple(Prompt(row, str(row), ({"role": "user", "content": str(row)},), None) for row in rows)
     return PromptSet("", "", prompts, (), len(prompts), dict.fromkeys(rows, ""))
 
 

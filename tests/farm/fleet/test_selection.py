@@ -91,7 +91,9 @@ def test_a_target_whose_prompts_cannot_be_chosen_fails_alone_and_a_finished_choi
 ) -> None:
     manifest = family.manifest("alpha", "beta", store=store, select=BEFORE)
     long = tmp_path / "long.jsonl"
-    long.write_text("".join(json.dumps({"prompt": "fox " * 4000}) + "\n" for _ in range(NUM_ROWS)))
+    long.write_text(
+        "".join(json.dumps({"prompt": f"{row} " + "fox " * 4000}) + "\n" for row in range(NUM_ROWS))
+    )
     mute = manifest.targets[1].model_copy(update={"prompts": str(long)})
     manifest = manifest.model_copy(update={"targets": (manifest.targets[0], mute)})
     run, said = run_of(manifest)
