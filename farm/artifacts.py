@@ -41,18 +41,19 @@ class Artifacts:
 
     def find(self, stage: str, key: str) -> Artifact | None:
         """The finished artifact, or None: unfinished ones do not exist."""
-        name = _name(stage, key, _MANIFEST)
-        if not self.store.exists(name):
+        if not self._is_finished(stage, key):
             return None
-        return Artifact(stage, key, json.loads(self.store.get(name)))
+        return Artifact(stage, key, json.loads(self.store.get(_name(stage, key, _MANIFEST))))
 
     def put_file(self, stage: str, key: str, name: str, data: bytes) -> None:
-        """Write one file of an artifact, atomically; a repeated write must have the same content."""
-        self.store.put(_name(stage, key, name), data)
+        """Write one file of an artifact, atomically. A finished artifact keeps the files that its manifest lists."""
+        if not self._is_finished(stage, key):
+            self.store.put(_name(stage, key, name), data)
 
     def copy_file(self, stage: str, key: str, path: Path) -> None:
         """`put_file` with a file and its own name, read in chunks: weights need not fit into memory."""
-        self.store.put_file(_name(stage, key, path.name), path)
+        if not self._is_finished(stage, key):
+            self.store.put_file(_name(stage, key, path.name), path)
 
     def path(self, artifact: Artifact, name: str) -> Path:
         """A local, read-only copy of one of the artifact's files; UserError if it is not what was written."""
@@ -82,6 +83,9 @@ class Artifacts:
         for name in artifact.manifest["files"]:
             self.location(artifact, name)
         return self.store.location(f"artifacts/{artifact.stage}/{artifact.key}")
+
+    def _is_finished(self, stage: str, key: str) -> bool:
+        return self.store.exists(_name(stage, key, _MANIFEST))
 
     def _uncut(self, artifact: Artifact, name: str) -> Path:
         key = _name(artifact.stage, artifact.key, name)

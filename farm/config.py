@@ -134,9 +134,27 @@ def dump(manifest: Strict) -> dict[str, Any]:
     return manifest.model_dump(mode="json")
 
 
-def check_placeable(manifest: Manifest, cluster_resources: Mapping[str, float], num_nodes: int) -> None:
-    """Raise UserError for a request that this cluster can never place: Ray would wait for it for ever."""
-    asked = manifest.resources
+def check_placeable(
+    manifest: Manifest,
+    cluster_resources: Mapping[str, float],
+    num_nodes: int,
+    nodes: Sequence[Mapping[str, float]] = (),
+) -> None:
+    """Raise UserError for a request that this cluster can never place: Ray would wait for it for ever.
+
+    `nodes` are the resources of every kind of node that it has or may have; none: of which kinds is not known.
+    """
+    _check_sums(manifest.resources, cluster_resources)
+    if nodes:
+        _check_bundles(manifest.resources, nodes)
+    if num_nodes > 1 and manifest.store.startswith("file:") and not manifest.shared_filesystem:
+        raise UserError(
+            f"manifest: store {manifest.store} is a folder, but the cluster has {num_nodes} nodes; "
+            "put it on a file system that all nodes mount and set shared_filesystem: true"
+        )
+
+
+def _check_sums(asked: Resources, cluster_resources: Mapping[str, float]) -> None:
     regenerate, adapt, serve = asked.regenerate, asked.adapt, asked.serve
     requests = (
         ("regenerate", "GPU", regenerate.min_actors * regenerate.num_gpus, ("num_gpus", "min_actors")),
@@ -148,17 +166,31 @@ def check_placeable(manifest: Manifest, cluster_resources: Mapping[str, float], 
     )
     for section, resource, amount, fields in requests:
         have = cluster_resources.get(resource, 0.0)
-        remedy = " or ".join(f"resources.{section}.{field}" for field in fields)
         if amount > have:
             raise UserError(
                 f"manifest: resources.{section} needs {amount:g} {resource}, the cluster has {have:g}: "
-                f"it could never be placed; lower {remedy}"
+                f"it could never be placed; lower {_either(section, fields)}"
             )
-    if num_nodes > 1 and manifest.store.startswith("file:") and not manifest.shared_filesystem:
-        raise UserError(
-            f"manifest: store {manifest.store} is a folder, but the cluster has {num_nodes} nodes; "
-            "put it on a file system that all nodes mount and set shared_filesystem: true"
-        )
+
+
+def _check_bundles(asked: Resources, nodes: Sequence[Mapping[str, float]]) -> None:
+    """An actor, a worker, a replica has all that it asks for on one node."""
+    regenerate, adapt, serve = asked.regenerate, asked.adapt, asked.serve
+    bundles = (
+        ("regenerate", regenerate.num_cpus, regenerate.num_gpus, ("num_cpus", "num_gpus")),
+        ("adapt", 1.0, adapt.gpus_per_worker, ("gpus_per_worker",)),
+        ("serve", serve.num_cpus, serve.num_gpus, ("num_cpus", "num_gpus")),
+    )
+    for section, cpus, gpus, fields in bundles:
+        if not any(node.get("CPU", 0.0) >= cpus and node.get("GPU", 0.0) >= gpus for node in nodes):
+            raise UserError(
+                f"manifest: resources.{section} needs {cpus:g} CPU and {gpus:g} GPU on one node, and no node has "
+                f"both: it could never be placed; lower {_either(section, fields)}"
+            )
+
+
+def _either(section: str, fields: Sequence[str]) -> str:
+    return " or ".join(f"resources.{section}.{field}" for field in fields)
 
 
 def _first_mistake(error: ValidationError) -> str:

@@ -88,13 +88,20 @@ def add_key(path: Path, name: str, targets: Sequence[str] = (), **limits: int | 
         first = error.errors()[0]
         raise UserError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    line = json.dumps(key.model_dump(exclude_none=True)).encode() + b"\n"
+    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
     try:
-        os.write(handle, json.dumps(key.model_dump(exclude_none=True)).encode() + b"\n")
+        os.write(handle, b"\n" * _ends_within_a_line(handle) + line)
         os.fsync(handle)
     finally:
         os.close(handle)
     return secret
+
+
+def _ends_within_a_line(handle: int) -> bool:
+    """As many editors leave a file; an empty line, which is skipped, does no harm."""
+    size = os.fstat(handle).st_size
+    return size > 0 and os.pread(handle, 1, size - 1) != b"\n"
 
 
 class KeyRing:

@@ -49,7 +49,7 @@ class ObjectCache:
         text = os.environ.get("FARM_CACHE_GB", _DEFAULT_GB)
         try:
             max_bytes = int(float(text) * 10**9)
-        except ValueError:
+        except (ValueError, OverflowError):
             raise UserError(
                 f"FARM_CACHE_GB: {text!r} is no number of gigabytes; write for instance 20"
             ) from None

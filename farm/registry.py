@@ -1,6 +1,7 @@
 """Published adapters: immutable versions of each target; which is live, and which is tried, by compare-and-swap."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from farm.errors import UserError
 from farm.store import CorruptObject, NotFound, ObjectStore
 
 _CARD = "card.json"
+_VERSION = re.compile("v[1-9][0-9]*")
 _FAMILY = "registry/family.json"
 
 
@@ -240,6 +242,9 @@ class Registry:
         return found
 
     def _find(self, target: str, version: str) -> Version | None:
+        # A folder finds "v3/" and "./v3" too, which would be another version everywhere else.
+        if not _VERSION.fullmatch(version):
+            return None
         try:
             return Version(
                 target, version, json.loads(self.store.get(f"{_folder(target)}/{version}/{_CARD}"))

@@ -21,7 +21,7 @@ from botocore.exceptions import (
 from s3transfer.exceptions import S3DownloadFailedError
 
 from farm.checksum import bytes_sha256, file_sha256
-from farm.errors import UserError
+from farm.errors import StoreUnusable, UserError
 from farm.object_cache import CachedObject, ObjectCache
 from farm.s3_client import (
     Absent,
@@ -47,7 +47,7 @@ _PARTS = TransferConfig(
 )
 
 
-class Broken(UserError):
+class Broken(StoreUnusable):
     """A transfer that ended before its object did."""
 
 
@@ -195,7 +195,7 @@ class S3Store(ObjectStore):
                 time.sleep(0.05 * 2**attempt)
             else:
                 return True
-        raise UserError(f"{self.uri}/{key}: others write it all the time; run again")
+        raise StoreUnusable(f"{self.uri}/{key}: others write it all the time; run again")
 
     def _wrote(self, key: str, writer: str) -> bool:
         """Whether the object that is there is this writer's: a request was repeated whose first answer was lost."""

@@ -14,7 +14,7 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 
-from farm.errors import UserError
+from farm.errors import Denied, StoreUnusable, UserError
 
 SCHEME: Final = "s3://"
 ATTEMPTS: Final = 11
@@ -36,7 +36,7 @@ class ConditionFailed(UserError):
     """412: the object is not as the writer said."""
 
 
-class Conflict(UserError):
+class Conflict(StoreUnusable):
     """409: another write of the same object is under way."""
 
 
@@ -62,7 +62,7 @@ def environment() -> tuple[tuple[str, str], ...]:
 def client_of(bucket: str, given: tuple[tuple[str, str], ...]) -> Any:
     """A client of the present environment, once it has seen the bucket."""
     settings = dict(given)
-    attempts = int(settings.get("AWS_MAX_ATTEMPTS", ATTEMPTS))
+    attempts = _attempts(settings.get("AWS_MAX_ATTEMPTS", str(ATTEMPTS)))
     has_endpoint = "AWS_ENDPOINT_URL" in settings or "AWS_ENDPOINT_URL_S3" in settings
     try:
         looking, working = (
@@ -97,6 +97,16 @@ def client_of(bucket: str, given: tuple[tuple[str, str], ...]) -> Any:
     return working
 
 
+def _attempts(text: str) -> int:
+    try:
+        attempts = int(text)
+    except ValueError:
+        attempts = 0
+    if attempts < 1:
+        raise UserError(f"AWS_MAX_ATTEMPTS: {text!r} is no number of attempts; write for instance {ATTEMPTS}")
+    return attempts
+
+
 def meaning(error: ClientError, what: str, client: Any) -> Exception:
     status, code = _status(error), str(error.response.get("Error", {}).get("Code", ""))
     if code == "NoSuchBucket":
@@ -108,11 +118,11 @@ def meaning(error: ClientError, what: str, client: Any) -> Exception:
     if status == 409:
         return Conflict(f"{what}: another write of it is under way; run again")
     if status in (401, 403):
-        return UserError(
+        return Denied(
             f"{what}: {_endpoint(client)} refuses these credentials ({code}); set AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, of an identity that may read, write and list this bucket"
         )
-    return UserError(
+    return StoreUnusable(
         f"{what}: {_endpoint(client)} answered {status} {code}; check AWS_DEFAULT_REGION and the server, then run again"
     )
 
@@ -123,12 +133,12 @@ def _no_bucket(bucket: str, client: Any) -> UserError:
     )
 
 
-def unusable(error: BotoCoreError, what: str, client: Any) -> UserError:
+def unusable(error: BotoCoreError, what: str, client: Any) -> StoreUnusable:
     if isinstance(error, NoCredentialsError | PartialCredentialsError):
-        return UserError(
+        return StoreUnusable(
             f"{what}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
         )
-    return UserError(
+    return StoreUnusable(
         f"{what}: {_endpoint(client)} cannot be reached ({type(error).__name__}); start the server, or correct "
         "AWS_ENDPOINT_URL"
     )

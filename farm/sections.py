@@ -8,10 +8,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 CONTROL_PATTERN = r"^(off|fixed(-[1-9]\d?)?|adaedl(-published)?|cost)$"  # of the draft length
+LONGEST_CHAIN = 63  # drafted tokens of a round: so far a verification may run past a target's last position
 
 Rows = tuple[int, int | None]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
+ChainLength = Annotated[int, Field(ge=1, le=LONGEST_CHAIN)]
 Dtype = Literal["auto", "float32", "bfloat16"]
 Strategy = Literal["all", "shift", "mahalanobis", "failure", "flatness", "random"]
 PROMPT_STRATEGIES: tuple[Strategy, ...] = ("random", "mahalanobis", "shift")  # defined without an answer
@@ -248,7 +250,7 @@ class AdaptSettings(TrainSettings):
 class EvaluateSettings(Strict):
     rows: Rows | None = None  # None: the last `prompts` rows
     prompts: Positive = 64
-    k: Positive = 4
+    k: ChainLength = 4
     temperatures: tuple[float, ...] = (0.0, 1.0)
     max_new_tokens: Positive = 64
     speed_prompts: Positive = 4
@@ -272,7 +274,7 @@ class ServeSettings(Strict):
     port: int = Field(default=8000, ge=1, le=65535)
     num_slots: Positive = 8
     max_length: Positive = 1024
-    k: Positive = 8  # most tokens that a round drafts
+    k: ChainLength = 8  # most tokens that a round drafts
     control: Annotated[str, BeforeValidator(_off)] = Field(default="cost", pattern=CONTROL_PATTERN)
     # Drafted in place of chains; None: chains.
     tree: Annotated[TreeSettings | None, BeforeValidator(_from_json)] = None
@@ -294,7 +296,9 @@ class ServeSettings(Strict):
     def _length_within_k(self) -> Self:
         _, _, length = self.control.partition("-")
         if length.isdigit() and int(length) > self.k:
-            raise ValueError(f"control {self.control} drafts more than k = {self.k} tokens; raise k")
+            raise ValueError(
+                f"control {self.control} drafts more than k = {self.k} tokens; raise k, at most to {LONGEST_CHAIN}"
+            )
         return self
 
     @model_validator(mode="after")

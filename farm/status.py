@@ -7,7 +7,7 @@ Layout: `status/<run_id>/<target>.json`.
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Literal
 
 from rich.console import Console
@@ -123,6 +123,11 @@ class StatusBoard:
 
         return self._swap(target, change)
 
+    def forget(self) -> None:
+        """Delete the run's records: for one that decides no target, whose records would never end."""
+        for key in self._store.list(f"status/{self._run_id}/"):
+            self._store.delete(key)
+
     def _swap(self, target: str, change: Callable[[TargetStatus], TargetStatus]) -> TargetStatus:
         key = _key(self._run_id, target)
         for _ in range(_SWAP_ATTEMPTS):
@@ -140,7 +145,7 @@ class StatusBoard:
 def read_status(store: ObjectStore, run_id: str) -> list[TargetStatus]:
     """The records of a run, sorted by target; empty for a run that is not known."""
     keys = [key for key in store.list(f"status/{run_id}/") if key.endswith(".json")]
-    return [TargetStatus.model_validate_json(store.get(key)) for key in keys]
+    return _records(store, keys)
 
 
 def latest_run(store: ObjectStore) -> str | None:
@@ -157,8 +162,16 @@ def unfinished_runs(store: ObjectStore, since: float) -> list[str]:
         for entry in store.entries("status/")
         if entry.modified >= since and entry.key.count("/") == 2 and entry.key.endswith(".json")
     ]
-    records = [TargetStatus.model_validate_json(store.get(key)) for key in recent]
-    return sorted({record.run_id for record in records if not record.finished})
+    return sorted({record.run_id for record in _records(store, recent) if not record.finished})
+
+
+def _records(store: ObjectStore, keys: Iterable[str]) -> list[TargetStatus]:
+    """Those of the keys that are still there."""
+    records = []
+    for key in keys:
+        with suppress(NotFound):
+            records.append(TargetStatus.model_validate_json(store.get(key)))
+    return records
 
 
 def status_table(

@@ -53,7 +53,7 @@ class Entry:
 class ObjectStore(ABC):
     """Keys are relative posix paths without `..`; a reader sees a whole object or none.
 
-    A store that cannot be used (not reached, no right, no such bucket) raises UserError.
+    A store that cannot be used raises UserError: StoreUnusable where it may pass (not reached, broken off, no right).
     """
 
     uri: str

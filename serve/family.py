@@ -10,7 +10,6 @@ import torch
 
 from farm.artifacts import TRUNK, Artifacts
 from farm.card import Fit, check_fit, parse_card, tokenizer_digest, vocabulary_digest
-from farm.config import UserError
 from farm.data.chat import read_template
 from farm.draft.checkpoint import EXPERT_FILE, TRUNK_FILE, load_adapter, load_draft
 from farm.draft.delta import TrunkDelta
@@ -18,6 +17,7 @@ from farm.draft.expert import Expert
 from farm.draft.lean import FusedExpert
 from farm.draft.model import Draft
 from farm.draft.trunk import Trunk
+from farm.errors import UserError, is_denied, is_unusable
 from farm.registry import Pointer, Registry, RolledBack, Version
 from farm.sections import Dtype, TargetSpec
 from farm.store import open_store
@@ -69,6 +69,8 @@ class Family:
     def targets(self) -> Iterator[LoadedTarget]:
         """Load the targets one by one; one that cannot be loaded is left out, with its reason in the log.
 
+        A store that is unusable is raised: the replica starts again, and may then have all of them. One that denies a
+        checkpoint costs its target alone.
         A checkpoint that several targets have in common is loaded once; their LoRAs lie beside it.
         """
         found = sorted(self._record["targets"].items())
@@ -79,6 +81,8 @@ class Family:
             try:
                 yield self._open(spec, checkpoints) if spec.model in shared else self._load(spec)
             except LOAD_ERRORS as error:
+                if is_unusable(error) and not is_denied(error):
+                    raise
                 log.error("%s is not served: %s", spec.name, error)
 
     def _open(self, spec: TargetSpec, checkpoints: dict[str, LoadedTarget]) -> LoadedTarget:
@@ -135,6 +139,8 @@ class Family:
         try:
             return self._read_trunk(str(self._record["trunk_key"]))
         except LOAD_ERRORS as error:
+            if is_unusable(error):
+                raise
             self._no_trunk = f"the trunk cannot be loaded: {error}"
             log.error("every target is decoded plainly: %s", self._no_trunk)
             return None

@@ -233,7 +233,7 @@ class Gateway:
         return refuse(complete) if isinstance(complete, ErrorBody) else _json(complete)
 
     async def _items(self, ask: Ask) -> AsyncGenerator[Item, None]:
-        """The answer's pieces; whatever goes wrong between here and the engine is the last item."""
+        """The answer's pieces; whatever goes wrong between here and the engine, or in it, is the last item."""
         group = self._group_of.get(ask.target)
         if group is None:
             yield unknown_model(ask.model)
@@ -248,7 +248,7 @@ class Gateway:
         except (RayActorError, RayServeException) as error:
             log.warning("%s: the replica was lost: %s", ask.id, error)
             yield unavailable("the replica was lost; send the request again")
-        except RayError:
+        except Exception:  # a stream over gRPC raises what the replica raised, unwrapped
             log.exception("%s failed", ask.id)
             yield ErrorBody(status=500, message=f"{ask.id} failed in the server", type="server_error")
         finally:

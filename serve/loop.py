@@ -140,8 +140,9 @@ class EngineLoop:
             log.exception("the engine thread ends")
             self.failure = f"{type(error).__name__}: {error}"
         finally:
-            for lane in self._lanes:
-                for sink in lane.sinks.values():
+            # Whoever gives a command now has it obeyed in his own thread, which may end other requests meanwhile.
+            for lane in list(self._lanes):
+                for sink in list(lane.sinks.values()):
                     sink(Progress(lane.version, failed=self.failure))
             self._obey_the_rest()
 

@@ -33,7 +33,7 @@ class Spec:
 # `target` is a hosted target, "" for a request that named none: what clients write never becomes a label.
 REQUESTS = (
     Spec("farm_requests", "counter", "Requests by HTTP status; 499: the client left.", ("target", "status")),
-    Spec("farm_requests_open", "gauge", "Requests that the gateway has not answered to the end."),
+    Spec("farm_requests_open", "gauge", "Requests between the first piece of their answer and the last."),
     Spec("farm_prompt_tokens", "counter", "Prompt tokens of answered requests."),
     Spec("farm_generation_tokens", "counter", "Tokens of answers.", ("target", "version")),
     Spec("farm_time_to_first_token_seconds", "histogram", "From the request's arrival to its first piece."),

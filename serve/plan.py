@@ -14,10 +14,12 @@ from rich.table import Table
 from farm.artifacts import TRUNK, Artifacts
 from farm.config import Refused, UserError
 from farm.draft.checkpoint import CONFIG_FILE, EXPERT_FILE, TRUNK_FILE
+from farm.errors import is_denied, is_unusable
 from farm.registry import Registry
 from farm.sections import Dtype, ServeResources, ServeSettings, TargetSpec
 from farm.store import NotFound, open_store
 from farm.target.load import resolve_dtype
+from serve.lengths import shortened
 from serve.placement import GIB, Need, Packed, pack
 from serve.sizes import DraftSizes, Sizes, delta_weights
 
@@ -73,6 +75,8 @@ def plan(args: BuildArgs) -> Packed:
     dtype = resolve_dtype(args.dtype or record.get("dtype", "auto"), args.device)
     deltas = {name: _delta_weights(registry, name) for name in record["targets"]}
     draft = _draft(Artifacts(store), str(record["trunk_key"]))
+    if draft is not None and (said := shortened(args.settings)):
+        log.warning("%s", said)
     sizes = Sizes(args.settings, dtype, args.device, draft, deltas)
     specs = [
         TargetSpec.model_validate({**fields, "name": name, "prompts": ""})
@@ -92,6 +96,8 @@ def _needs(sizes: Sizes, specs: Iterable[TargetSpec]) -> tuple[list[Need], dict[
         try:
             needs.append(sizes.need(spec, beside=sharers[spec.model] > 1))
         except Refused as error:
+            if is_unusable(error) and not is_denied(error):
+                raise  # for as long as the application runs the target would be left out
             refused[spec.name] = str(error)
     return needs, refused
 

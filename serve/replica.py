@@ -24,6 +24,7 @@ from serve.canary import WorseTest
 from serve.choices import Choice, Mail, answer, choice_seed
 from serve.detokenize import TextStream
 from serve.family import PLAIN, Family, ServedDraft
+from serve.lengths import longest, shortened
 from serve.loop import EngineLoop, Lane, Progress
 from serve.metrics import EngineMeter
 from serve.records import Ask, Delta, Hosted, Item
@@ -51,6 +52,8 @@ class EngineHost:
         self._settings = settings
         family = Family(store, dtype, device, targets)
         self._has_trunk = family.trunk is not None
+        if self._has_trunk and (said := shortened(settings)):
+            log.warning("%s", said)
         self._engines = EngineLoop(self._new_engine)
         self._meter = EngineMeter(serve.get_replica_context().replica_id.unique_id, ray_metrics)
         self._rollout = Rollout(
@@ -149,19 +152,21 @@ class EngineHost:
         mistake = mistake_in_bias(ask.sampling["logit_bias"], target.forward.vocab_size)
         if mistake is not None:
             return mistake
+        param = "messages" if ask.messages else "prompt"
         try:
             request = await asyncio.to_thread(self._request, target, ask)
         except UserError as error:
-            return ErrorBody(status=400, message=str(error), param="messages" if ask.messages else "prompt")
-        num_tokens, most = len(request.prompt_ids), self._max_length(target)
+            return ErrorBody(status=400, message=str(error), param=param)
+        num_tokens, most = len(request.prompt_ids), self._max_length(target.max_positions)
         if not num_tokens:
             return ErrorBody(status=400, message="prompt: is empty", param="prompt")
         if num_tokens > (ask.max_prompt_tokens or num_tokens):
             return too_many_tokens(num_tokens, ask.max_prompt_tokens)
-        return request if num_tokens < most else context_exceeded(num_tokens, most)
+        return request if num_tokens < most else context_exceeded(num_tokens, most, param)
 
-    def _max_length(self, target: LoadedTarget) -> int:
-        return min(self._settings.max_length, target.max_positions)
+    def _max_length(self, positions: int) -> int:
+        """Of a target's sequences: an engine whose target has no draft now may get one later."""
+        return longest(self._settings, positions, drafts=self._has_trunk)
 
     def _request(self, target: LoadedTarget, ask: Ask) -> Request:
         if ask.messages:
@@ -184,7 +189,7 @@ class EngineHost:
         return Engine(
             [route],
             num_slots=settings.num_slots,
-            max_length=min(settings.max_length, route.forward.max_positions),
+            max_length=self._max_length(route.forward.max_positions),
             **drafting_options(settings),
         )
 

@@ -80,12 +80,11 @@ class RequestMeter:
             self._end(ask, status, started_s, first_s, last)
 
     def _name(self, ask: Ask) -> str:
-        """The target without a version, "" for one that never answered."""
-        name = ask.target.partition("@")[0]
-        return name if name in self._known else ""
+        """The target, "" for one that never answered."""
+        return ask.target if ask.target in self._known else ""
 
     def _begin(self, ask: Ask) -> None:
-        self._known.add(ask.target.partition("@")[0])
+        self._known.add(ask.target)
         self._count_open(ask, 1)
 
     def _count_open(self, ask: Ask, change: int) -> None:

@@ -7,8 +7,8 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
-from farm.config import UserError
 from farm.decode.engine import Route
+from farm.errors import StoreUnusable, UserError, is_unusable
 from farm.registry import Canary, Pointer, RolledBack
 from farm.store import NotFound
 from farm.target.load import LoadedTarget
@@ -115,12 +115,15 @@ class Rollout:
         name = followed.target.name
         try:
             pointer = self._pointer(followed)
+        except StoreUnusable:
+            raise
         except (ValueError, TypeError, KeyError) as error:
             self._complain(name, f"its pointer makes no sense: {error!r}")
             return
         try:
             if not followed.is_settled or pointer.live != followed.live:
-                self._went_live(followed, pointer.live)
+                # What was never settled has no draft yet that could be kept.
+                self._went_live(followed, pointer.live, or_base=not followed.is_settled)
             self._go_canary(followed, pointer)
         except Exception as error:  # noqa: BLE001 - of this target alone, and it is tried again
             self._complain(name, f"a version cannot be read: {error!r}")
@@ -247,4 +250,4 @@ def _route(followed: Followed, draft: ServedDraft) -> Route:
 
 def _is_passing(error: UserError) -> bool:
     """Whether the store failed rather than the version: then it is tried again."""
-    return isinstance(error.__cause__, OSError | NotFound)
+    return is_unusable(error) or isinstance(error.__cause__, OSError | NotFound)

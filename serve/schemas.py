@@ -304,9 +304,9 @@ def unknown_model(name: str) -> ErrorBody:
     return ErrorBody(status=404, message=message, param="model", code="model_not_found")
 
 
-def context_exceeded(num_tokens: int, max_length: int) -> ErrorBody:
+def context_exceeded(num_tokens: int, max_length: int, param: str) -> ErrorBody:
     message = f"the prompt has {num_tokens} tokens, prompt and answer have room for {max_length}; shorten it"
-    return ErrorBody(status=400, message=message, param="messages", code="context_length_exceeded")
+    return ErrorBody(status=400, message=message, param=param, code="context_length_exceeded")
 
 
 def unavailable(message: str) -> ErrorBody:

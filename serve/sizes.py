@@ -15,13 +15,13 @@ import torch
 from farm.config import Refused, UserError
 from farm.decode import drafts, routes
 from farm.decode.drafting import buffered
-from farm.decode.tree import TreeShape
 from farm.draft.checkpoint import DELTA, EXPERT_FILE, TRUNK_FILE, VOCABULARY, read_config
 from farm.draft.config import DraftConfig
 from farm.sections import ServeSettings, TargetSpec
 from farm.store import local_copy
 from farm.target.load import check_folder
 from farm.target.weights import is_plain
+from serve.lengths import longest, num_drafted
 from serve.placement import Need
 
 # Of a replica beside weights and caches: Python, torch, transformers, the tensors of a step. On a CPU 438 MiB were
@@ -106,9 +106,9 @@ class Sizes:
     def _cache_bytes(self, config: Any) -> int:
         """Of `farm.decode.runner.Runner`'s slots."""
         layers, heads, head_dim, positions, hidden, _ = _shape(config)
-        tree, slots = self.settings.tree, self.settings.num_slots
-        drafted = self.settings.k if tree is None else TreeShape.of(tree).num_entries
-        capacity = min(self.settings.max_length, positions) + drafted + 1
+        slots = self.settings.num_slots
+        length = longest(self.settings, positions, drafts=self.draft is not None)
+        capacity = length + num_drafted(self.settings) + 1
         found = layers * slots * 2 * heads * capacity * head_dim * self.item_bytes
         if self.draft is None:
             return found

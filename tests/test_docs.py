@@ -179,8 +179,8 @@ def test_every_command_of_the_command_line_exists(page: Path) -> None:
 
 
 def layout() -> list[str]:
-    """The paths of the README's tree, folders without their slash."""
-    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Layout")[2]
+    """The paths of the tree in docs/layout.md, folders without their slash."""
+    section = (ROOT / "docs" / "layout.md").read_text(encoding="utf-8")
     block = re.search(r"^```\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
     assert block is not None
     above: list[str] = []
@@ -197,4 +197,4 @@ def test_the_tree_of_the_readme_is_the_tree() -> None:
     assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
     modules = (path for folder in ("farm", "jobs", "serve") for path in (ROOT / folder).rglob("*.py"))
     present = {path.relative_to(ROOT).as_posix() for path in modules if path.name != "__init__.py"}
-    assert sorted(present - named) == [], "give each of these a line in the README's layout"
+    assert sorted(present - named) == [], "give each of these a line in docs/layout.md"

@@ -94,13 +94,26 @@ def split_prompts(
     """
     used, rest = split_rows(found.num_rows, regenerate, evaluate, evaluate_prompts)
     held_out = tuple(prompt for prompt in found.prompts if prompt.row in rest)[:evaluate_prompts]
-    asked = {_asks(prompt) for prompt in held_out}
     prompts = [prompt for prompt in found.prompts if prompt.row in used]
+    kept = not_held_out(prompts, held_out)
+    rows = {prompt.row for prompt in kept}
     broken = [error for error in found.errors if error.row in used]
-    twice = [RowError(prompt.row, "is held out too") for prompt in prompts if _asks(prompt) in asked]
-    return Split(
-        tuple(prompt for prompt in prompts if _asks(prompt) not in asked), held_out, (*broken, *twice)
-    )
+    twice = [RowError(prompt.row, "is held out too") for prompt in prompts if prompt.row not in rows]
+    return Split(kept, held_out, (*broken, *twice))
+
+
+def not_held_out(prompts: Iterable[Prompt], held_out: Iterable[Prompt]) -> tuple[Prompt, ...]:
+    """Those that ask nothing that a held-out one asks."""
+    asked = set(map(_asks, held_out))
+    return tuple(prompt for prompt in prompts if _asks(prompt) not in asked)
+
+
+def first_of_equals(prompts: Iterable[Prompt]) -> tuple[Prompt, ...]:
+    """Those that ask nothing that one before them asks."""
+    first: dict[tuple[tuple[str, str], ...], Prompt] = {}
+    for prompt in prompts:
+        first.setdefault(_asks(prompt), prompt)
+    return tuple(first.values())
 
 
 def _asks(prompt: Prompt) -> tuple[tuple[str, str], ...]:

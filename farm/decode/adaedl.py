@@ -59,9 +59,7 @@ class AdaEDL:
             self._learn(result)
         for target in set(result.load.targets):
             rows = [row for row, name in enumerate(result.load.targets) if name == target]
-            drafted, accepted = (
-                sum(counts[row] for row in rows) for counts in (result.drafted, result.accepted)
-            )
+            drafted, accepted = map(sum, zip(*(_before_stop(result, row) for row in rows), strict=True))
             if drafted:
                 self._follow(
                     self.thresholds[target], accepted / drafted, accepted == self.max_length * len(rows)
@@ -87,3 +85,9 @@ class AdaEDL:
         reached = self._reached.setdefault(key, Ratio(result.tokens / seconds, seconds, memory=64))
         reached.add(result.tokens, seconds)
         self.wanted = min(0.9, max(0.3, self._costs.break_even(load, reached.value) or 0.6))
+
+
+def _before_stop(result: RoundResult, row: int) -> tuple[int, int]:
+    """Tokens that a row drafted and accepted; where a stop cut them, nothing is known of what lies behind it."""
+    drafted, accepted, emitted = result.drafted[row], result.accepted[row], result.emitted[row]
+    return (drafted, accepted) if emitted > accepted else (emitted, emitted)

@@ -8,6 +8,7 @@ stands what the chat template writes there, so that no answer is decoded to text
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -18,6 +19,7 @@ from farm.data.features import FEATURE_DTYPE, Answer
 from farm.data.prompts import Prompt
 from farm.decode.engine import FinishReason, Request
 from farm.decode.sampling import SamplingParams
+from farm.decode.scheduler import unknown_token
 from farm.sections import RegenerateSettings
 from farm.target.load import LoadedTarget
 
@@ -41,7 +43,7 @@ class Conversation:
 
     @classmethod
     def of(cls, target: LoadedTarget, prompt: Prompt, settings: RegenerateSettings) -> Conversation:
-        """Raises UserError when the prompt leaves no room, or the chat template fails on it."""
+        """Raises UserError when the prompt leaves no room or is not the target's, or the chat template fails on it."""
         tokenizer, template = target.tokenizer, target.chat_template
         first, *others = user_turns(prompt.messages) if settings.turns == "all" else [list(prompt.messages)]
         opening = tuple(encode_chat(tokenizer, first, template))
@@ -54,6 +56,8 @@ class Conversation:
             text = behind_answer(tokenizer, messages, turn, template)
             following.append(list(tokenizer(text, add_special_tokens=False)["input_ids"]))
             messages += [{"role": "assistant", "content": ENDED}, *turn]
+        for ids in (opening, *following):
+            check_known(ids, target)
         return cls(prompt, opening, following, sampling_of(prompt, settings), target.max_positions)
 
     def request(self) -> Request | None:
@@ -112,6 +116,16 @@ class Conversation:
             turns=tuple((first - start, end - start) for first, end in self.turns)
             if len(self.turns) > 1
             else (),
+        )
+
+
+def check_known(ids: Sequence[int], target: LoadedTarget) -> None:
+    """Raises UserError for a token id that the tokenizer writes and the target's embedding has no row for."""
+    stranger = unknown_token(ids, target.forward.vocab_size)
+    if stranger is not None:
+        raise UserError(
+            f"prompt token {stranger} is outside the target's {target.forward.vocab_size} tokens; "
+            "give the tokenizer that belongs to this checkpoint"
         )
 
 

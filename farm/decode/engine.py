@@ -20,7 +20,7 @@ from farm.decode.logprobs import TokenLogprob
 from farm.decode.routes import Route as Route
 from farm.decode.runner import Round, Runner, Seconds, sampling_batch
 from farm.decode.scheduler import FinishReason as FinishReason
-from farm.decode.scheduler import LiveRequest, Move, Prefill, Scheduler
+from farm.decode.scheduler import LiveRequest, Move, Prefill, Scheduler, unknown_token
 from farm.decode.scheduler import Request as Request
 from farm.decode.stats import DecodeStats
 from farm.decode.tree import TreeShape
@@ -144,13 +144,19 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queues a request.
 
-        Raises ValueError when its target is not hosted, its prompt is empty or leaves no room for a token, or it limits
-        the length of chains where trees are drafted.
+        Raises ValueError when its target is not hosted, its prompt is empty, leaves no room for a token or has an id
+        that the target does not know, or it limits the length of chains where trees are drafted.
         """
         if request.target not in self.runner.routes:
             raise ValueError(f"request {request.id}: target {request.target!r} is not hosted")
         if self.runner.tree is not None and request.params.max_drafted:
             raise ValueError(f"request {request.id}: max_drafted is for chains; with trees it can only be 0")
+        vocab_size = self.runner.routes[request.target].forward.vocab_size
+        stranger = unknown_token(request.prompt_ids, vocab_size)
+        if stranger is not None:
+            raise ValueError(
+                f"request {request.id}: prompt token {stranger} is outside the target's {vocab_size} tokens"
+            )
         self.scheduler.add(request)
 
     def cancel(self, request_id: str) -> None:

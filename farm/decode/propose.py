@@ -15,6 +15,7 @@ from farm.decode.chain import ChainProposal
 from farm.decode.control import Control, Signal
 from farm.decode.growth import Growth
 from farm.decode.sampling import DRAFT, SamplingBatch, distribution, draw
+from farm.decode.verify import prefix_length
 from farm.draft.lean import Ends, LeanDraft
 from farm.layers.cache import AnyRows, Rows, SlotCache
 from farm.layers.foreteller import Chain, Foreteller
@@ -192,6 +193,7 @@ class _Chain:
         self.tokens: list[Tensor] = []
         self._signals: list[list[float]] = []
         self._probabilities: list[Tensor] = []
+        self._sound: list[Tensor] = []
 
     @functools.cached_property
     def _luck(self) -> Tensor:
@@ -206,7 +208,7 @@ class _Chain:
             drafted = torch.stack(self.tokens, dim=1).tolist() if self.tokens else [[]] * len(self._lengths)
             vocabulary_C = self._head.vocabulary_C
             logits_BC = batch.penalties.apply(logits_BC[:, None], drafted, index, vocabulary_C)[:, 0]
-        q_BC = None if batch.greedy else distribution(logits_BC, batch)
+        q_BC = None if batch.greedy else self._trusted(distribution(logits_BC, batch))
         best_B = told.best_B if batch.greedy else None
         self._going = [going and index < most for going, most in zip(self._going, self._limits, strict=True)]
         if self._control.signal != "none":
@@ -224,13 +226,22 @@ class _Chain:
             self._probabilities.append(expand(q_BC, self._head))
         return True
 
+    def _trusted(self, q_BC: Tensor) -> Tensor:
+        """q, and anything in place of what is no number: such a row ends before it, and what it draws is padding."""
+        sound_B1 = q_BC.isfinite().all(dim=-1, keepdim=True)
+        self._sound.append(sound_B1)
+        return torch.where(sound_B1, q_BC, 1 / q_BC.shape[1])
+
     def proposal(self, forwards: int, device: torch.device) -> ChainProposal:
         if not self.tokens:
             none = ChainProposal.none(len(self._lengths), device)
             return replace(none, forwards=forwards, signals=self._signals)
         q_BKV = torch.stack(self._probabilities, dim=1) if self._probabilities else None
-        tokens_BK, lengths = torch.stack(self.tokens, dim=1), tuple(self._lengths)
-        return ChainProposal(tokens_BK, q_BKV, lengths, forwards, self._signals)
+        lengths = self._lengths
+        if self._sound:  # asked once a chain, since asking waits for the device
+            lengths = list(map(min, lengths, prefix_length(torch.cat(self._sound, dim=1)).tolist()))
+        tokens_BK = torch.stack(self.tokens, dim=1)
+        return ChainProposal(tokens_BK, q_BKV, tuple(lengths), forwards, self._signals)
 
 
 def _seen(logits_BC: Tensor, q_BC: Tensor | None, batch: SamplingBatch) -> Tensor:

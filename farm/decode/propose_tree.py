@@ -38,6 +38,7 @@ def _top_k_tree(reader: TreeReader, shape: TreeShape, batch: SamplingBatch) -> T
     num_candidates = 1
     for depth in range(1, shape.depth + 1):
         log_q_BWC = reader.logits(level, batch).float().log_softmax(dim=-1)
+        log_q_BWC = log_q_BWC.masked_fill(log_q_BWC.isnan(), -torch.inf)  # a nan would beat its parent
         best_BWK, column_BWK = log_q_BWC.topk(min(shape.width, log_q_BWC.shape[-1]), dim=-1)
         score_BN = (score_BW[..., None] + best_BWK).flatten(1)
         token_BN = reader.head.token_ids(column_BWK).flatten(1)
@@ -52,18 +53,21 @@ def _top_k_tree(reader: TreeReader, shape: TreeShape, batch: SamplingBatch) -> T
             num_candidates += score_BN.shape[1]
     columns = (torch.cat(parts, dim=1) for parts in (tokens, parents, depths))
     tree = _rerank(*columns, torch.cat(scores, dim=1), shape.num_nodes)
-    return replace(tree, real_BM=_real(reader, tree.tokens_BM))
+    return replace(tree, real_BM=tree.real_BM & _real(reader, tree.tokens_BM))
 
 
 def _rerank(
     tokens_BN: Tensor, parents_BN: Tensor, depths_BN: Tensor, score_BN: Tensor, num_nodes: int
 ) -> Tree:
-    """The root and the best of the others. None beats its parent, and of equals the first counts: they are a tree."""
+    """The root and the best of the others, real where possible at all.
+
+    None beats its parent, and of equals the first counts: they are a tree.
+    """
     best_BM = _best(score_BN[:, 1:], num_nodes) + 1
     kept_BM = torch.cat((torch.zeros_like(best_BM[:, :1]), best_BM), dim=1)
     parents_BM = torch.searchsorted(kept_BM, parents_BN.gather(1, kept_BM))
     tokens_BM, depths_BM = tokens_BN.gather(1, kept_BM), depths_BN.gather(1, kept_BM)
-    return Tree(tokens_BM, parents_BM, depths_BM, torch.ones_like(tokens_BM, dtype=torch.bool))
+    return Tree(tokens_BM, parents_BM, depths_BM, score_BN.gather(1, kept_BM) > -torch.inf)
 
 
 def _real(reader: TreeReader, tokens_BM: Tensor) -> Tensor:
@@ -155,7 +159,7 @@ def draw_siblings(q_BC: Tensor, u_BK: Tensor) -> tuple[Tensor, Tensor]:
     left_BC, columns, real = q_BC.clone(), list[Tensor](), list[Tensor]()
     for u_B in u_BK.unbind(dim=1):
         real.append(left_BC.sum(dim=-1) > 0)
-        columns.append(draw(left_BC, u_B).clamp(max=q_BC.shape[1] - 1))
+        columns.append(draw(left_BC, u_B))
         left_BC.scatter_(1, columns[-1][:, None], 0.0)
     return torch.stack(columns, dim=1), torch.stack(real, dim=1)
 

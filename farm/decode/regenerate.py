@@ -19,7 +19,7 @@ from farm.data.chat import encode_pair
 from farm.data.features import FEATURE_DTYPE, Answer
 from farm.data.prompts import Prompt
 from farm.decode.control import Control
-from farm.decode.conversation import Conversation
+from farm.decode.conversation import Conversation, check_known
 from farm.decode.drafting import longest_drafted
 from farm.decode.endpoint import Endpoint, ask_all
 from farm.decode.engine import OFFLINE_PREFILL_TOKENS, Engine, FinishReason, Request, Route
@@ -191,6 +191,7 @@ def _encode_answer(
     if prompt.answer is None:
         raise UserError("the row has no answer to prefill")
     ids, num_prompt = encode_pair(target.tokenizer, prompt.messages, prompt.answer, target.chat_template)
+    check_known(ids, target)
     ids = ids[: min(num_prompt + settings.max_new_tokens, target.max_positions)]
     if len(ids) <= num_prompt:
         raise UserError(f"{num_prompt} prompt tokens leave no room in {target.max_positions} positions")

@@ -71,7 +71,12 @@ class Routes:
         return iter(self._routes.values())
 
     def host(self, route: Route) -> None:
-        """Adds a target. Raises ValueError when its forward or its trunk differs from the others'."""
+        """Adds a target. Raises ValueError as `check` does."""
+        self.check(route)
+        self._routes[route.target] = route
+
+    def check(self, route: Route) -> None:
+        """Raises ValueError when its name is taken, or its forward or its trunk differs from the others'."""
         if route.target in self._routes:
             raise ValueError(f"target {route.target!r} is hosted already; a new version takes a new name")
         for other in self._routes.values():
@@ -83,7 +88,6 @@ class Routes:
                 raise ValueError(
                     f"target {route.target!r}: its draft has another trunk than {other.target!r}'s"
                 )
-        self._routes[route.target] = route
 
     def drop(self, target: str) -> None:
         """Forgets a target that no request needs any more."""

@@ -27,6 +27,7 @@ from farm.decode.scheduler import LiveRequest, Move, Prefill
 from farm.decode.steps import EagerSteps, StaticSteps, Steps
 from farm.decode.tree import TreeShape
 from farm.layers.cache import Rows
+from farm.sections import LONGEST_CHAIN
 from farm.target.model import Reading, TargetModel
 
 
@@ -102,6 +103,10 @@ class Runner:
         self.device, self.tree = like.device, tree
         if tree is not None:
             max_drafted = tree.num_entries
+        elif max_drafted > LONGEST_CHAIN:
+            raise ValueError(
+                f"{max_drafted} drafted tokens a round (k): at most {LONGEST_CHAIN} are possible"
+            )
         capacity = max_length + max_drafted + 1  # a verification may write past the last token it keeps
         self.cache = like.new_cache(num_slots, capacity)
         self._sizes = {"num_slots": num_slots, "capacity": capacity, "max_drafted": max_drafted}
@@ -114,15 +119,18 @@ class Runner:
         self.seconds = Seconds()
 
     def host(self, route: Route) -> None:
-        """Adds a target. Raises ValueError when it does not go with those that are hosted."""
-        self.routes.host(route)
+        """Adds a target. Raises ValueError, and leaves it out, when it does not go with those that are hosted."""
+        self.routes.check(route)
         if route.draft is not None and self.drafting is None:
             self.drafting = Drafting(route, self.routes, **self._sizes, steps=self.steps, tree=self.tree)
+        self.routes.host(route)
 
     def drop(self, target: str) -> None:
         """Forgets a target that no sequence needs any more."""
         self.routes.drop(target)
         self.steps.forget()
+        if all(route.draft is None for route in self.routes):
+            self.drafting = None  # the next draft may be over another trunk
         if self.drafting is not None:
             self.drafting.forget()
 

@@ -158,13 +158,14 @@ def distribution(logits_BV: Tensor, batch: SamplingBatch) -> Tensor:
 def draw(p_BV: Tensor, u_B: Tensor) -> Tensor:
     """One token [B] a row by inversion: the first whose cumulative probability exceeds u. p need not sum to 1.
 
-    Tokens of probability 0 are never drawn: the search is to the right of ties and its threshold below the total.
+    Tokens of probability 0 are never drawn: the search is to the right of ties and its threshold below the total. Where
+    there is no other, or p is no number, it is the last column: what follows may index with it.
     """
     cdf_BV = p_BV.to(torch.float64).cumsum(dim=-1)
     total_B1 = cdf_BV[:, -1:]
     below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))
     threshold_B1 = torch.minimum(u_B.to(cdf_BV.device)[:, None] * total_B1, below_B1)
-    return torch.searchsorted(cdf_BV, threshold_B1, right=True).squeeze(-1)
+    return torch.searchsorted(cdf_BV, threshold_B1, right=True).squeeze(-1).clamp(max=p_BV.shape[1] - 1)
 
 
 def _filter(logits_BV: Tensor, batch: SamplingBatch) -> Tensor:

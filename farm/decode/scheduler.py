@@ -75,6 +75,11 @@ class Move:
     length: int
 
 
+def unknown_token(ids: Sequence[int], vocab_size: int) -> int | None:
+    """The first token id that an embedding of this size has no row for: reading it would end the engine for all."""
+    return next((token for token in ids if not 0 <= token < vocab_size), None)
+
+
 class Scheduler:
     """Slots and queues of one engine.
 

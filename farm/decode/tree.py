@@ -115,13 +115,6 @@ class Tree:
         return tokens[::-1]
 
 
-def chain_tree(last_B: Tensor, drafted_BK: Tensor) -> Tree:
-    """A chain of K drafted tokens as a tree of width 1."""
-    tokens_BM = torch.cat((last_B[:, None], drafted_BK), dim=1)
-    depths_BM = torch.arange(tokens_BM.shape[1], device=last_B.device).expand_as(tokens_BM)
-    return Tree(tokens_BM, (depths_BM - 1).clamp(min=0), depths_BM, torch.ones_like(tokens_BM).bool())
-
-
 @cache
 def static_parents(width: int, depth: int, num_nodes: int) -> tuple[int, ...]:
     """Parents of the root and at most `num_nodes` nodes, level by level: a shape known before anything is drawn.

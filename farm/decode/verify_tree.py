@@ -50,15 +50,10 @@ class TreePath:
 
 @dataclass(frozen=True)
 class Walk:
-    """A verification before its last draw.
-
-    `follow_BV` is the distribution of the token after the path, float64 and not normalised; `ratio_BM` the acceptance
-    probability of each node that was offered, nan where none was.
-    """
+    """A verification before its last draw."""
 
     path: TreePath
-    follow_BV: Tensor
-    ratio_BM: Tensor
+    follow_BV: Tensor  # distribution of the token after the path, float64 and not normalised
 
 
 class TreeVerdict(NamedTuple):
@@ -99,7 +94,7 @@ def walk_tree(tree: Tree, p_after: AfterNodes, drawn: Drawn | None, accept_BM: T
     """
     offers = _Offers(tree, p_after, drawn, accept_BM)
     path = _descend(tree, offers.choose)
-    return Walk(path, offers.follow_BV, offers.ratio_BM)
+    return Walk(path, offers.follow_BV)
 
 
 def residual(p_BV: Tensor, q_BV: Tensor) -> Tensor:
@@ -123,7 +118,6 @@ class _Offers:
         self._tree, self._p_after, self._drawn = tree, p_after, drawn
         self._accept_BM = accept_BM.to(tree.tokens_BM.device)
         self._going_B = torch.ones_like(tree.tokens_BM[:, 0], dtype=torch.bool)
-        self.ratio_BM = torch.full_like(tree.tokens_BM, torch.nan, dtype=torch.float64)
         self.follow_BV = torch.empty(0)
 
     def choose(self, node_B: Tensor, children_BW: Tensor) -> Tensor:
@@ -137,7 +131,8 @@ class _Offers:
                 break
             token_B = self._tree.tokens_BM.gather(1, next_B[:, None]).squeeze(1)
             offer_BV = self._offer(p_BV, q_BV, token_B)
-            accepted_B = self._accepts(next_B, token_B, offered_B, p_BV, offer_BV)
+            u_B = self._accept_BM.gather(1, next_B[:, None]).squeeze(1)
+            accepted_B = offered_B & (u_B < self._ratio(token_B, offered_B, p_BV, offer_BV))
             child_B = torch.where(accepted_B, next_B, child_B)
             refused_B1 = (offered_B & ~accepted_B)[:, None]
             p_BV = torch.where(refused_B1, residual(p_BV, offer_BV), p_BV)
@@ -155,18 +150,13 @@ class _Offers:
             return point_BV
         return torch.where(self._drawn.rows_B.to(q_BV.device)[:, None], q_BV, point_BV)
 
-    def _accepts(
-        self, next_B: Tensor, token_B: Tensor, offered_B: Tensor, p_BV: Tensor, offer_BV: Tensor
-    ) -> Tensor:
+    def _ratio(self, token_B: Tensor, offered_B: Tensor, p_BV: Tensor, offer_BV: Tensor) -> Tensor:
+        """With what probability each offered token is accepted."""
         p_B, q_B = (x_BV.gather(1, token_B[:, None]).squeeze(1) for x_BV in (p_BV, offer_BV))
         assert bool((q_B > 0)[offered_B].all()), (
             "a node's token has probability 0 under what it is drawn from"
         )
-        ratio_B = (p_B / q_B).clamp(max=1.0)
-        rows_B = offered_B.nonzero().squeeze(1)
-        self.ratio_BM[rows_B, next_B[rows_B]] = ratio_B[rows_B]
-        u_B = self._accept_BM.gather(1, next_B[:, None]).squeeze(1)
-        return offered_B & (u_B < ratio_B)
+        return (p_B / q_B).clamp(max=1.0)
 
 
 def _descend(tree: Tree, choose: Callable[[Tensor, Tensor], Tensor]) -> TreePath:

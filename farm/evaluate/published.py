@@ -14,6 +14,7 @@ from farm.data.prompts import load_prompts
 from farm.draft.checkpoint import EXPERT_FILE, TRUNK_FILE
 from farm.evaluate.provenance import hardware
 from farm.evaluate.target import EvaluateTask, evaluate_target
+from farm.evaluate.templates import base_spec, with_templates
 from farm.registry import Registry
 from farm.sections import TargetSpec
 from farm.store import open_store
@@ -79,7 +80,7 @@ def evaluate_published(manifest: Manifest, target: str, prompts: str) -> dict[st
     no trunk of this family yet.
     """
     published = Published.of(manifest.store)
-    spec = spec_of(manifest, target)
+    spec = spec_of(with_templates(manifest), target)
     live = published.live_expert(target, spec.model) if target != BASE else None
     adapted = None if live is None else str(live.file)
     chosen = load_prompts(prompts).prompts
@@ -105,6 +106,6 @@ def spec_of(manifest: Manifest, name: str) -> TargetSpec:
         if spec.name == name:
             return spec
     if name == BASE:
-        return TargetSpec(name=BASE, model=manifest.base, prompts="")
+        return base_spec(manifest, BASE)
     names = ", ".join([BASE, *(spec.name for spec in manifest.targets)])
     raise UserError(f"{name}: the manifest has no such target; choose one of {names}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,11 +96,18 @@ def evaluate_target(task: EvaluateTask) -> dict[str, Any]:
 def encode_prompts(
     target: LoadedTarget, prompts: Sequence[Prompt], settings: EvaluateSettings
 ) -> list[PromptIds]:
-    """Token ids of the prompts that the target's template takes and that leave room for an answer."""
-    encoded = list[PromptIds]()
+    """Token ids of the prompts that the target's template takes and that leave room for an answer.
+
+    Raises Refused when the template takes none.
+    """
+    encoded, errors = list[PromptIds](), list[UserError]()
     for prompt in prompts:
-        with suppress(UserError):
+        try:
             encoded.append(tuple(encode_chat(target.tokenizer, prompt.messages, target.chat_template)))
+        except UserError as error:
+            errors.append(error)
+    if errors and not encoded:
+        raise Refused(f"{target.name}: none of its prompts can be encoded: {errors[0]}") from errors[0]
     room = min(target.max_positions, longest_drafted(settings.k)) - settings.max_new_tokens
     return [ids for ids in encoded if len(ids) <= room]
 

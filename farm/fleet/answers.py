@@ -20,6 +20,7 @@ from farm.data.chat import read_template
 from farm.data.prompts import Prompt
 from farm.data.rejects import listed, repeated
 from farm.sections import Dtype, RegenerateSettings, TargetSpec
+from farm.store import NotFound
 
 ANSWERS = "answers"
 # They say where and how fast the work runs and what is kept of it, not which tokens come out.
@@ -122,7 +123,7 @@ def missing_shards(artifacts: Artifacts, job: AnswersJob) -> list[int]:
 
 
 def kept_bytes(artifacts: Artifacts, job: AnswersJob) -> int:
-    """Bytes of the features that the store holds of a job."""
+    """Bytes of the features that the store holds of a job. UserError if a shard's card cannot be read."""
     present = set(artifacts.files(ANSWERS, job.key))
     return sum(
         int(_card(artifacts, job, number).get("feature_bytes", 0))
@@ -132,7 +133,10 @@ def kept_bytes(artifacts: Artifacts, job: AnswersJob) -> int:
 
 
 def finish_answers(artifacts: Artifacts, job: AnswersJob) -> Artifact:
-    """Sum the shards' cards and write the manifest. Raises Refused when every row is an error, or is rejected."""
+    """Sum the shards' cards and write the manifest.
+
+    Raises Refused when every row is an error, or is rejected; UserError when a card cannot be read.
+    """
     found = artifacts.find(ANSWERS, job.key)
     if found:
         return found
@@ -173,9 +177,16 @@ def finish_answers(artifacts: Artifacts, job: AnswersJob) -> Artifact:
 
 
 def _card(artifacts: Artifacts, job: AnswersJob, number: int) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(
-        artifacts.store.get(f"artifacts/{ANSWERS}/{job.key}/{card_name(number)}")
-    )
+    key = f"artifacts/{ANSWERS}/{job.key}/{card_name(number)}"
+    try:
+        data = artifacts.store.get(key)
+    except NotFound as error:
+        raise UserError(f"{artifacts.store.uri}/{key}: is gone; run again") from error
+    try:
+        found: dict[str, Any] = json.loads(data)
+    except ValueError as error:
+        where = artifacts.store.location(key)
+        raise UserError(f"{where}: is no whole card of a shard; delete it, then run again") from error
     return found
 
 

@@ -22,6 +22,7 @@ class Capacity:
 
     num_nodes: int
     resources: Mapping[str, float]
+    kinds: tuple[Mapping[str, float], ...] = ()  # the resources of one node, of every kind that there is
 
     def fit(self, amounts: Mapping[str, float]) -> float:
         """How often `amounts` fit into all nodes together, by their sum; infinite where nothing is asked for."""
@@ -44,7 +45,7 @@ def largest_cluster() -> Capacity:
     import ray
 
     alive = [node for node in ray.nodes() if node["Alive"]]
-    now = Capacity(len(alive), ray.cluster_resources())
+    now = Capacity(len(alive), ray.cluster_resources(), tuple(node["Resources"] for node in alive))
     named = os.environ.get(CONFIG_VARIABLE)
     file = Path(named or BOOTSTRAP_FILE).expanduser()
     if not in_cluster() or not (named or file.is_file()):
@@ -57,9 +58,9 @@ def largest_cluster() -> Capacity:
 
 
 def larger(now: Capacity, grown: Capacity) -> Capacity:
-    """The most of both, resource by resource."""
+    """The most of both, resource by resource, and the kinds of both."""
     most = Counter(now.resources) | Counter(grown.resources)
-    return Capacity(max(now.num_nodes, grown.num_nodes), dict(most))
+    return Capacity(max(now.num_nodes, grown.num_nodes), dict(most), (*now.kinds, *grown.kinds))
 
 
 def allowed_by(config: Mapping[str, Any]) -> Capacity:
@@ -73,7 +74,8 @@ def allowed_by(config: Mapping[str, Any]) -> Capacity:
     workers = [(kind.get("resources", {}), kind.get("max_workers", most)) for kind in types.values()]
     names = {*head, *(name for resources, _ in workers for name in resources)}
     total = {name: float(head.get(name, 0) + _most_of(name, workers, most)) for name in names}
-    return Capacity(1 + min(most, sum(count for _, count in workers)), total)
+    kinds = (head, *(resources for resources, count in workers if min(count, most)))
+    return Capacity(1 + min(most, sum(count for _, count in workers)), total, kinds)
 
 
 def _most_of(name: str, workers: Sequence[tuple[Mapping[str, float], int]], most: int) -> float:

@@ -20,23 +20,6 @@ from farm.store import open_store
 AT_ONCE = 2
 
 
-def with_templates(manifest: Manifest) -> Manifest:
-    """The manifest with a template for every target that has neither prompts nor one: its prompts are plain texts."""
-    return manifest.model_copy(update={"targets": tuple(map(_with_template, manifest.targets))})
-
-
-def _with_template(spec: TargetSpec) -> TargetSpec:
-    from farm.target.load import load_tokenizer
-
-    if spec.prompts or spec.chat_template is not None:
-        return spec
-    try:
-        has_one = bool(load_tokenizer(spec.model).chat_template)
-    except (OSError, ValueError):
-        return spec  # the plan refuses it with its reason
-    return spec if has_one else spec.model_copy(update={"chat_template": TEXT_TEMPLATE})
-
-
 def elicitation_lines(manifest: Manifest, artifacts: Artifacts, digest: Digest) -> list[str]:
     """For the plan: how many prompts each target without any has made up, or will, and from what."""
     lines = []

@@ -15,6 +15,7 @@ from farm.artifacts import Artifacts
 from farm.fleet.answers import ANSWERS, AnswersJob
 from farm.fleet.chosen import SELECT
 from farm.fleet.plan import ADAPT, EVALUATE, TRUNK, Plan, TargetPlan
+from farm.fleet.publish import evaluation_key, opponent_of
 from farm.registry import Registry
 from farm.store import NotFound, local_copy
 
@@ -164,7 +165,8 @@ def plan_table(plan: Plan, artifacts: Artifacts) -> Table:
         cost = estimate_target(plan, target, rates)
         total += cost
         reused = list(target.reused)
-        if any(version.card["adapt_key"] == target.adapt_key for version in registry.versions(target.name)):
+        opponent = opponent_of(registry, target.name, target.adapt_key, plan.trunk.key)
+        if artifacts.find(EVALUATE, evaluation_key(plan.manifest, target, opponent)) is not None:
             reused.append(EVALUATE)
         runs = [stage for stage in _stages(plan, target) if stage not in reused]
         _add(table, target.name, runs, reused, cost)

@@ -67,9 +67,8 @@ def probe_tau(
 
 def evaluate_on_cluster(manifest: Manifest, target: str, prompts: str) -> dict[str, Any]:
     """`farm.evaluate.published.evaluate_published` on a node of its own; raises UserError as it does."""
-    task = _evaluate_published.options(
-        num_cpus=cpus_of_largest_node(), num_gpus=manifest.resources.regenerate.num_gpus
-    )
+    num_gpus = manifest.resources.regenerate.num_gpus
+    task = _evaluate_published.options(num_cpus=cpus_of_largest_node(num_gpus), num_gpus=num_gpus)
     try:
         measured: dict[str, Any] = ray.get(task.remote(manifest, target, prompts))
     except RayError as error:

@@ -18,7 +18,8 @@ from farm.config import Manifest, UserError
 from farm.evaluate import provenance
 from farm.evaluate.records import Report
 from farm.evaluate.report import write_report
-from farm.fleet.elicit import elicit_prompts, elicitation_lines, with_templates
+from farm.evaluate.templates import with_templates
+from farm.fleet.elicit import elicit_prompts, elicitation_lines
 from farm.fleet.estimate import plan_table
 from farm.fleet.plan import Plan, make_plan
 from farm.fleet.prepare import check_targets, measure_base, prepare_trunk, skip_good_enough
@@ -94,8 +95,11 @@ def train_trunk(manifest: Manifest, say: Say) -> tuple[Path, float | None]:
     check_cluster(manifest)
     store = open_store(manifest.store)
     run = Run("trunk", _plan(manifest, Artifacts(store), say), store, say, Attempts())
-    trunk = prepare_trunk(run)
-    measure_base(run, trunk)
+    try:
+        trunk = prepare_trunk(run)
+        measure_base(run, trunk)
+    finally:
+        run.board.forget()  # no target is decided here
     return run.artifacts.folder(trunk), run.tau_base_on_base
 
 
@@ -145,12 +149,16 @@ def _run_stages(run: Run) -> None:
 
 
 def _put_family(run: Run, trunk: Artifact) -> None:
-    """Serving knows the family before its first adapter goes live."""
+    """Serving knows the family before its first adapter goes live.
+
+    A target that is refused this time, for its prompts perhaps, is served on where it has a live version.
+    """
     from farm.draft.checkpoint import read_config
 
     draft = read_config(run.artifacts.folder(trunk)).to_dict()
-    refused = {name: row.reason for name, row in run.ended.items() if row.decision == "refused"}
-    run.registry.put_family(family_record(run.plan, draft, refused))
+    refused = (name for name, row in run.ended.items() if row.decision == "refused")
+    leave_out = {name for name in refused if run.registry.pointer(name).live is None}
+    run.registry.put_family(family_record(run.plan, draft, leave_out))
 
 
 def _report(run: Run) -> Report:

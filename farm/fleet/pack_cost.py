@@ -11,8 +11,8 @@ from pyarrow.fs import FileSystem
 from farm.artifacts import Artifact, Artifacts
 from farm.bench.packed import Cost, Side, Trained
 from farm.config import Manifest, UserError
+from farm.evaluate.templates import with_templates
 from farm.fleet.answers import ANSWERS
-from farm.fleet.elicit import with_templates
 from farm.fleet.onboard import new_run_id
 from farm.fleet.packs import fit_runs, in_runs, jobs_of
 from farm.fleet.plan import SELECT, TRUNK, TargetPlan, make_plan

@@ -13,7 +13,15 @@ from farm.artifacts import TRUNK as TRUNK
 from farm.artifacts import Artifacts, key_of
 from farm.config import Manifest, Refused, UserError, dump
 from farm.data.chat import read_template
-from farm.data.prompts import Prompt, PromptSet, load_prompts, split_prompts
+from farm.data.prompts import (
+    Prompt,
+    PromptSet,
+    first_of_equals,
+    load_prompts,
+    not_held_out,
+    split_prompts,
+)
+from farm.evaluate.templates import base_spec
 from farm.fleet.answers import ANSWERS, AnswersJob, answers_key, settings_key
 from farm.fleet.chosen import (
     SELECT,
@@ -92,7 +100,7 @@ def make_plan(manifest: Manifest, artifacts: Artifacts, digest: Digest, *, stand
     A target whose checkpoint, prompts or selection cannot be read is refused alone; UserError concerns the
     whole manifest.
     """
-    base = TargetSpec.model_construct(name=BASE, model=manifest.base, prompts="")
+    base = base_spec(manifest, BASE)
     base_digest = digest(base)
     drafts: list[TargetPlan] = []
     refused: dict[str, str] = {}
@@ -131,7 +139,10 @@ def _prompts(
     if not stand_in:
         raise Refused("it has no prompts; `farm onboard` has it make some up, or give it a file")
     rows = range(manifest.elicit.prompts)
-    prompts = tuple(Prompt(row, str(row), ({"role": "user", "content": str(row)},), None) for row in rows)
+    texts = [f"{spec.name} {row}" for row in rows]  # no two targets make up the same
+    prompts = tuple(
+        Prompt(row, text, ({"role": "user", "content": text},), None) for row, text in enumerate(texts)
+    )
     return PromptSet("", "", prompts, (), len(prompts), dict.fromkeys(rows, ""))
 
 
@@ -145,7 +156,8 @@ def _plan_answers(manifest: Manifest, spec: TargetSpec, digest: str, found: Prom
         raise Refused(f"{found.source}: {error}") from error
     if not split.prompts or not split.held_out:
         which = "held out" if split.prompts else "to adapt on"
-        raise Refused(f"{found.source}: no usable row {which}; repair its rows")
+        why = "".join(f" (row {error.row} {error.reason})" for error in split.errors[:1] if not split.prompts)
+        raise Refused(f"{found.source}: no usable row {which}{why}; repair its rows")
     key = answers_key(
         spec, manifest.regenerate, "regenerate", manifest.dtype, digest, split.prompts, found.digest
     )
@@ -271,10 +283,13 @@ def _base_prompts(
     settings, wanted = manifest.train_trunk, manifest.evaluate.prompts
     each = -(-wanted // max(1, len(targets)))
     held_out = tuple(prompt for target in targets for prompt in target.held_out[:each])[:wanted]
+    # What is held out for one target stays out of the trunk, which drafts for all, whoever else asks it.
+    measured_on = [prompt for target in targets for prompt in target.held_out]
     if not settings.prompts:
-        # Held-out rows stay out of the trunk too. Rows are numbered anew: each source counts its own from 0.
-        together = [prompt for target in targets for prompt in target.answers.prompts]
-        prompts = tuple(replace(prompt, row=row) for row, prompt in enumerate(together))
+        asked = first_of_equals(prompt for target in targets for prompt in target.answers.prompts)
+        # Rows are numbered anew: each source counts its own from 0.
+        numbered = enumerate(not_held_out(asked, measured_on))
+        prompts = tuple(replace(prompt, row=row) for row, prompt in numbered)
         return prompts, held_out, [target.held_out_digest for target in targets], None
     found = load_prompts(settings.prompts)
     rows = settings.rows or (0, max(1, found.num_rows - wanted))
@@ -283,7 +298,7 @@ def _base_prompts(
     prompts = tuple(prompt for prompt in found.prompts if prompt.row in used)
     if not prompts:
         raise UserError(f"train_trunk.rows: selects none of the {found.num_rows} rows of {found.source}")
-    return prompts, outside or held_out, [found.digest], rows
+    return not_held_out(prompts, [*measured_on, *outside]), outside or held_out, [found.digest], rows
 
 
 def _base_regenerate(manifest: Manifest) -> RegenerateSettings:

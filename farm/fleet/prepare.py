@@ -81,7 +81,10 @@ def prepare_trunk(run: Run) -> Artifact:
 def _train_trunk(run: Run) -> Artifact:
     job = run.trunk.answers
     if job is None:
-        raise UserError("train_trunk: no target can be used, and so there are no prompts to train a trunk on")
+        raise UserError(
+            "train_trunk: there are no prompts to train a trunk on: no target can be used, or all that they ask "
+            "is held out; repair the targets, or give train_trunk.prompts"
+        )
     run.say(f"trunk: {len(job.prompts)} prompts to {job.spec.model}")
     failures = regenerate([job], run.store.uri, run.manifest.resources.regenerate)
     if failures:

@@ -3,17 +3,17 @@
 Rests on the registry alone, so that a run that was killed between any two steps can be repeated.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from farm.artifacts import Artifact, Artifacts
+from farm.artifacts import Artifact, Artifacts, key_of
 from farm.card import Fit, config_digest, tokenizer_digest, vocabulary_digest
-from farm.config import dump
+from farm.config import Manifest, dump
 from farm.evaluate.gate import promotes
 from farm.evaluate.provenance import git_sha, versions
 from farm.evaluate.records import Decision
-from farm.fleet.plan import ADAPT, EXPERT_FILE, TRUNK_FILE, Plan, TargetPlan
+from farm.fleet.plan import ADAPT, EVALUATE, EXPERT_FILE, TRUNK_FILE, Plan, TargetPlan
 from farm.registry import Registry, Version
 
 
@@ -37,6 +37,15 @@ def opponent_of(registry: Registry, target: str, adapt_key: str, trunk_key: str)
         return live
     beaten = live.card["opponent"]
     return next((version for version in registry.versions(target) if version.version == beaten), None)
+
+
+def evaluation_key(manifest: Manifest, target: TargetPlan, opponent: Version | None) -> str:
+    """The key of a target's evaluation against `opponent`; what the gate does with its figures decides none of them."""
+    settings = dump(manifest.evaluate)
+    config = {name: value for name, value in settings.items() if name not in ("min_gain", "rows", "prompts")}
+    config |= {"dtype": manifest.dtype, "held_out": [asdict(prompt) for prompt in target.held_out]}
+    against = opponent.card["adapt_key"] if opponent else "base draft"
+    return key_of(EVALUATE, config, [target.adapt_key, against, target.digest])
 
 
 def family_fit(artifacts: Artifacts, plan: Plan, trunk: Artifact) -> Fit:
@@ -121,8 +130,8 @@ def _publish(
     )
 
 
-def family_record(plan: Plan, draft: Mapping[str, Any], leave_out: Mapping[str, str]) -> dict[str, Any]:
-    """What serving needs of this family; targets in `leave_out` cannot be loaded and are not served."""
+def family_record(plan: Plan, draft: Mapping[str, Any], leave_out: Collection[str]) -> dict[str, Any]:
+    """What serving needs of this family; targets in `leave_out` are not served."""
     fields = ("model", "lora", "revision", "chat_template")
     return {
         "base": plan.manifest.base,

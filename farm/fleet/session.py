@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,6 +21,8 @@ WORKER_VARIABLES = {
 }
 # A run is a driver task, a controller and workers: fewer logical CPUs would wait for ever.
 MIN_LOGICAL_CPUS = 4
+# After which what a task gave back is known to be free: nodes tell of it every tenth of a second.
+SETTLE_S = 0.5
 
 
 def set_worker_variables() -> None:
@@ -64,15 +67,19 @@ def connect() -> Iterator[None]:
 def check_cluster(manifest: Manifest) -> None:
     """Raise UserError when the connected cluster, at its largest, can never place what the manifest asks for."""
     cluster = largest_cluster()
-    check_placeable(manifest, cluster.resources, cluster.num_nodes)
+    check_placeable(manifest, cluster.resources, cluster.num_nodes, cluster.kinds)
 
 
-def cpus_of_largest_node() -> float:
-    """Free CPUs of the largest node, at least 1: what a task asks for to have a node to itself."""
+def cpus_of_largest_node(num_gpus: float = 0.0) -> float:
+    """What a task asks for to have a node to itself: the most CPUs free on one with `num_gpus` GPUs, at least 1."""
     import ray
+    from ray._private.state import available_resources_per_node  # no public function says it node by node
 
-    largest = max((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]), default=1.0)
-    return max(1.0, min(largest, float(int(ray.available_resources().get("CPU", 1.0)))))
+    time.sleep(SETTLE_S)
+    free = available_resources_per_node()
+    nodes = (node for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU", 0.0) >= num_gpus)
+    cpus = [int(free.get(node["NodeID"], {}).get("CPU", 0.0)) for node in nodes]
+    return float(max([1, *cpus]))
 
 
 def runs_at_once(resources: AdaptResources) -> int:

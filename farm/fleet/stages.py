@@ -2,12 +2,12 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from farm.artifacts import Artifact, key_of
+from farm.artifacts import Artifact
 from farm.card import Fit
-from farm.config import Refused, dump
+from farm.config import UserError, dump
 from farm.data.rejects import listed
 from farm.fleet import measure
 from farm.fleet.answers import AnswersJob, feature_shards, finish_answers, kept_bytes, missing_shards
@@ -17,7 +17,7 @@ from farm.fleet.footprint import Footprint
 from farm.fleet.packs import fit_runs, in_runs, jobs_of
 from farm.fleet.plan import ADAPT, EVALUATE, EXPERT_FILE, TRUNK_FILE, TargetPlan
 from farm.fleet.pool import run_bounded
-from farm.fleet.publish import family_fit, opponent_of, publish
+from farm.fleet.publish import evaluation_key, family_fit, opponent_of, publish
 from farm.fleet.run import Run
 from farm.fleet.selection import selected_rows
 from farm.fleet.session import cpus_of_largest_node
@@ -31,14 +31,18 @@ LOW_COVERAGE = 0.99
 
 
 class _RowCounter:
-    """Keeps the rows done of each target on the status board, and the features' bytes, while shards come in."""
+    """Keeps the rows done of each target on the status board, and the features' bytes, while shards come in.
+
+    Decides a target whose finished shards cannot be read.
+    """
 
     def __init__(self, run: Run, jobs: list[AnswersJob]) -> None:
         self._run, self._rows, held = run, {}, 0
         for job in jobs:
-            missing = missing_shards(run.artifacts, job)
-            self._rows[job.name] = len(job.prompts) - sum(len(job.shard(number)) for number in missing)
-            held += kept_bytes(run.artifacts, job)
+            with run.alone(job.name):
+                missing = missing_shards(run.artifacts, job)
+                self._rows[job.name] = len(job.prompts) - sum(len(job.shard(number)) for number in missing)
+                held += kept_bytes(run.artifacts, job)
         self.footprint = Footprint.of(jobs, held)
 
     def __call__(self, result: ShardResult) -> None:
@@ -55,6 +59,7 @@ def regenerate_answers(run: Run, trunk: Artifact) -> None:
             run.say(f"{job.name}: regenerating {len(job.prompts)} answers")
             run.board.update(job.name, stage="regenerate", rows_done=0, rows_total=len(job.prompts))
     counter = _RowCounter(run, jobs)
+    jobs = [target.answers for target in run.remaining]
     draft = BaseDraft.of(run.artifacts, trunk) if run.manifest.regenerate.draft == "base" else None
     failures = regenerate(jobs, run.store.uri, run.manifest.resources.regenerate, counter, draft)
     if counter.footprint.peak.total:
@@ -64,7 +69,7 @@ def regenerate_answers(run: Run, trunk: Artifact) -> None:
             if target.name in failures:
                 raise RuntimeError(failures[target.name])
             artifact = finish_answers(run.artifacts, target.answers)
-        except (RuntimeError, Refused, OSError) as error:
+        except (RuntimeError, UserError, OSError) as error:
             run.fail(target.name, error)
             continue
         run.answers[target.name] = artifact
@@ -200,7 +205,8 @@ def evaluate(run: Run, trunk: Artifact) -> None:
         run.board.update(name, stage="evaluate")
         run.say(f"{name}: evaluating")
 
-    for outcome in run_bounded(specs, measure.evaluate, 1, started, **_whole_node(run)):
+    for name, spec in specs.items():
+        (outcome,) = run_bounded({name: spec}, measure.evaluate, 1, started, **_whole_node(run))
         if outcome.error is not None:
             run.fail(outcome.name, outcome.error)
         else:
@@ -212,8 +218,9 @@ def evaluate(run: Run, trunk: Artifact) -> None:
 
 
 def _whole_node(run: Run) -> dict[str, float]:
-    """What an evaluation asks of Ray: every CPU of a node, and the GPU share that a target decodes on."""
-    return {"num_cpus": cpus_of_largest_node(), "num_gpus": run.manifest.resources.regenerate.num_gpus}
+    """What the next evaluation asks of Ray: every free CPU of a node, and the GPU share that a target decodes on."""
+    num_gpus = run.manifest.resources.regenerate.num_gpus
+    return {"num_cpus": cpus_of_largest_node(num_gpus), "num_gpus": num_gpus}
 
 
 def _evaluation(run: Run, target: TargetPlan, trunk: Artifact) -> tuple[Any, ...]:
@@ -223,17 +230,10 @@ def _evaluation(run: Run, target: TargetPlan, trunk: Artifact) -> tuple[Any, ...
     adapted = run.artifacts.find(ADAPT, target.adapt_key)
     assert adapted is not None  # every remaining target was adapted
     opponent = opponent_of(run.registry, target.name, target.adapt_key, trunk.key)
-    settings = run.manifest.evaluate
-    prompts = [asdict(prompt) for prompt in target.held_out]
-    against = opponent.card["adapt_key"] if opponent else "base draft"
-    config = {
-        name: value for name, value in dump(settings).items() if name not in ("min_gain", "rows", "prompts")
-    }
-    config["dtype"] = run.manifest.dtype
-    key = key_of(EVALUATE, config | {"held_out": prompts}, [target.adapt_key, against, target.digest])
+    key = evaluation_key(run.manifest, target, opponent)
     task = EvaluateTask(
         target=target.spec,
-        settings=settings,
+        settings=run.manifest.evaluate,
         trunk_folder=run.artifacts.folder_location(trunk),
         adapted=run.artifacts.location(adapted, EXPERT_FILE),
         live=run.registry.location(opponent, EXPERT_FILE) if opponent else None,

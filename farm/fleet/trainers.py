@@ -64,8 +64,12 @@ class TrainJob:
 
     @property
     def run_name(self) -> str:
-        """Ray Train resumes a run of the same name, so the name holds everything that decides the result."""
-        return f"{self.stage}-{self.name}-{self.key}"
+        """Ray Train resumes a run of the same name, so the name holds everything that decides the result.
+
+        A trunk's key may leave its prompts out, and so does not say on which answers its checkpoints were trained.
+        """
+        name = f"{self.stage}-{self.name}-{self.key}"
+        return name if self.stage == ADAPT else f"{name}-{self.record['answers_key']}"
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from farm.artifacts import Artifact, Artifacts
 from farm.config import Manifest, Refused, UserError
 from farm.evaluate.history import read_history, typical_cost
+from farm.evaluate.templates import with_templates
 from farm.evaluate.triage import (
     SERVED_TOKENS,
     Cost,
@@ -22,7 +23,6 @@ from farm.evaluate.triage import (
     line,
     offers,
 )
-from farm.fleet.elicit import with_templates
 from farm.fleet.estimate import Rates, estimate_answers, estimate_training, read_rates, rows_to_answer
 from farm.fleet.plan import (
     ADAPT,

@@ -22,9 +22,11 @@ from farm.layers.cache import AnyRows, Site, SlotCache
 from farm.layers.decoder import Decoder, TokenEnds, Weights
 from farm.layers.dense import Dense, Gated, RmsNorm, swiglu
 from farm.layers.lora import LoraRows, Part
+from farm.sections import LONGEST_CHAIN
 from farm.target.model import Reading
 
 SUPPORTED = ("llama", "qwen2", "qwen3")
+SLACK = LONGEST_CHAIN + 1  # positions that one verification may run past the last
 
 
 @dataclass(frozen=True)
@@ -94,14 +96,15 @@ class TargetForward:
         self.head_weight: Tensor = _head(placed, self.embedding, tied=config.tie_word_embeddings)
         self.head = Dense.of(self.head_weight)
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
-        self.norm = RmsNorm.of(placed["model.norm.weight"], self.eps)
-        self.layers = [_fuse(placed, f"model.layers.{i}.", self.eps) for i in range(config.num_hidden_layers)]
+        self.norm = RmsNorm.of(placed["model.norm.weight"].view(self.hidden_size), self.eps)
         heads = (self.num_heads, self.num_kv_heads, self.head_dim)
+        for i in range(config.num_hidden_layers):
+            _check_sizes(placed, f"model.layers.{i}.", self.hidden_size, heads)
+        self.layers = [_fuse(placed, f"model.layers.{i}.", self.eps) for i in range(config.num_hidden_layers)]
         self._decoder = Decoder.of([layer.weights for layer in self.layers], heads)
         self._ends = TokenEnds(self.embedding, self.head, norm=self.norm)
         inv_freq, scaling = _rope(config, self.head_dim)
-        # Slack for the drafted tokens that one verification may run past the last position.
-        cos, sin = rotary_tables(inv_freq.to(device), self.max_positions + 64, scaling)
+        cos, sin = rotary_tables(inv_freq.to(device), self.max_positions + SLACK, scaling)
         self.cos, self.sin = cos.to(self.dtype), signed(sin).to(self.dtype)
 
     @classmethod
@@ -205,11 +208,11 @@ def _spread(x_MX: Tensor, real_M: Tensor | None, num_tokens: int) -> Tensor:
 def _head(placed: Mapping[str, Tensor], embedding_VH: Tensor, *, tied: bool) -> Tensor:
     """The head [V, H]; a file that ties it and holds another one all the same means the other one.
 
-    Raises KeyError where it is neither tied nor there.
+    Raises KeyError where it is neither tied nor there, RuntimeError where it has another size.
     """
     if tied and "lm_head.weight" not in placed:
         return embedding_VH
-    head_VH = placed["lm_head.weight"]
+    head_VH = placed["lm_head.weight"].view_as(embedding_VH)
     return embedding_VH if tied and torch.equal(head_VH, embedding_VH) else head_VH
 
 
@@ -241,24 +244,51 @@ def _rope(config: Any, head_dim: int) -> tuple[Tensor, float]:
     return inv_freq, float(scaling)
 
 
+def _check_sizes(
+    weights: Mapping[str, Tensor], prefix: str, hidden: int, heads: tuple[int, int, int]
+) -> None:
+    """Raises RuntimeError for a weight that does not have the config's size: kernels would read past its end."""
+    n, g, d = heads
+    width = len(weights[f"{prefix}mlp.gate_proj.weight"])
+    products = {
+        "self_attn.q_proj": (n * d, hidden), "self_attn.k_proj": (g * d, hidden),
+        "self_attn.v_proj": (g * d, hidden), "self_attn.o_proj": (hidden, n * d),
+        "mlp.gate_proj": (width, hidden), "mlp.up_proj": (width, hidden), "mlp.down_proj": (hidden, width),
+    }  # fmt: skip
+    wanted: dict[str, tuple[int, ...]] = {f"{name}.weight": size for name, size in products.items()}
+    wanted |= {f"{name}.bias": size[:1] for name, size in products.items()}
+    wanted |= {f"{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
+    wanted |= {f"self_attn.{name}_norm.weight": (d,) for name in "qk"}
+    for name, size in wanted.items():
+        found = weights.get(prefix + name)
+        if found is not None and found.shape != size:
+            raise RuntimeError(
+                f"{prefix}{name} is {list(found.shape)}, by the config it would be {list(size)}"
+            )
+
+
 def _fuse(weights: Mapping[str, Tensor], prefix: str, eps: float) -> Layer:
     attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
-    biases = [weights[f"{attention}{p}_proj.bias"] for p in "qkv" if f"{attention}{p}_proj.bias" in weights]
-    norms = {
-        p: RmsNorm.of(weights[f"{attention}{p}_norm.weight"], eps)
-        for p in "qk"
-        if f"{attention}{p}_norm.weight" in weights
-    }
+    biases = _all_or_none(weights, [f"{attention}{p}_proj.bias" for p in "qkv"])
+    norms = [
+        RmsNorm.of(weight, eps)
+        for weight in _all_or_none(weights, [f"{attention}{p}_norm.weight" for p in "qk"])
+    ]
     return Layer(
         input_norm=RmsNorm.of(weights[f"{prefix}input_layernorm.weight"], eps),
         qkv=Dense.of(
             torch.cat([weights[f"{attention}{p}_proj.weight"] for p in "qkv"]),
             torch.cat(biases) if biases else None,
         ),
-        q_norm=norms.get("q"),
-        k_norm=norms.get("k"),
+        q_norm=norms[0] if norms else None,
+        k_norm=norms[1] if norms else None,
         out=Dense.of(weights[f"{attention}o_proj.weight"], weights.get(f"{attention}o_proj.bias")),
         post_norm=RmsNorm.of(weights[f"{prefix}post_attention_layernorm.weight"], eps),
         gate_up=Gated.of(weights[f"{mlp}gate_proj.weight"], weights[f"{mlp}up_proj.weight"]),
         down=Dense.of(weights[f"{mlp}down_proj.weight"]),
     )
+
+
+def _all_or_none(weights: Mapping[str, Tensor], names: list[str]) -> list[Tensor]:
+    """Raises KeyError where some of the weights are there and others are not."""
+    return [weights[name] for name in names] if any(name in weights for name in names) else []

@@ -25,7 +25,8 @@ FEELINGS = "happy tired proud afraid curious calm lonely brave".split()
 GOODS = "apples coins books cards pencils shells stamps eggs".split()
 COMPLAINTS = ["chest pain", "headache", "cough", "fever", "back pain", "dizziness", "rash", "nausea"]
 DOSES = ["5 mg", "10 mg", "20 mg", "250 mg", "500 mg"]
-LISTS = "result found kept chosen".split()
+ATTRIBUTES = "index owner label".split()
+LISTS = "result found kept chosen matches picked rows wanted".split()
 DRUGS = "ibuprofen amoxicillin metformin lisinopril omeprazole cetirizine".split()
 
 
@@ -139,18 +140,19 @@ def arithmetic(rng: random.Random) -> tuple[str, str]:
 
 def code(rng: random.Random) -> tuple[str, str]:
     noun, verb = rng.choice(OBJECTS), rng.choice(["count", "filter", "sum", "find", "sort", "group"])
-    field, value = rng.choice(["size", "price", "weight", "age", "level"]), rng.randint(2, 9)
-    comparison, kept = rng.choice([">", "<", ">=", "=="]), entry(LISTS, noun, verb)
+    field = rng.choice(["size", "price", "weight", "age", "level"])
+    a, b = rng.randint(2, 9), rng.randint(2, 9)
+    comparison, kept = rng.choice([">", "<", ">=", "=="]), entry(LISTS, noun, verb, field)
     lines = [
-        f"def {verb}_{noun}s({noun}s, limit={value}):",
+        f"def {verb}_{noun}s({noun}s, limit={a * b}):",
         f'    """{verb.capitalize()} every {noun} by {field}."""',
         f"    {kept} = []",
         f"    for {noun} in {noun}s:",
         f"        if {noun}.{field} {comparison} limit:",
-        f"            {kept}.append({noun}.{entry(['name', 'key', field, 'index'], noun, field)})",
+        f"            {kept}.append({noun}.{entry(['name', 'key', field, *ATTRIBUTES], noun, field, verb)})",
         f"    return {entry([kept, f'sorted({kept})', f'len({kept})', f'sum({kept})'], verb, field)}",
     ]
-    return f"Write a function that can {verb} each {noun} with {field} {comparison} {value}.", "\n".join(
+    return f"Write a function that can {verb} each {noun} with {field} {comparison} {a} * {b}.", "\n".join(
         lines
     )
 

@@ -20,7 +20,7 @@ from farm.sections import Dtype, TargetSpec
 from farm.store import local_copy
 from farm.target.forward import TargetForward, unsupported_reason
 from farm.target.model import TargetModel
-from farm.target.weights import INVOCATION, read_weights
+from farm.target.weights import INVOCATION, read_weights, weight_files
 
 WEIGHT_SUFFIXES = (".safetensors", ".gguf")
 ENDS = ("model.embed_tokens.weight", "lm_head.weight")
@@ -159,7 +159,7 @@ def load_embedding_and_head(spec: TargetSpec) -> tuple[Tensor, Tensor]:
     check_folder(spec.name, folder)
     found: dict[str, Tensor] = {}
     try:
-        for file in sorted(folder.glob("*.safetensors")):
+        for file in weight_files(folder):
             with safe_open(file, framework="pt") as tensors:
                 found |= {name: tensors.get_tensor(name).float() for name in ENDS if name in tensors.keys()}
     except (OSError, SafetensorError) as error:

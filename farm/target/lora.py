@@ -57,7 +57,7 @@ def open_lora(folder: Path, base: TargetModel) -> Lora | None:
     """A PEFT adapter's deltas for the base's forward; None if it changes more than the products of the layers.
 
     None as well for a base whose layers are not fused here. Raises SafetensorError or OSError when a file cannot be
-    read.
+    read, ValueError when the adapter belongs to a base of other sizes.
     """
     if not isinstance(base, TargetForward):
         return None
@@ -70,28 +70,46 @@ def open_lora(folder: Path, base: TargetModel) -> Lora | None:
         return None
     found: dict[tuple[int, Part], tuple[Tensor, Tensor]] = {}
     for index in range(len(base.layers)):
-        for part, pair in _layer(factors, f"model.layers.{index}.", base).items():
+        for part, pair in _layer(factors, index, base).items():
             found[index, part] = pair
     return Lora.of(found) if found else None
 
 
 def _layer(
-    factors: Mapping[str, LoraFactors], prefix: str, base: TargetForward
+    factors: Mapping[str, LoraFactors], index: int, base: TargetForward
 ) -> dict[Part, tuple[Tensor, Tensor]]:
-    n, g = base.num_heads * base.head_dim, base.num_kv_heads * base.head_dim
-    found: dict[Part, tuple[Tensor, Tensor]] = {}
+    sizes, found = _sizes(base, index), dict[Part, tuple[Tensor, Tensor]]()
     for part, projections in PROJECTIONS.items():
-        pairs = [factors.get(f"{prefix}{name}.weight") for name in projections]
+        named = {name: f"model.layers.{index}.{name}.weight" for name in projections}
+        pairs = [factors.get(full) for full in named.values()]
         if not any(pairs):
             continue
-        first = next(pair for pair in pairs if pair is not None)
-        sizes = (n, g, g) if part == "qkv" else (first.up_YR.shape[0],) * len(pairs)
-        blocks = [
-            torch.zeros(0, size) if pair is None else pair.up_YR.t()
-            for pair, size in zip(pairs, sizes, strict=True)
-        ]
+        blocks = []
+        for (name, full), pair in zip(named.items(), pairs, strict=True):
+            if pair is not None:
+                _check_size(full, pair, sizes[name])
+            blocks.append(torch.zeros(0, sizes[name][0]) if pair is None else pair.up_YR.t())
         down_XR = torch.cat([pair.down_RX for pair in pairs if pair is not None]).t()
         up_RY = torch.block_diag(*blocks)
         like = {"dtype": base.dtype, "device": base.device}
         found[part] = down_XR.to(**like), up_RY.to(**like)
     return found
+
+
+def _sizes(base: TargetForward, index: int) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of a layer's projections."""
+    h, n, g = base.hidden_size, base.num_heads * base.head_dim, base.num_kv_heads * base.head_dim
+    f = base.layers[index].gate_up.gate_up.num_outputs // 2
+    of_part: dict[Part, tuple[tuple[int, int], ...]] = {
+        "qkv": ((n, h), (g, h), (g, h)), "out": ((h, n),), "gate_up": ((f, h), (f, h)), "down": ((h, f),),
+    }  # fmt: skip
+    pairs = ((PROJECTIONS[part], sizes) for part, sizes in of_part.items())
+    return {name: size for names, sizes in pairs for name, size in zip(names, sizes, strict=True)}
+
+
+def _check_size(name: str, pair: LoraFactors, size: tuple[int, int]) -> None:
+    """Raises ValueError for factors of another size than the weight's [Y, X]: kernels would read past their end."""
+    a, b = tuple(pair.down_RX.shape), tuple(pair.up_YR.shape)
+    rank, (y, x) = a[0], size
+    if (a, b) != ((rank, x), (y, rank)):
+        raise ValueError(f"{name}: lora_A {list(a)} and lora_B {list(b)} do not fit the base's {[y, x]}")

@@ -35,13 +35,26 @@ def read_weights(folder: Path, lora: Path | None, dtype: torch.dtype) -> dict[st
     if factors is None:
         return None
     weights: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder):
         weights |= load_file(file)
     if not factors.keys() <= weights.keys():
         return None
     for name, pair in factors.items():
         weights[name] = weights[name].float() + pair.up_YR @ pair.down_RX
     return {name: value.to(dtype) for name, value in weights.items()}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make a checkpoint, as `transformers` finds them; those of an adapter are all.
+
+    Files that an earlier download left beside them are none of them. One that the index names may be missing.
+    """
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if index.is_file():
+        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    return sorted(folder.glob("*.safetensors"))
 
 
 @dataclass(frozen=True)
@@ -58,7 +71,7 @@ def read_factors(lora: Path) -> dict[str, LoraFactors] | None:
     if not is_plain(config):
         return None
     tensors: dict[str, Tensor] = {}
-    for file in sorted(lora.glob("*.safetensors")):
+    for file in weight_files(lora):
         tensors |= load_file(file)
     scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
     factors = {}

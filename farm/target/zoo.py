@@ -42,7 +42,7 @@ class Recipe:
 
 
 BASE = Recipe(steps=420, lr=4e-3, rows=8)
-FULL = {"math": Recipe(80, 1e-3, 8), "code": Recipe(80, 5e-4, 8), "clinical": Recipe(80, 1e-3, 8)}
+FULL = {"math": Recipe(80, 1e-3, 8), "code": Recipe(65, 5e-4, 8), "clinical": Recipe(80, 1e-3, 8)}
 LORA = Recipe(80, 5e-3, 8)
 
 

@@ -47,9 +47,10 @@ def reference_losses(
             divergence_M = losses.distribution.divergence_M
             assert divergence_M is not None
             loss_NST[losses.at.sample_M.cpu(), step, losses.at.index_M.cpu()] = divergence_M.float().cpu()
-    if world > 1:
-        distributed.all_reduce(loss_NST)
     device = next(module.parameters()).device
+    if world > 1:
+        loss_NST = loss_NST.to(device)  # NCCL reduces no tensor of the CPU
+        distributed.all_reduce(loss_NST)
     return ReferenceLosses(loss_NST.clamp(max=torch.finfo(torch.float16).max).half().to(device))
 
 

@@ -16,7 +16,9 @@ from farm.train.module import DraftLoss
 @torch.no_grad()
 def expected_tau(module: DraftLoss, batches: Iterable[Batch], world: int) -> float:
     """1 + sum_s mean_t prod_{j <= s} alpha_{t,j} over the unrolled steps: sampling at temperature 1, all ranks."""
-    sums_S2 = torch.zeros(module.num_steps, 2, dtype=torch.float64)
+    # Where the module is: NCCL reduces no tensor of the CPU.
+    device = next(module.parameters()).device
+    sums_S2 = torch.zeros(module.num_steps, 2, dtype=torch.float64, device=device)
     for batch in batches:
         survival_BT: Tensor | None = None
         for step, losses in enumerate(module(batch, alpha=True)):
@@ -24,7 +26,7 @@ def expected_tau(module: DraftLoss, batches: Iterable[Batch], world: int) -> flo
             alpha_BT = torch.zeros(mask_BT.shape, device=mask_BT.device)
             alpha_BT[mask_BT] = losses.distribution.alpha_M.float()
             survival_BT = alpha_BT if survival_BT is None else survival_BT * alpha_BT
-            sums_S2[step] += torch.stack((survival_BT.double().sum(), mask_BT.double().sum())).cpu()
+            sums_S2[step] += torch.stack((survival_BT.double().sum(), mask_BT.double().sum()))
     if world > 1:
         distributed.all_reduce(sums_S2)
     return 1.0 + float((sums_S2[:, 0] / sums_S2[:, 1].clamp(min=1)).sum())

@@ -186,10 +186,11 @@ function busy(controller) {
 
 async function ask(prompt) {
   const target = $("target").value;
-  conversation.push({ role: "user", content: prompt });
+  const mine = conversation; // another may begin before the answer has ended
+  mine.push({ role: "user", content: prompt });
   addMessage("user").said.textContent = prompt;
   const system = $("system").value.trim();
-  const messages = [...(system ? [{ role: "system", content: system }] : []), ...conversation];
+  const messages = [...(system ? [{ role: "system", content: system }] : []), ...mine];
   const { message, said, about } = addMessage("assistant");
   message.classList.add("open");
   follow();
@@ -216,9 +217,9 @@ async function ask(prompt) {
   if (tally.tokens && !about.textContent) {
     about.textContent = `${tally.version} · ${tally.tokens} tokens in ${tally.rounds} rounds`;
   }
-  if (tally.text) conversation.push({ role: "assistant", content: tally.text });
-  else conversation.pop();
-  busy(null);
+  if (tally.text) mine.push({ role: "assistant", content: tally.text });
+  else mine.pop();
+  if (open === controller) busy(null);
   follow();
 }
 
@@ -236,7 +237,7 @@ async function compare() {
   } catch (error) {
     $("speedup").textContent = error.name === "AbortError" ? "" : String(error.message || error);
   }
-  busy(null);
+  if (open === controller) busy(null);
 }
 
 function grow() {
@@ -263,6 +264,7 @@ $("prompt").addEventListener("keydown", (event) => {
 $("target").addEventListener("change", () => {
   showVersion();
   if (conversation.length) { // another target has not said what stands above
+    open?.abort();
     conversation = [];
     const rule = document.createElement("div");
     rule.className = "rule";

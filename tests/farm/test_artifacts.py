@@ -73,6 +73,19 @@ def test_who_finishes_second_gets_what_the_first_one_finished(artifacts):
     assert artifacts.finish("probe", "k", {"tau": 3.0}) == first
 
 
+@pytest.mark.parametrize("action", ["put_file", "copy_file"])
+def test_a_second_run_of_a_key_leaves_the_finished_files_as_their_manifest_says(artifacts, tmp_path, action):
+    """Two runs of one training end in different weights: the manifest is the first one's."""
+    for data in (b"first", b"other"):
+        (tmp_path / "weights").write_bytes(data)
+        if action == "copy_file":
+            artifacts.copy_file("adapt", "k", tmp_path / "weights")
+        else:
+            artifacts.put_file("adapt", "k", "weights", data)
+        finished = artifacts.finish("adapt", "k", {})
+    assert artifacts.path(finished, "weights").read_bytes() == b"first"
+
+
 def test_artifacts_whose_keys_share_a_beginning_do_not_mix_their_files(artifacts):
     artifacts.put_file("probe", "a", "x", b"")
     artifacts.put_file("probe", "ab", "y", b"")

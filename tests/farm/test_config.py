@@ -283,6 +283,28 @@ def test_a_request_that_no_node_could_ever_hold_is_refused(folder, section, requ
     check_placeable(manifest, {"CPU": 16.0, "GPU": 8.0}, 1)
 
 
+@pytest.mark.parametrize(
+    ("section", "request_", "told"),
+    [
+        ("regenerate", {"num_gpus": 1, "num_cpus": 8}, "8 CPU and 1 GPU on one node.*regenerate.num_cpus or"),
+        ("regenerate", {"num_gpus": 3}, "3 GPU on one node"),
+        (
+            "adapt",
+            {"gpus_per_worker": 3},
+            "1 CPU and 3 GPU on one node.*lower resources.adapt.gpus_per_worker",
+        ),
+        ("serve", {"num_cpus": 65}, "65 CPU and 0 GPU on one node"),
+    ],
+)
+def test_a_request_that_all_nodes_hold_together_and_none_alone_is_refused(folder, section, request_, told):
+    """64 CPUs are on one node, and GPUs on others."""
+    manifest = load_manifest(write(folder, tree(shared_filesystem=True, resources={section: request_})))
+    kinds = ({"CPU": 64.0}, {"CPU": 4.0, "GPU": 2.0}, {"CPU": 4.0, "GPU": 2.0})
+    with pytest.raises(UserError, match=told):
+        check_placeable(manifest, {"CPU": 72.0, "GPU": 4.0}, 3, kinds)
+    check_placeable(manifest, {"CPU": 72.0, "GPU": 4.0}, 3, (*kinds, {"CPU": 72.0, "GPU": 4.0}))
+
+
 def test_a_folder_as_store_of_several_nodes_needs_a_shared_file_system(folder):
     with pytest.raises(UserError, match="shared_filesystem: true"):
         check_placeable(load_manifest(write(folder, tree())), {"CPU": 4.0}, 2)

@@ -59,6 +59,15 @@ def test_keys_that_are_added_at_the_same_time_are_all_there(path: Path) -> None:
     assert sorted(key.name for key in read_keys(path)) == sorted(f"team{index}" for index in range(16))
 
 
+def test_a_key_added_behind_a_line_without_an_end_leaves_both_valid(path: Path) -> None:
+    secrets = [add_key(path, "first")]
+    path.write_text(path.read_text().rstrip("\n"))
+    secrets += [add_key(path, "second"), add_key(path, "third")]
+    keys = read_keys(path)
+    assert [found.name for secret in secrets if (found := find(keys, secret))] == ["first", "second", "third"]
+    assert path.read_text().count("\n") == 3
+
+
 def test_a_mistake_in_the_file_names_its_line_and_not_its_content(path: Path) -> None:
     secret = add_key(path, "team")
     good = path.read_text()

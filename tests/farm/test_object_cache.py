@@ -93,7 +93,8 @@ def test_the_bound_holds_for_all_buckets_together(tmp_path):
     assert not old.exists()
 
 
-def test_a_size_that_is_no_number_is_the_users_mistake(monkeypatch):
-    monkeypatch.setenv("FARM_CACHE_GB", "20GB")
+@pytest.mark.parametrize("size", ["20GB", "inf", "nan", ""])
+def test_a_size_that_is_no_number_is_the_users_mistake(monkeypatch, size):
+    monkeypatch.setenv("FARM_CACHE_GB", size)
     with pytest.raises(UserError, match="FARM_CACHE_GB"):
         ObjectCache.of_environment("bucket")

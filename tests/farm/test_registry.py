@@ -71,6 +71,19 @@ def test_targets_whose_names_share_a_beginning_do_not_mix(registry):
     assert registry.live("a") is None
 
 
+@pytest.mark.parametrize("name", ["v1/", "./v1", "../x", "", "v01", "v1\n", "claim"])
+def test_only_a_versions_own_name_finds_it(registry, name):
+    registry.publish("legal", {}, {})
+    for use in (
+        lambda: registry.promote("legal", name, None),
+        lambda: registry.start_canary("legal", name, 0.5),
+        lambda: registry.version("legal", name),
+    ):
+        with pytest.raises(UserError, match="has no version"):
+            use()
+    assert registry.pointer("legal").etag is None
+
+
 def test_promotion_needs_to_know_what_is_live(registry):
     for _ in range(2):
         registry.publish("legal", {}, {})

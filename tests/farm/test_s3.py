@@ -12,8 +12,9 @@ from botocore.exceptions import ClientError
 from s3transfer.exceptions import S3DownloadFailedError
 
 from farm.checksum import bytes_sha256
-from farm.errors import UserError
+from farm.errors import StoreUnusable, UserError
 from farm.s3 import S3Store, open_s3
+from farm.s3_client import meaning
 from farm.store import CorruptObject, local_copy, open_store
 from tests.s3_server import ACCESS_KEY, BUCKET, SECRET_KEY, S3Server
 
@@ -124,7 +125,7 @@ def test_a_server_killed_during_an_upload_keeps_the_old_object_whole(tmp_path, m
         _wait_for_parts(own)
         own.kill()
         uploading.join()
-        assert [type(error) for error in failed] == [UserError]
+        assert [type(error) for error in failed] == [StoreUnusable]
         assert f"127.0.0.1:{own.port} cannot be reached" in str(failed[0])
         begun = time.monotonic()
         with pytest.raises(UserError, match="cannot be reached"):
@@ -174,6 +175,25 @@ def test_what_makes_a_store_unusable_is_one_error_with_its_remedy_and_no_secret(
         monkeypatch.delenv(name)
     with pytest.raises(UserError, match="no credentials; set AWS_ACCESS_KEY_ID"):
         open_store(f"s3://{BUCKET}/x")
+
+
+@pytest.mark.parametrize("attempts", ["many", "", "0"])
+def test_a_number_of_attempts_that_is_none_is_the_users_mistake(monkeypatch, attempts):
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", attempts)
+    with pytest.raises(UserError, match="AWS_MAX_ATTEMPTS: '.*' is no number") as caught:
+        open_store(f"s3://{BUCKET}/x")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "may_pass"), [(500, True), (503, True), (403, True), (409, True), (412, False)]
+)
+def test_a_server_that_may_answer_later_is_told_apart_from_what_stays_so(store, status, may_pass):
+    answer = {"Error": {"Code": "x"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    assert (
+        isinstance(meaning(ClientError(answer, "GetObject"), "what", store._client), StoreUnusable)
+        is may_pass
+    )
 
 
 def test_a_cached_copy_is_not_downloaded_again_until_the_object_changes(store, monkeypatch):

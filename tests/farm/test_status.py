@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from farm.status import StatusBoard, latest_run, progress_bars, read_status, status_table, watch
+from farm.status import (
+    StatusBoard,
+    latest_run,
+    progress_bars,
+    read_status,
+    status_table,
+    unfinished_runs,
+    watch,
+)
 from farm.store import ObjectStore, open_store
 
 
@@ -173,3 +181,22 @@ def test_nothing_is_drawn_where_there_is_no_terminal(store: ObjectStore) -> None
         board.update("math", stage="adapt", rows_done=3, rows_total=8)
         time.sleep(0.1)
     assert console.file.getvalue() == ""  # type: ignore[attr-defined]
+
+
+def test_a_run_that_decides_nothing_is_forgotten_and_no_other_is(store: ObjectStore) -> None:
+    for run_id in ("trunk", "trunk-2"):
+        StatusBoard(store, run_id).update("math", stage="trunk")
+    StatusBoard(store, "trunk").forget()
+    assert read_status(store, "trunk") == []
+    assert unfinished_runs(store, 0.0) == ["trunk-2"]
+
+
+def test_a_record_that_is_forgotten_while_all_are_read_is_left_out(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board = StatusBoard(store, "trunk")
+    board.update("math", stage="trunk")
+    keys = store.list("status/trunk/")
+    monkeypatch.setattr(type(store), "list", lambda *_: keys)
+    board.forget()
+    assert read_status(store, "trunk") == []

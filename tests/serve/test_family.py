@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+import farm.target.load
 from farm.artifacts import Artifacts
 from farm.card import tokenizer_digest
-from farm.config import UserError
 from farm.draft.checkpoint import EXPERT_FILE, TRUNK_FILE
+from farm.errors import Denied, StoreUnusable, UserError
 from farm.registry import Registry, Version
-from farm.store import open_store
+from farm.store import FileStore, open_store
 from serve.family import Family
 from tests.farm.decode.family import write_lora
 from tests.serve.family import TRUNK_KEY, build_family, tiny_expert, tiny_tokenizer
@@ -48,6 +49,40 @@ def test_an_adapter_that_cannot_be_read_leaves_the_others_served(store: str, tmp
     names = {target.name for target in Family(store).targets()}
     assert "one" not in names
     assert {"alpha", "beta", "two"} <= names
+
+
+def test_a_store_that_fails_for_a_moment_leaves_no_replica_without_a_target_or_its_trunk(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is raised starts the replica anew, what is logged would be so for its whole life."""
+    family = Family(store)
+
+    def fails(*_: object) -> Path:
+        raise StoreUnusable("the server answered 503")
+
+    with monkeypatch.context() as away:
+        away.setattr(farm.target.load, "local_copy", fails)
+        with pytest.raises(UserError, match="answered 503"):
+            list(family.targets())
+    monkeypatch.setattr(FileStore, "local_path", fails)
+    with pytest.raises(StoreUnusable):
+        Family(store)
+
+
+def test_a_checkpoint_that_may_not_be_read_costs_its_own_targets_alone(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = Family(store)
+    everything = {target.name for target in family.targets()}
+    read = farm.target.load.local_copy
+
+    def denies(uri: str) -> Path:
+        if uri.endswith("beta"):
+            raise Denied(f"{uri}: refuses these credentials (AccessDenied)")
+        return read(uri)
+
+    monkeypatch.setattr(farm.target.load, "local_copy", denies)
+    assert {target.name for target in family.targets()} == everything - {"beta"}
 
 
 def test_an_adapter_of_another_trunk_or_tokenizer_is_refused_with_both_digests(store: str) -> None:

@@ -103,6 +103,26 @@ def test_a_broken_engine_tells_its_own_requests_and_later_ones():
     assert later.rest()[-1].failed
 
 
+def test_a_request_that_is_cancelled_when_the_engine_breaks_keeps_no_other_from_being_told():
+    broken = route()
+    broken.forward.head = Dense.of(torch.zeros(3, 5))
+    loop = EngineLoop(engine)
+    loop.host("a", "v1", broken)
+    first, second = Mailbox(), Mailbox()
+
+    def leave(progress: Progress) -> None:
+        first.put(progress)
+        loop.cancel("first")
+        loop.inspect(lambda lanes, current: None)
+
+    loop.submit("a", ask("first"), leave)
+    loop.submit("a", ask("second"), second.put)
+    loop.start()
+    assert first.rest()[-1].failed
+    assert second.rest()[-1].failed
+    loop.stop(wait_s=10)
+
+
 def test_targets_of_one_shape_share_an_engine_and_another_shape_gets_its_own(loop):
     loop.host("deep", "v1", route(3, num_layers=3))
     engines = loop.inspect(lambda lanes, current: {name: id(lane.engine) for name, lane in current.items()})

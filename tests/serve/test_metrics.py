@@ -173,7 +173,7 @@ def test_a_request_is_counted_and_logged_once_without_what_it_says(caplog):
     meter = RequestMeter(Meter(REQUESTS))
     log.propagate = True
     with caplog.at_level(logging.INFO, "farm.requests"):
-        assert watched(meter, ask("a@v1"), PIECES) == list(PIECES)
+        assert watched(meter, replace(ask(), version="v1"), PIECES) == list(PIECES)
     (line,) = (json.loads(record.message) for record in caplog.records)
     assert (line["target"], line["version"], line["status"]) == ("a", "v1", 200)
     assert (line["prompt_tokens"], line["tokens"], line["tau"]) == (3, 6, 3.0)

@@ -90,6 +90,24 @@ def test_a_chat_streams_and_shows_what_was_drafted_and_how_well(page, url):
     assert "times" in page.inner_text("#speedup")
 
 
+@pytest.mark.parametrize("leave", ["clear", "target"])
+def test_an_answer_that_is_left_is_ended_and_in_no_later_conversation(page, leave):
+    page.select_option("#target", "adapted")
+    page.fill("#max-tokens", "900")
+    page.fill("#prompt", "the quick brown fox")
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.querySelector('.assistant.open .said')?.textContent")
+    if leave == "clear":
+        page.click("#clear")
+    else:
+        page.select_option("#target", "bare")
+    page.wait_for_function("document.querySelector('#send').textContent === 'Send'", timeout=1000)
+    page.fill("#max-tokens", "5")
+    with page.expect_request("**/v1/chat/completions") as asked:
+        say(page, "un été")
+    assert asked.value.post_data_json["messages"] == [{"role": "user", "content": "un été"}]
+
+
 def test_a_refusal_is_shown_and_the_conversation_goes_on(page):
     page.fill("#max-tokens", "5")
     say(page, "x" * (2**20 + 1))

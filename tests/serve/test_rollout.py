@@ -15,7 +15,8 @@ from farm.decode.engine import Engine, Request, Route
 from farm.decode.sampling import SamplingParams
 from farm.draft.lean import LeanExpert
 from farm.draft.routed import FlatExpert
-from farm.registry import Registry
+from farm.errors import StoreUnusable
+from farm.registry import Pointer, Registry
 from farm.store import FileStore, open_store
 from serve.canary import WorseTest
 from serve.family import Family
@@ -139,6 +140,69 @@ def test_a_version_whose_file_is_late_is_tried_again_and_stops_no_other_target(r
     replica.registry.store.put("registry/a/v2/expert.safetensors", silent_expert())
     replica.rollout.poll()
     assert replica.version_of("a") == "v2"
+
+
+def fail_once(monkeypatch: pytest.MonkeyPatch, method: str, key: str) -> None:
+    """The store's method fails the first time that it is asked for this key."""
+    works, failures = getattr(FileStore, method), [StoreUnusable("the server answered 503")]
+
+    def fails(store: FileStore, asked: str) -> object:
+        if asked == key and failures:
+            raise failures.pop()
+        return works(store, asked)
+
+    monkeypatch.setattr(FileStore, method, fails)
+
+
+@pytest.mark.parametrize(
+    ("method", "key"), [("local_path", "v2/expert.safetensors"), ("get_with_etag", "v2/card.json")]
+)
+def test_a_store_that_fails_while_a_version_is_loaded_is_asked_again(replica, monkeypatch, method, key):
+    publish(replica.store, "a", silent_expert())
+    fail_once(monkeypatch, method, f"registry/a/{key}")
+    replica.rollout.poll()
+    assert (replica.version_of("a"), replica.rollout.reason("a")) == ("v1", "")
+    replica.rollout.poll()
+    assert replica.version_of("a") == "v2"
+
+
+def test_a_canary_survives_a_store_that_fails_while_it_is_loaded(replica, monkeypatch):
+    fail_once(monkeypatch, "local_path", "registry/a/v2/expert.safetensors")
+    version = replica.try_canary(silent_expert(), 0.5)
+    assert replica.registry.canary("a") is not None
+    assert replica.ended == []
+    replica.rollout.poll()
+    assert version in {replica.version_of("a", f"r{n}") for n in range(20)}
+
+
+def test_an_outage_is_noticed_once_a_round_and_not_taken_for_a_broken_pointer(replica, monkeypatch, caplog):
+    asked: list[str] = []
+
+    def pointer(target: str) -> Pointer:
+        asked.append(target)
+        raise StoreUnusable("cannot be reached")
+
+    monkeypatch.setattr(replica.rollout._family, "pointer", pointer)
+    replica.rollout.poll()
+    assert asked == ["a"]
+    assert not any("makes no sense" in record.message for record in caplog.records)
+
+
+def test_a_target_whose_pointer_could_not_be_read_at_first_gets_the_base_draft_where_it_is_due(
+    replica, monkeypatch
+):
+    card = {"trunk_key": "f" * 16}
+    version = replica.registry.publish("b", {"expert.safetensors": silent_expert()}, card)
+    assert replica.registry.promote("b", version.version, None)
+    fail_once(monkeypatch, "get_with_etag", "registry/b/live.json")
+    other = open_replica(replica.root, replica.store)
+    try:
+        assert other.version_of("b") == "plain"
+        other.rollout.poll()
+        assert other.version_of("b") == "base"
+        assert other.rollout.reason("b") == "base: v1 was adapted on another trunk"
+    finally:
+        other.loop.stop(wait_s=10)
 
 
 def test_an_adapter_that_is_broken_from_the_start_is_decoded_plainly_to_the_same_answer(replica, tmp_path):

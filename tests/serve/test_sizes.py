@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from farm.artifacts import TRUNK, Artifacts
 from farm.config import Refused, UserError
 from farm.decode import drafts
+from farm.decode.drafting import longest_drafted
 from farm.decode.engine import Route
 from farm.decode.runner import Runner
 from farm.decode.tree import TreeShape
@@ -120,6 +121,17 @@ def test_a_budget_divides_a_family_and_keeps_loras_beside_their_checkpoint(root)
     assert sorted(map(sorted, groups(small))) == [["alpha", "one", "two"], ["beta"]]
     with pytest.raises(UserError, match=r"needs .* GiB in a replica, resources.serve.memory_gib is"):
         groups(args.model_copy(update={"memory_gib": 1e-6}))
+
+
+def test_a_length_that_drafts_cannot_follow_is_said_where_it_is_planned(root, caplog):
+    fields = {"store": str(root / "store"), "num_slots": 3, "k": 4}
+    most = longest_drafted(4)
+    plan(BuildArgs(max_length=most, **fields))
+    assert caplog.messages == []
+    plan(BuildArgs(max_length=40_000, **fields))
+    assert caplog.messages == [
+        f"max_length: 40000 is more than drafts can follow; sequences end at {most} tokens"
+    ]
 
 
 def test_what_a_live_adapter_changes_in_the_trunk_is_counted(root):

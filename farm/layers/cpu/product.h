@@ -72,7 +72,7 @@ inline void put_block(const Task<T>& task, int64_t row, int64_t block, Floats le
       put(task, row, block * kBlock, left);
       return put(task, row, block * kBlock + kLanes, right);
     case kGated:
-      return store_some(out, silu(left) * right, half - first);
+      return store_some(out, silu(rounded<T>(left)) * rounded<T>(right), half - first);  // as kApart leaves them
     case kApart:
       store_some(out, left, half - first);
       return store_some(out + half, right, half - first);

@@ -82,6 +82,15 @@ inline void store(bfloat16* to, Floats x) {
   std::memcpy(to, &bits, sizeof bits);
 }
 
+// What is left of a number that has been in memory.
+template <class T>
+inline Floats rounded(Floats x) {
+  if constexpr (sizeof(T) == sizeof(float))
+    return x;
+  else
+    return widen(narrow(x));
+}
+
 template <class T>
 inline Floats load_some(const T* from, int64_t count) {
   if (count >= kLanes) return load(from);

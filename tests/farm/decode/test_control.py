@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 
 import pytest
+from pydantic import ValidationError
 
 from farm.decode.adaedl import AdaEDL
 from farm.decode.control import Control, Fixed, Load, RoundResult
@@ -12,6 +13,7 @@ from farm.decode.controls import make_control
 from farm.decode.costs import AcceptanceByPeak, RoundCosts
 from farm.decode.growth import Growing, Growth, Rule
 from farm.decode.renewal import Cost
+from farm.sections import ServeSettings
 
 
 def load_of(rows: int) -> Load:
@@ -110,6 +112,13 @@ def test_every_documented_name_is_a_control(name: str) -> None:
     assert make_control(name).limit(load_of(1)) >= 0
 
 
+@pytest.mark.parametrize("values", [{"k": 64}, {"k": 8, "control": "fixed-64"}])
+def test_no_setting_drafts_more_than_targets_know_positions_for(values: dict[str, object]) -> None:
+    with pytest.raises(ValidationError, match="63"):
+        ServeSettings.model_validate(values)
+    assert ServeSettings(k=63, control="fixed-63").k == 63
+
+
 @pytest.mark.parametrize("name", ["", "fixed-", "fixed-x", "fixed-0", "adaedl-2", "cost-3", "auto"])
 def test_an_unknown_name_is_refused_with_the_known_ones(name: str) -> None:
     with pytest.raises(ValueError, match="none of off, fixed"):
@@ -125,6 +134,14 @@ def test_the_published_threshold_runs_away_and_ours_does_not() -> None:
     assert length_published == pytest.approx(1.0)
     assert 0.2 <= ours.thresholds[""].value <= 0.9
     assert length_ours > 1.3
+
+
+def test_what_lies_behind_a_stop_says_nothing_about_acceptance() -> None:
+    """Two of six were kept, and both were right: the four behind the stop might have been."""
+    cut, whole = AdaEDL(6, published=True), AdaEDL(6, published=True)
+    cut.observe(RoundResult(load_of(2), (6, 4), (3, 1), (2, 2), 6, 1.0, 1.0))
+    whole.observe(RoundResult(load_of(2), (2, 4), (2, 1), (3, 2), 6, 1.0, 1.0))
+    assert cut.thresholds == whole.thresholds
 
 
 @pytest.mark.parametrize(("alpha", "step"), [(0.9, 0.02), (0.7, 0.1), (0.5, 0.05), (0.6, 0.4)])

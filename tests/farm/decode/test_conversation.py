@@ -12,7 +12,7 @@ from farm.data.chat import encode_chat, user_turns
 from farm.data.prompts import Prompt
 from farm.decode.conversation import Conversation
 from farm.decode.endpoint import Answered
-from farm.decode.regenerate import regenerate_rows
+from farm.decode.regenerate import prefill_rows, regenerate_rows
 from farm.layers.cache import Rows
 from farm.sections import RegenerateSettings, TargetSpec
 from farm.target import zoo
@@ -28,7 +28,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> LoadedTarget:
     folder: Path = tmp_path_factory.mktemp("target")
     model, tokenizer = tiny_model(vocab=1024), zoo.train_tokenizer()
     with torch.no_grad():
-        model.lm_head.weight[tokenizer.eos_token_id] *= 3.0
+        model.lm_head.weight[tokenizer.eos_token_id] *= 20.0
     zoo.save(model, tokenizer, folder)
     return load_target(TargetSpec(name="t", model=str(folder), prompts=""))
 
@@ -59,7 +59,7 @@ def test_the_assistants_own_words_are_left_out() -> None:
 
 def test_every_turn_is_what_the_target_says_after_all_that_came_before(target: LoadedTarget) -> None:
     """Each turn again by itself: a prompt of exactly the ids before it gives exactly its tokens."""
-    answers = regenerate_rows(target, [talk(row) for row in range(12)], SETTINGS)
+    answers = regenerate_rows(target, [talk(row) for row in range(40)], SETTINGS)
     more = [answer for answer in answers if len(answer.turns) > 1 and answer.temperature == 0]
     assert len(more) > 1
     for answer in more:
@@ -72,7 +72,7 @@ def test_every_turn_is_what_the_target_says_after_all_that_came_before(target: L
 
 
 def test_between_two_answers_stands_what_the_template_writes(target: LoadedTarget) -> None:
-    for answer in regenerate_rows(target, [talk(row) for row in range(12)], SETTINGS):
+    for answer in regenerate_rows(target, [talk(row) for row in range(40)], SETTINGS):
         if len(answer.turns) < 2:
             continue
         words = [target.tokenizer.decode(list(piece)).removesuffix("<|end|>") for piece in pieces(answer)]
@@ -138,3 +138,19 @@ def test_a_template_that_changes_an_assistants_words_is_refused_with_the_remedy(
     spoiled = replace(target, chat_template=shouts)
     with pytest.raises(UserError, match="regenerate.turns: last"):
         Conversation.of(spoiled, talk(0), SETTINGS)
+
+
+@pytest.mark.parametrize("answer", [regenerate_rows, prefill_rows])
+def test_a_prompt_with_a_token_that_the_target_has_no_row_for_becomes_an_error_row(
+    answer: Any, target: LoadedTarget
+) -> None:
+    """Tokenizers grow beyond the checkpoint that they come with; the other rows are answered all the same."""
+    tokenizer = zoo.train_tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    grown = replace(target, tokenizer=tokenizer)
+    stranger, known = ((said("user", text),) for text in ("what is <new>", "what is that"))
+    rows = [Prompt(row, f"id{row}", messages, "that") for row, messages in enumerate((stranger, known))]
+    failed, fine = answer(grown, rows, SETTINGS)
+    assert failed.finish_reason == "error"
+    assert "1024" in str(failed.error)
+    assert fine.finish_reason != "error"

@@ -16,6 +16,7 @@ from farm.decode.sampling import SamplingParams
 from farm.decode.tree import TreeShape
 from farm.draft.model import Draft
 from farm.layers.cache import Rows
+from farm.sections import LONGEST_CHAIN
 from farm.target.forward import TargetForward
 from tests.farm.decode.caches import fresh_caches
 from tests.farm.models import tiny_model, tiny_pair
@@ -218,6 +219,29 @@ def test_a_prompt_that_cannot_be_answered_is_refused(ids: tuple[int, ...]) -> No
     engine = Engine([Route(target, NO_STOP)], num_slots=1, max_length=64, k=0)
     with pytest.raises(ValueError, match="prompt"):
         engine.add(Request("a", ids, SamplingParams()))
+
+
+@pytest.mark.parametrize("stranger", [32, -1])
+def test_a_prompt_with_an_id_outside_the_vocabulary_is_refused_and_the_others_go_on(stranger: int) -> None:
+    target, _ = tiny_pair()
+    engine = Engine([Route(target, NO_STOP)], num_slots=2, max_length=64, k=0)
+    with pytest.raises(ValueError, match=f"request a: prompt token {stranger} .*32"):
+        engine.add(Request("a", (1, stranger, 2), SamplingParams()))
+    (done,) = engine.run([Request("b", (0, 31), SamplingParams(max_new_tokens=3))])
+    assert len(done.tokens) == 3
+
+
+def test_rows_at_the_context_limit_have_positions_for_the_longest_chain() -> None:
+    """One row of a batch is at the last position while its neighbour has the whole chain verified."""
+    target, draft = tiny_pair(max_position_embeddings=80)
+    options: dict[str, Any] = {"num_slots": 2, "max_length": 80}
+    with pytest.raises(ValueError, match=f"k.*at most {LONGEST_CHAIN}"):
+        Engine([Route(target, NO_STOP, draft)], k=LONGEST_CHAIN + 1, **options)
+    ids = (tuple(range(1, 31)) * 3)[:77]
+    requests = [Request("long", ids, SamplingParams()), Request("short", (1, 2), SamplingParams())]
+    plain = decode(target, None, requests, **options)
+    fast = decode(target, draft, requests, k=LONGEST_CHAIN, **options)
+    assert [done.tokens for done in fast] == [done.tokens for done in plain]
 
 
 def test_proposals_of_a_pruned_draft_stay_inside_its_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:

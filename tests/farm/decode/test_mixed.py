@@ -209,6 +209,34 @@ def test_a_target_without_a_draft_decodes_on_when_the_last_draft_is_gone(routes:
     engine.drop("base")
     finished = [out.completion for _ in range(30) for out in engine.step() if out.completion]
     assert [one.tokens for one in finished] == [alone(routes, request, 3)[0].tokens]
+    assert engine.runner.drafting is None
+
+
+def test_a_draft_over_another_trunk_is_as_good_alone_once_the_last_of_the_old_one_is_gone(
+    routes: Family,
+) -> None:
+    """Run over the old trunk its proposals would be another draft's."""
+    base = routes[0][0]
+    other = replace(base, draft=expert_like(tiny_pair(seed=4)[1].double(), 64, 0), target="other")
+    request = Request("a", (1, 2, 3), SamplingParams(temperature=1.0, seed=3, max_new_tokens=30), "other")
+    options: dict[str, Any] = {"num_slots": 2, "max_length": 40, "k": 3}
+    engine = Engine([base, routes[0][2]], **options)
+    engine.drop("base")
+    engine.host(other)
+    (done,), (fresh,) = engine.run([request]), Engine([other], **options).run([request])
+    assert (done.tokens, done.stats) == (fresh.tokens, fresh.stats)
+
+
+def test_a_target_whose_draft_cannot_follow_so_far_is_left_out(
+    routes: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, plain = routes[0][0], routes[0][2]
+    engine = Engine([plain], num_slots=2, max_length=40, k=3)
+    monkeypatch.setattr("farm.decode.drafting.buffered", lambda capacity: 10**6)
+    with pytest.raises(ValueError, match="lower max_length"):
+        engine.host(base)
+    assert base.target not in engine.runner.routes
+    engine.host(replace(base, draft=None))
 
 
 def test_targets_that_cannot_share_an_engine_are_refused(routes: Family) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
+import torch
 
 from farm.decode.control import Fixed, Signal
+from farm.decode.controls import make_control
 from farm.decode.engine import Engine, Request, Route
 from farm.decode.sampling import SamplingParams
-from tests.farm.decode.test_engine import NO_STOP, tiny_pair
+from farm.decode.tree import TreeShape
+from tests.farm.decode.test_engine import NO_STOP, decode, prompts, tiny_pair
 
 
 class Listens(Fixed):
@@ -52,3 +55,24 @@ def test_a_sampled_rows_signal_is_of_the_distribution_it_is_drawn_from() -> None
     """top_k = 1 leaves a point mass: no entropy."""
     (entropy,) = heard("entropy", SamplingParams(temperature=1.0, top_k=1))
     assert entropy == pytest.approx(0.0, abs=1e-6)
+
+
+TREES = {kind: TreeShape(kind, width=2, depth=2, num_nodes=4) for kind in ("top-k", "sampled")}
+
+
+@pytest.mark.parametrize("how", ["fixed", "adaedl", "cost", *TREES])
+@pytest.mark.parametrize("pruned", [False, True])
+def test_an_expert_that_says_no_numbers_changes_no_token(how: str, pruned: bool) -> None:
+    """A row draws nothing from what is no distribution; with nothing drafted it has the luck of plain decoding."""
+    target, draft = tiny_pair(seed=2)
+    draft.trunk.vocabulary_C = torch.arange(0, 32, 2) if pruned else None
+    for parameter in draft.expert.parameters():
+        parameter.fill_(torch.nan)
+    requests = [
+        Request(str(i), ids, SamplingParams(temperature=temperature, seed=i, max_new_tokens=12))
+        for i, (ids, temperature) in enumerate(zip(prompts(3, 4), (1.0, 0.0, 0.7), strict=True))
+    ]
+    options = {"tree": TREES[how]} if how in TREES else {"control": make_control(how, 3)}
+    broken = decode(target, draft, requests, **options)
+    assert [done.tokens for done in broken] == [done.tokens for done in decode(target, None, requests)]
+    assert sum(broken[0].stats.reached) == 0

@@ -132,3 +132,11 @@ def test_uniform_numbers_are_uniform_and_every_counter_matters() -> None:
 def test_settings_without_meaning_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="has to be"):
         SamplingParams(**wrong)  # type: ignore[arg-type]
+
+
+def test_what_is_no_distribution_draws_a_token_of_the_vocabulary() -> None:
+    """Kernels read an embedding at whatever is drawn."""
+    p_BV = torch.tensor([[torch.nan] * 4, [0.5, torch.nan, 0.5, 0.0], [0.0] * 4, [torch.inf, 1.0, 0.0, 0.0]])
+    for u in (0.0, 0.5, 1 - 2**-53):
+        drawn_B = draw(p_BV, torch.full((4,), u, dtype=torch.float64))
+        assert ((drawn_B >= 0) & (drawn_B < 4)).all()

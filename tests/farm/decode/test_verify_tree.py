@@ -15,15 +15,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import farm.decode.verify_tree as verify_tree_module
-from farm.decode.tree import Tree, TreeShape, chain_tree, depths_of, static_parents
+from farm.decode.tree import Tree, TreeShape, depths_of, static_parents
 from farm.decode.verify import verify_greedy, verify_sampled
 from farm.decode.verify_tree import (
     AfterNodes,
     Drawn,
-    Walk,
+    TreePath,
+    _descend,
+    _Offers,
     verify_tree_greedy,
     verify_tree_sampled,
-    walk_tree,
 )
 
 Prefix = tuple[int, ...]
@@ -115,9 +116,31 @@ Spoil = Callable[[Drawings, World], Drawings]
 class Outcomes:
     """Every drawn tree (`tree_B`) with every way to accept and refuse its nodes, and the probability of each."""
 
-    walk: Walk
+    path: TreePath
+    follow_BV: Tensor
     weight_B: Tensor
     tree_B: Tensor
+
+
+class Noted(_Offers):
+    """Takes note of the probability that each offered node is accepted with; nan where none was offered."""
+
+    def __init__(self, tree: Tree, p_after: AfterNodes, drawn: Drawn | None, accept_BM: Tensor) -> None:
+        super().__init__(tree, p_after, drawn, accept_BM)
+        self.ratio_BM = torch.full_like(tree.tokens_BM, torch.nan, dtype=torch.float64)
+
+    def choose(self, node_B: Tensor, children_BW: Tensor) -> Tensor:
+        self._children_BW = children_BW
+        return super().choose(node_B, children_BW)
+
+    def _ratio(self, token_B: Tensor, offered_B: Tensor, p_BV: Tensor, offer_BV: Tensor) -> Tensor:
+        ratio_B = super()._ratio(token_B, offered_B, p_BV, offer_BV)
+        said_BW = self._tree.tokens_BM.gather(1, self._children_BW)  # siblings have different tokens
+        is_it_BW = (said_BW == token_B[:, None]) & (self._children_BW > 0)
+        node_B = (self._children_BW * is_it_BW).sum(dim=1)
+        rows_B = offered_B.nonzero().squeeze(1)
+        self.ratio_BM[rows_B, node_B[rows_B]] = ratio_B[rows_B]
+        return ratio_B
 
 
 def outcomes(drawn: Drawings, p_DMV: Tensor, q_DMV: Tensor, kind: str) -> Outcomes:
@@ -133,11 +156,13 @@ def outcomes(drawn: Drawings, p_DMV: Tensor, q_DMV: Tensor, kind: str) -> Outcom
 
     how = Drawn(after(q_DMV), torch.ones(len(take_BM), dtype=torch.bool)) if kind == "sampled" else None
     accept_BM = torch.where(take_BM, -1.0, 2.0).double()
-    walk = walk_tree(Tree(*(part[tree_B] for part in parts)), after(p_DMV), how, accept_BM)
-    odds_BM = torch.where(take_BM, walk.ratio_BM, 1 - walk.ratio_BM)
+    offers = Noted(tree := Tree(*(part[tree_B] for part in parts)), after(p_DMV), how, accept_BM)
+    path = _descend(tree, offers.choose)
+    odds_BM = torch.where(take_BM, offers.ratio_BM, 1 - offers.ratio_BM)
     # Of a node that was not offered one of the two decisions counts.
-    odds_BM = torch.where(walk.ratio_BM.isnan(), (~take_BM).double(), odds_BM)
-    return Outcomes(walk, drawn.weight_B[tree_B] * odds_BM[:, 1:].prod(dim=1), tree_B)
+    odds_BM = torch.where(offers.ratio_BM.isnan(), (~take_BM).double(), odds_BM)
+    weight_B = drawn.weight_B[tree_B] * odds_BM[:, 1:].prod(dim=1)
+    return Outcomes(path, offers.follow_BV, weight_B, tree_B)
 
 
 def output_joint(
@@ -160,8 +185,7 @@ def output_joint(
     if raw == "q":
         q_DMV = q_DMV.sqrt() / q_DMV.sqrt().sum(dim=-1, keepdim=True)
     found = outcomes(drawn, p_DMV, q_DMV, kind)
-    path, follow_BV = found.walk.path, found.walk.follow_BV
-    follow_BV = follow_BV / follow_BV.sum(dim=-1, keepdim=True)
+    path, follow_BV = found.path, found.follow_BV / found.follow_BV.sum(dim=-1, keepdim=True)
     joint = torch.zeros((world.vocab,) * world.length, dtype=torch.float64)
     lengths_L = torch.zeros(world.length, dtype=torch.float64)
     lengths_L.index_add_(0, path.num_accepted_B, found.weight_B)
@@ -303,6 +327,12 @@ def test_the_first_sampled_child_is_accepted_with_the_overlap_of_p_and_q() -> No
     assert float(lengths[1]) == pytest.approx(float(world.p[()].minimum(world.q[()]).sum()), abs=1e-12)
     wider = [float(output_joint(world, (0,) * (width + 1), "sampled")[1][1]) for width in (1, 2, 3)]
     assert wider == sorted(wider)
+
+
+def chain_tree(last_B: Tensor, drafted_BK: Tensor) -> Tree:
+    tokens_BM = torch.cat((last_B[:, None], drafted_BK), dim=1)
+    depths_BM = torch.arange(tokens_BM.shape[1]).expand_as(tokens_BM)
+    return Tree(tokens_BM, (depths_BM - 1).clamp(min=0), depths_BM, torch.ones_like(tokens_BM).bool())
 
 
 def test_a_chain_and_a_tree_of_width_one_give_the_same_verdict() -> None:

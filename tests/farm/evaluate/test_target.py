@@ -35,6 +35,13 @@ def test_a_prompt_that_the_template_refuses_costs_itself_alone(family: Family) -
     assert len(encode_prompts(target, [first, second], SHORT)) == 2
 
 
+def test_a_template_that_takes_no_prompt_is_told_with_its_reason(family: Family) -> None:
+    target = load_target(family.target("alpha"))
+    target.tokenizer.chat_template = None
+    with pytest.raises(Refused, match="alpha: none of its prompts.*the tokenizer has none; set the target's"):
+        encode_prompts(target, prompts_of(family), SHORT)
+
+
 def test_a_prompt_beyond_what_drafts_know_is_left_out_though_the_target_could_read_it(family: Family) -> None:
     target = replace(load_target(family.target("alpha")), max_positions=10**6, chat_template=STRICT)
     (first, *_), limit = prompts_of(family), longest_drafted(SHORT.k) - SHORT.max_new_tokens

@@ -27,13 +27,23 @@ def test_a_cluster_of_a_head_alone_may_grow_by_all_its_workers() -> None:
 
 def test_the_bound_on_all_workers_takes_the_largest_first() -> None:
     bounded = copy.deepcopy(CLUSTER) | {"max_workers": 3}
-    assert allowed_by(bounded) == Capacity(4, {"CPU": 96.0, "GPU": 12.0})
+    allowed = allowed_by(bounded)
+    assert (allowed.num_nodes, allowed.resources) == (4, {"CPU": 96.0, "GPU": 12.0})
+
+
+def test_a_kind_of_node_of_which_none_may_be_started_is_none() -> None:
+    """One actor needs all that it asks for on one node, and no sum says whether there is such a node."""
+    assert allowed_by(CLUSTER).kinds == ({"CPU": 0}, {"CPU": 32, "GPU": 4}, {"CPU": 14, "GPU": 1})
+    without = copy.deepcopy(CLUSTER)
+    without["available_node_types"]["gpu_adapt"]["max_workers"] = 0
+    assert allowed_by(without).kinds == ({"CPU": 0}, {"CPU": 14, "GPU": 1})
 
 
 def test_nodes_that_live_count_where_they_are_more_than_a_configuration_allows() -> None:
-    assert larger(Capacity(2, {"CPU": 8.0}), Capacity(5, {"CPU": 4.0, "GPU": 1.0})) == Capacity(
-        5, {"CPU": 8.0, "GPU": 1.0}
-    )
+    now = Capacity(2, {"CPU": 8.0}, ({"CPU": 4.0}, {"CPU": 4.0}))
+    grown = Capacity(5, {"CPU": 4.0, "GPU": 1.0}, ({"CPU": 1.0},))
+    kinds = ({"CPU": 4.0}, {"CPU": 4.0}, {"CPU": 1.0})
+    assert larger(now, grown) == Capacity(5, {"CPU": 8.0, "GPU": 1.0}, kinds)
 
 
 def test_no_request_at_all_fits_any_number_of_times() -> None:

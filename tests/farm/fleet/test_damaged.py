@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ from farm.artifacts import Artifact, Artifacts
 from farm.config import Manifest
 from farm.data.features import shard_names
 from farm.fleet import onboard, pack_cost, selection, stages
-from farm.fleet.answers import ANSWERS
+from farm.fleet.answers import ANSWERS, AnswersJob, card_name
 from farm.fleet.chosen import SCORES_FILE, SELECT
+from farm.fleet.footprint import Held
 from farm.fleet.pack_cost import onboarded_jobs
 from farm.fleet.packs import Ended
 from farm.fleet.plan import ADAPT, EXPERT_FILE, make_plan
@@ -19,7 +21,7 @@ from farm.fleet.pool import Outcome
 from farm.fleet.prepare import prepare_trunk
 from farm.fleet.run import Run
 from farm.fleet.selection import select_answers, select_prompts
-from farm.fleet.stages import adapt, evaluate
+from farm.fleet.stages import adapt, evaluate, regenerate_answers
 from farm.fleet.trainers import CURVE_FILE, Attempts, TrainJob
 from farm.store import open_store
 from farm.target.load import target_digest
@@ -66,6 +68,33 @@ def none_is_trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return asked
 
 
+@pytest.mark.parametrize("cut_before", [True, False])
+def test_a_target_whose_shards_card_is_cut_is_not_answered(
+    family: Family, store: Path, monkeypatch: pytest.MonkeyPatch, cut_before: bool
+) -> None:
+    """By a run before, or while this one has the answers made."""
+    run, asked = run_of(family.manifest("alpha", "beta", store=store)), list[str]()
+    key = run.remaining[0].answers.key
+
+    def cut() -> None:
+        run.artifacts.put_file(ANSWERS, key, card_name(0), b'{"rows": ')
+
+    def regenerate(jobs: Sequence[AnswersJob], *_: object) -> dict[str, str]:
+        asked.extend(job.name for job in jobs)
+        cut()
+        return {"beta": "the test answers none"}
+
+    if cut_before:
+        cut()
+    monkeypatch.setattr(stages, "regenerate", regenerate)
+    monkeypatch.setattr(stages.Footprint, "of", lambda *_: SimpleNamespace(peak=Held()))
+    regenerate_answers(run, prepare_trunk(run))
+    assert asked == (["beta"] if cut_before else ["alpha", "beta"])
+    assert run.ended["alpha"].decision == "failed"
+    assert f"{card_name(0)}: is no whole card of a shard; delete it" in run.ended["alpha"].reason
+    assert run.ended["beta"].reason == "RuntimeError: the test answers none"
+
+
 @damaged
 def test_a_target_whose_answers_are_damaged_is_not_adapted(
     family: Family, store: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], object]
@@ -102,7 +131,7 @@ def test_a_target_whose_expert_or_curve_is_damaged_is_neither_evaluated_nor_publ
         return (Outcome(name) for name in specs)
 
     monkeypatch.setattr(stages, "run_bounded", run_bounded)
-    monkeypatch.setattr(stages, "cpus_of_largest_node", lambda: 1.0)
+    monkeypatch.setattr(stages, "cpus_of_largest_node", lambda _: 1.0)
     monkeypatch.setattr(stages, "_conclude", lambda *_: None)
     damage(expert / EXPERT_FILE)
     evaluate(run, trunk)

@@ -7,7 +7,8 @@ import pytest
 from farm.artifacts import Artifacts
 from farm.config import Manifest
 from farm.data.chat import TEXT_TEMPLATE
-from farm.fleet.elicit import elicit_prompts, elicitation_lines, with_templates
+from farm.evaluate.templates import with_templates
+from farm.fleet.elicit import elicit_prompts, elicitation_lines
 from farm.fleet.plan import make_plan
 from farm.sections import TargetSpec
 from farm.store import open_store

@@ -15,9 +15,12 @@ from farm.config import Manifest, UserError, dump
 from farm.fleet.answers import ANSWERS, decode_prompts, encode_prompts, missing_shards
 from farm.fleet.chosen import SCORES_FILE, SELECT
 from farm.fleet.estimate import estimate_target, plan_table, read_rates
-from farm.fleet.plan import ADAPT, PROBE, TRUNK, Plan, make_plan, probe_key
+from farm.fleet.plan import ADAPT, EVALUATE, PROBE, TRUNK, Plan, make_plan, probe_key
+from farm.fleet.publish import evaluation_key
+from farm.registry import Registry
 from farm.sections import ProbeSettings, TargetSpec
 from farm.store import open_store
+from farm.target import zoo
 
 
 def _digest(spec: TargetSpec) -> str:
@@ -58,6 +61,67 @@ def test_a_prompt_that_a_held_out_row_repeats_is_counted_and_not_adapted_on(tmp_
     (target,) = _plan(tmp_path, manifest).targets
     assert {p.row for p in target.answers.prompts} == set(range(16)) - {3}
     assert target.answers.source["row_errors"] == [{"row": 3, "reason": "is held out too"}]
+
+
+def test_all_rows_held_out_too_refuse_the_target_with_the_reason(tmp_path: Path) -> None:
+    manifest = _manifest(tmp_path, "a")
+    (tmp_path / "a.jsonl").write_text('{"prompt": "the same"}\n' * 20)
+    why = "no usable row to adapt on (row 0 is held out too); repair its rows"
+    assert why in _plan(tmp_path, manifest).refused["a"]
+
+
+def _asked_of_the_base(plan: Plan) -> list[str]:
+    assert plan.trunk.answers is not None
+    assert [prompt.row for prompt in plan.trunk.answers.prompts] == list(
+        range(len(plan.trunk.answers.prompts))
+    )
+    return [prompt.messages[0]["content"] for prompt in plan.trunk.answers.prompts]
+
+
+def test_the_base_answers_once_what_several_targets_ask(tmp_path: Path) -> None:
+    manifest = _manifest(tmp_path, "a", "b")
+    a, b = manifest.targets
+    shared = manifest.model_copy(update={"targets": (a, b.model_copy(update={"prompts": a.prompts}))})
+    assert _asked_of_the_base(_plan(tmp_path, shared)) == [f"a {row}" for row in range(16)]
+
+
+def test_prompts_that_are_yet_to_be_made_up_are_counted_for_each_target(tmp_path: Path) -> None:
+    manifest = _manifest(tmp_path, "a", "b", elicit={"prompts": 10})
+    bare = tuple(spec.model_copy(update={"prompts": ""}) for spec in manifest.targets)
+    artifacts = Artifacts(open_store(manifest.store))
+    plan = make_plan(manifest.model_copy(update={"targets": bare}), artifacts, _digest, stand_in=True)
+    assert len(_asked_of_the_base(plan)) == 2 * (10 - 4)
+
+
+def test_what_is_held_out_for_one_target_is_not_learned_by_the_trunk_from_another(tmp_path: Path) -> None:
+    manifest = _manifest(tmp_path, "a", "b")
+    with (tmp_path / "b.jsonl").open() as file:
+        rows = file.read().splitlines()
+    (tmp_path / "b.jsonl").write_text("\n".join([json.dumps({"prompt": "a 17"}), *rows[1:]]) + "\n")
+    asked = _asked_of_the_base(_plan(tmp_path, manifest))
+    assert asked == [f"a {row}" for row in range(16)] + [f"b {row}" for row in range(1, 16)]
+
+
+def test_prompts_of_the_trunks_own_are_not_those_held_out_for_a_target(tmp_path: Path) -> None:
+    """Which they are is no part of its key: a target that is added must not change the trunk of all others."""
+    own = {"prompts": str(tmp_path / "general.jsonl")}
+    manifest = _manifest(tmp_path, "a", "general", train_trunk=own)
+    lines = [
+        json.dumps({"prompt": text}) for text in ("a 17", "a 3", "a 3", *(f"x {row}" for row in range(6)))
+    ]
+    (tmp_path / "general.jsonl").write_text("\n".join(lines) + "\n")
+    b = TargetSpec(name="b", model="b", prompts=str(tmp_path / "b.jsonl"))
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"prompt": f"b {row}"}) for row in range(20)))
+    plans = [
+        _plan(tmp_path, manifest.model_copy(update={"targets": targets}))
+        for targets in (manifest.targets[:1], (b,))
+    ]
+    rows = []
+    for plan in plans:
+        assert plan.trunk.answers is not None
+        rows.append([prompt.row for prompt in plan.trunk.answers.prompts])
+    assert rows == [[1, 2, 3, 4], [0, 1, 2, 3, 4]]
+    assert plans[0].trunk.key == plans[1].trunk.key
 
 
 def test_prompts_of_the_trunk_are_split_too(tmp_path: Path) -> None:
@@ -157,6 +221,18 @@ def test_a_broken_line_is_counted_and_the_rest_goes_on(tmp_path: Path) -> None:
     assert [error["row"] for error in target.answers.source["row_errors"]] == [0]
 
 
+def test_a_base_without_a_template_answers_by_that_of_its_targets(tmp_path: Path) -> None:
+    tokenizer = zoo.train_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "base")
+    manifest = _manifest(tmp_path, "a").model_copy(update={"base": str(tmp_path / "base")})
+    template = "{{ messages[0].content }}"
+    targets = tuple(spec.model_copy(update={"chat_template": template}) for spec in manifest.targets)
+    trunk = _plan(tmp_path, manifest.model_copy(update={"targets": targets})).trunk
+    assert trunk.answers is not None
+    assert trunk.base.chat_template == trunk.answers.spec.chat_template == template
+
+
 def test_a_given_trunk_without_its_files_is_a_mistake_of_the_whole_manifest(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"draft\.json does not exist"):
         _plan(tmp_path, _manifest(tmp_path, "a", trunk=str(tmp_path / "nothing")))
@@ -196,6 +272,24 @@ def test_the_plan_says_what_is_reused_and_costs_nothing_again(tmp_path: Path) ->
     assert costs.rows == 16
     assert costs.seconds > 16 * manifest.regenerate.max_new_tokens * 0.5
     assert plan_table(plan, artifacts).row_count == 4  # trunk, two targets, together
+
+
+@pytest.mark.parametrize(("evaluate", "runs"), [({"min_gain": 9.0}, "–"), ({"k": 2}, "evaluate")])
+def test_an_evaluation_is_reused_where_onboarding_finds_it(
+    tmp_path: Path, evaluate: dict[str, object], runs: str
+) -> None:
+    manifest = _manifest(tmp_path, "a")
+    artifacts = Artifacts(open_store(manifest.store))
+    plan = _plan(tmp_path, manifest)
+    target = plan.targets[0]
+    artifacts.finish(ANSWERS, target.answers.key, {"seconds": 8.0, "answer_tokens": 16})
+    artifacts.finish(ADAPT, target.adapt_key, {"seconds": 3.0, "trained_tokens": 300})
+    artifacts.finish(EVALUATE, evaluation_key(manifest, target, None), {})
+    registry = Registry(artifacts.store)
+    card = {"adapt_key": target.adapt_key, "trunk_key": plan.trunk.key, "opponent": None}
+    assert registry.promote("a", registry.publish("a", {}, card).version, None)
+    after = _plan(tmp_path, _manifest(tmp_path, "a", evaluate={"prompts": 4, **evaluate}))
+    assert plan_table(after, artifacts).columns[1]._cells[1] == runs
 
 
 def test_without_a_selection_keys_are_those_of_stores_that_know_none(tmp_path: Path) -> None:

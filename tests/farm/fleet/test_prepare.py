@@ -1,16 +1,19 @@
 """The trunk stage: the base answers, a vocabulary is chosen, trunk and base expert are trained and found again."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from farm.artifacts import Artifacts
+from farm.artifacts import Artifact, Artifacts
 from farm.config import UserError
 from farm.draft.checkpoint import load_expert, read_config, read_tensors, split_vocabulary
+from farm.fleet import onboard
 from farm.fleet.plan import TRUNK, make_plan
 from farm.fleet.prepare import check_targets, prepare_trunk
 from farm.fleet.run import Run
 from farm.fleet.trainers import Attempts
+from farm.status import unfinished_runs
 from farm.store import open_store
 from farm.target.load import target_digest
 from tests.farm.fleet.family import Family
@@ -46,6 +49,29 @@ def test_a_trunk_is_trained_once_and_serves_targets_that_are_added_later(
     assert later.trunk.reused
     assert prepare_trunk(later) == trunk
     assert later.artifacts.find(TRUNK, later.trunk.key) == trunk
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_a_trunk_trained_alone_leaves_no_target_undecided(
+    family: Family, store: Path, monkeypatch: pytest.MonkeyPatch, breaks: bool
+) -> None:
+    """Whoever follows the run or cleans up would wait for the decision of a target that gets none."""
+    manifest, seen = family.manifest("alpha", store=store), list[str]()
+
+    def prepare(run: Run) -> Artifact:
+        run.board.update("alpha", stage="trunk")
+        seen.extend(unfinished_runs(run.store, 0.0))
+        if breaks:
+            raise OSError("no space")
+        return prepare_trunk(run)
+
+    monkeypatch.setattr(onboard, "check_cluster", lambda _: None)
+    monkeypatch.setattr(onboard, "measure_base", lambda *_: None)
+    monkeypatch.setattr(onboard, "prepare_trunk", prepare)
+    with pytest.raises(OSError, match="no space") if breaks else nullcontext():
+        onboard.train_trunk(manifest, print)
+    assert seen == ["trunk"]
+    assert unfinished_runs(open_store(manifest.store), 0.0) == []
 
 
 @pytest.mark.ray

@@ -7,11 +7,30 @@ from typing import Any
 import pytest
 
 from farm.artifacts import Artifact, Artifacts
+from farm.fleet import onboard
 from farm.fleet.plan import Plan, TargetPlan, make_plan
+from farm.fleet.prepare import prepare_trunk
 from farm.fleet.publish import Verdict, publish
 from farm.registry import Registry
 from farm.store import open_store
+from tests.farm.fleet.family import Family
+from tests.farm.fleet.test_damaged import run_of
 from tests.farm.fleet.test_plan import _digest, _manifest
+
+
+def test_a_target_that_is_refused_for_its_prompts_is_served_on(family: Family, store: Path) -> None:
+    """Its live version has nothing to do with the prompts of this run; one that never had any is left out."""
+    manifest = family.manifest("alpha", "beta", "gamma", store=store)
+    moved = tuple(
+        spec if spec.name == "alpha" else spec.model_copy(update={"prompts": str(store / "moved.jsonl")})
+        for spec in manifest.targets
+    )
+    run = run_of(manifest.model_copy(update={"targets": moved}))
+    for name, reason in run.plan.refused.items():
+        run.end(name, "refused", reason)
+    assert run.registry.promote("beta", run.registry.publish("beta", {}, {}).version, None)
+    onboard._put_family(run, prepare_trunk(run))
+    assert list(run.registry.family()["targets"]) == ["alpha", "beta"]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,20 @@ from farm.status import StatusBoard, read_status
 from farm.store import open_store
 
 
+def job(store: str = "", **fields: Any) -> TrainJob:
+    like: Any = {"stage": ADAPT, "task": None, "trunk": None, "record": {}}
+    kept = {"resources": AdaptResources(), "attempts": Attempts(), "store": store}
+    return TrainJob(**{"name": "t", "key": "k", **like, **kept, **fields})
+
+
+def test_a_trunk_goes_on_from_a_checkpoint_of_the_same_answers_alone() -> None:
+    """Its key is the same whatever prompts the targets of the day bring."""
+    first, other = (job(stage="trunk", record={"answers_key": answers}).run_name for answers in ("a", "b"))
+    assert first != other
+    assert job(stage="trunk", record={"answers_key": "a"}).run_name == first
+    assert job(record={"answers_key": "a"}).run_name == "adapt-t-k"  # the key has them
+
+
 @pytest.mark.parametrize(
     "error", [OSError("no space"), TimeoutError("changed by others"), ValueError("torn")]
 )
@@ -21,16 +35,7 @@ def test_steps_that_cannot_be_shown_stop_no_training(
 ) -> None:
     monkeypatch.setattr("ray.train.get_context", lambda: SimpleNamespace(get_world_rank=lambda: 0))
     store = open_store(tmp_path.as_uri())
-    like: Any = {
-        "task": None,
-        "trunk": None,
-        "resources": AdaptResources(),
-        "attempts": Attempts(),
-        "record": {},
-    }
-    show = steps_shown(
-        TrainJob(name="t", stage=ADAPT, key="k", store=store.uri, shown_as=("r1", ("t",)), **like)
-    )
+    show = steps_shown(job(store.uri, shown_as=("r1", ("t",))))
     assert show is not None
     show(5, 10)
     update = StatusBoard.update

@@ -62,3 +62,55 @@ def test_architectures_that_would_be_computed_wrongly_are_refused() -> None:
     model = tiny_model(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
     with pytest.raises(ValueError, match="dynamic"):
         TargetForward.of(model)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"num_key_value_heads": 4}, "k_proj"),
+        ({"num_attention_heads": 2}, "q_proj"),
+        ({"head_dim": 8}, "q_proj"),
+        ({"vocab_size": 16}, None),
+    ],
+)
+def test_a_config_that_is_not_the_weights_is_refused(options: dict[str, int], named: str | None) -> None:
+    model = tiny_model()
+    for name, value in options.items():
+        setattr(model.config, name, value)
+    with pytest.raises(RuntimeError, match=named):
+        TargetForward.of(model)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "self_attn.q_norm", "self_attn.k_norm", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj",
+        "input_layernorm", "post_attention_layernorm",
+    ],
+)  # fmt: skip
+def test_a_weight_of_another_size_is_refused_by_its_name(name: str) -> None:
+    """Kernels believe sizes: they would read past its end."""
+    model = tiny_model("qwen3")
+    weights = model.state_dict()
+    full = f"model.layers.1.{name}.weight"
+    weights[full] = weights[full][..., :-8].contiguous()
+    with pytest.raises(RuntimeError, match=full):
+        TargetForward(model.config, weights)
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight"])
+def test_an_end_of_another_size_is_refused(name: str) -> None:
+    model = tiny_model()
+    weights = model.state_dict()
+    weights[name] = weights[name][..., :-8].contiguous()
+    with pytest.raises(RuntimeError):
+        TargetForward(model.config, weights)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("qwen2", "k_proj.bias"), ("qwen3", "k_norm.weight")])
+def test_a_weight_missing_beside_its_sisters_is_missing(kind: str, name: str) -> None:
+    model = tiny_model(kind)
+    weights = model.state_dict()
+    del weights[f"model.layers.0.self_attn.{name}"]
+    with pytest.raises(KeyError, match=name):
+        TargetForward(model.config, weights)

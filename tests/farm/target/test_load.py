@@ -1,12 +1,14 @@
 """What cannot serve as a target is refused alone and by name; a LoRA is merged; a digest follows the files."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from farm.config import Refused
 from farm.layers.cache import Rows
@@ -21,7 +23,7 @@ from farm.target.load import (
     resolve_dtype,
     target_digest,
 )
-from farm.target.weights import is_plain
+from farm.target.weights import is_plain, read_weights
 from tests.farm.models import tiny_model
 
 
@@ -209,3 +211,47 @@ def test_the_digest_follows_weights_and_template_but_not_the_folders_name(
     assert target_digest(one) == target_digest(two)
     assert target_digest(one) != target_digest(other)
     assert target_digest(one) != target_digest(one.model_copy(update={"chat_template": "{{ messages }}"}))
+
+
+def sharded(folder: Path, tokenizer: object) -> tuple[TargetSpec, Path]:
+    """A checkpoint of shards with an index, beside which an earlier download has left a file that sorts last."""
+    spec = checkpoint(folder, tokenizer)
+    (folder / "model.safetensors").unlink()
+    tiny_model(vocab=1024).save_pretrained(folder, max_shard_size="100KB")
+    shards = sorted(folder.glob("*.safetensors"))
+    assert len(shards) > 1
+    name = "lm_head.weight"
+    old = {name: load_file(next(file for file in shards if name in load_file(file)))[name] + 1.0}
+    save_file(old, folder / "model-00009-of-00009.safetensors", {"format": "pt"})
+    return spec, shards[0]
+
+
+def test_files_that_the_index_does_not_name_are_no_part_of_a_checkpoint(
+    tmp_path: Path, tokenizer: object
+) -> None:
+    spec, _ = sharded(tmp_path / "shards", tokenizer)
+    expected = AutoModelForCausalLM.from_pretrained(spec.model).state_dict()
+    weights = read_weights(Path(spec.model), None, torch.float32)
+    assert weights is not None
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    _, head = load_embedding_and_head(spec)
+    assert torch.equal(head, expected["lm_head.weight"])
+
+
+def test_a_whole_file_stands_before_shards(tmp_path: Path, tokenizer: object) -> None:
+    spec, _ = sharded(tmp_path / "both", tokenizer)
+    tiny_model(vocab=1024, seed=1).save_pretrained(tmp_path / "whole")
+    shutil.copy(tmp_path / "whole" / "model.safetensors", spec.model)
+    expected = AutoModelForCausalLM.from_pretrained(spec.model).state_dict()
+    weights = read_weights(Path(spec.model), None, torch.float32)
+    assert weights is not None
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_a_shard_that_is_missing_is_refused_by_its_name(tmp_path: Path, tokenizer: object) -> None:
+    spec, shard = sharded(tmp_path / "short", tokenizer)
+    shard.unlink()
+    for load in (load_target, load_embedding_and_head):
+        with pytest.raises(Refused, match=f"short.*{shard.name}"):
+            load(spec)

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from farm.layers.cache import Rows
+from farm.layers.kernels import kernels
 from farm.layers.lora import LoraRows
 from farm.target.forward import TargetForward
 from farm.target.lora import open_lora
@@ -40,6 +41,22 @@ def test_rows_of_three_targets_in_one_forward_equal_three_merged_models(
         torch.testing.assert_close(got[row : row + 1], expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.skipif(kernels() is None, reason="operators may round by the shape of a batch")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_without_a_lora_is_the_same_alone_and_beside_one(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Bit for bit: what a LoRA needs kept apart is rounded where the kernels do not keep it apart, too."""
+    model = tiny_model("qwen3", hidden=64).to(dtype)
+    base = TargetForward.of(model)
+    lora = open_lora(write_lora(tmp_path / "adapter", model, rank=2, seed=0), base)
+    assert lora is not None
+    tokens = torch.randint(0, 32, (2, 24), generator=torch.Generator().manual_seed(0))
+    alone = base.forward(tokens[:1], Rows([0]), base.new_cache(1, 32))
+    loras = LoraRows([lora], (-1, 0), 24, base.device)
+    beside = base.forward(tokens, Rows([0, 0]), base.new_cache(2, 32), loras)
+    assert torch.equal(beside[:1], alone)
+    assert not torch.equal(beside[1:], base.forward(tokens[1:], Rows([0]), base.new_cache(1, 32)))
+
+
 @pytest.mark.parametrize("change", ["head", "embedding", "dora", "rank_pattern"])
 def test_an_adapter_that_changes_more_than_the_layers_products_is_left_to_be_merged(
     change: str, tmp_path: Path
@@ -56,3 +73,27 @@ def test_an_adapter_that_changes_more_than_the_layers_products_is_left_to_be_mer
         option = {"dora": {"use_dora": True}, "rank_pattern": {"rank_pattern": {"q_proj": 4}}}[change]
         config.write_text(json.dumps(json.loads(config.read_text()) | option))
     assert open_lora(folder, TargetForward.of(model)) is None
+
+
+@pytest.mark.parametrize("options", [{"hidden": 64}, {"head_dim": 32}, {"num_key_value_heads": 1}])
+def test_an_adapter_of_another_bases_sizes_is_refused_by_the_tensor(
+    options: dict[str, int], tmp_path: Path
+) -> None:
+    """Its tensors have the names of the base's layers all the same."""
+    folder = write_lora(tmp_path / "adapter", tiny_model(**options), rank=2, seed=0)
+    base = TargetForward.of(tiny_model())
+    with pytest.raises(ValueError, match=r"model.layers.0.self_attn.*lora_A \[2, .*do not fit the base's \["):
+        open_lora(folder, base)
+
+
+def test_an_adapter_of_another_mlps_width_is_refused(tmp_path: Path) -> None:
+    folder = write_lora(tmp_path / "adapter", tiny_model(), rank=2, seed=0)
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for name in [name for name in tensors if "mlp" not in name]:
+        del tensors[name]
+    for name in [name for name in tensors if "gate_proj.lora_B" in name or "up_proj.lora_B" in name]:
+        tensors[name] = torch.cat((tensors[name],) * 2)
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=r"gate_proj.*\[128, 2\].*\[64, 32\]"):
+        open_lora(folder, TargetForward.of(tiny_model()))

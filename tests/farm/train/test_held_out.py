@@ -1,13 +1,18 @@
 """When a run stops, and what its held-out measure is."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor, nn
 
 from farm.data.features import Sample
 from farm.draft.config import DraftConfig
 from farm.draft.model import DraftHead, new_draft
 from farm.sections import EarlyStop
 from farm.train.batches import collate
+from farm.train.filtering import reference_losses
 from farm.train.held_out import expected_tau, stops
 from farm.train.loss import acceptance
 from farm.train.module import DraftLoss
@@ -61,3 +66,34 @@ def test_expected_tau_is_the_mean_product_of_acceptances_in_any_batches() -> Non
     assert expected_tau(module, [collate(samples[:1]), collate(samples[1:])], 1) == pytest.approx(
         expected, abs=1e-4
     )
+
+
+class Elsewhere(nn.Module):
+    """A module whose device is not the CPU, on any machine."""
+
+    num_steps = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, device="meta"))
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [lambda module: expected_tau(module, [], 2), lambda module: reference_losses(module, [], 3, 4, 2)],
+    ids=["held out", "reference"],
+)
+def test_what_ranks_sum_is_where_the_module_is(
+    monkeypatch: pytest.MonkeyPatch, measure: Callable[[Any], object]
+) -> None:
+    """Of GPUs, NCCL sums no tensor of the CPU."""
+    devices = []
+
+    def all_reduce(value: Tensor) -> None:
+        devices.append(value.device.type)
+        raise InterruptedError
+
+    monkeypatch.setattr("torch.distributed.all_reduce", all_reduce)
+    with pytest.raises(InterruptedError):
+        measure(Elsewhere())
+    assert devices == ["meta"]
