@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 from farm.errors import Refused as Refused
 from farm.errors import UserError as UserError
 from farm.manifest import PathResolver, fill_placeholders, read_tree, set_fields, split_overrides
+from farm.resources import Resources
 from farm.sections import (
     SERVED_TIERS,
     AdaptSettings,
@@ -19,7 +20,6 @@ from farm.sections import (
     EvaluateSettings,
     ProbeSettings,
     RegenerateSettings,
-    Resources,
     Rows,
     SelectSettings,
     ServeSettings,

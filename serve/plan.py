@@ -16,7 +16,8 @@ from farm.config import Refused, UserError
 from farm.draft.checkpoint import CONFIG_FILE, EXPERT_FILE, TRUNK_FILE
 from farm.errors import is_denied, is_unusable
 from farm.registry import Registry
-from farm.sections import Dtype, ServeResources, ServeSettings, TargetSpec
+from farm.resources import ServeResources
+from farm.sections import Dtype, ServeSettings, TargetSpec
 from farm.store import NotFound, open_store
 from farm.target.load import resolve_dtype
 from serve.lengths import shortened

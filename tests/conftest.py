@@ -4,8 +4,9 @@ import os
 
 # read when ray is imported: without it a local cluster asks every later CLI client for a token
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-# Ray's processes would give way to all others, and they are what a whole run waits for.
-os.environ.setdefault("RAY_worker_niceness", "0")
+# Ray's processes would give way to all others, and they are what a whole run waits for; to the demo, which is one long
+# test beside them, they give way a little.
+os.environ.setdefault("RAY_worker_niceness", "5")
 
 import atexit
 import functools

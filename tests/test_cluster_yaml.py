@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from farm.config import Manifest, check_placeable
-from farm.sections import RegenerateResources, Resources, TargetSpec
+from farm.resources import RegenerateResources, Resources
+from farm.sections import TargetSpec
 
 ROOT = Path(__file__).parents[1]
 

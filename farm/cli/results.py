@@ -194,6 +194,22 @@ def bench_packed(
     console.print(packed.write(out, cost, family_name(manifest), source), markup=False, soft_wrap=True)
 
 
+@bench_app.command("neighbours")
+def bench_neighbours(
+    manifest: FamilyPath = ZOO,
+    out: Annotated[Path, typer.Option(help="Folder of neighbours.json.")] = Path("docs/bench"),
+) -> None:
+    """Decoding and a training step beside busy processes, with the threads' spinning as set here and unset."""
+    from farm.bench import neighbours
+    from farm.fleet.session import WORKER_VARIABLES
+
+    source = _source()
+    load_family(manifest, None)  # mistakes are told here and not by a child
+    rows = list(neighbours.measure(manifest, os.cpu_count() or 1, WORKER_VARIABLES[neighbours.SPINS]))
+    _show_wide(neighbours.table(rows))
+    console.print(neighbours.write(out, rows, source), markup=False, soft_wrap=True)
+
+
 @bench_app.command("serve")
 def bench_serve(
     manifest: FamilyPath = ZOO,

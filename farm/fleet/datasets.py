@@ -18,7 +18,7 @@ from farm.fleet.answers import AnswersJob, encode_prompts, endpoint_key, missing
 from farm.fleet.base_draft import BaseDraft
 from farm.fleet.capacity import largest_cluster
 from farm.fleet.pool import describe
-from farm.sections import RegenerateResources
+from farm.resources import RegenerateResources
 from farm.store import open_store
 
 # Pipelines over all targets. An actor that dies ends its pipeline, and another runs what is missing: Ray Data may wait

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from farm.config import Manifest, check_placeable
 from farm.fleet.capacity import in_cluster, largest_cluster
-from farm.sections import AdaptResources
+from farm.resources import AdaptResources
 
 NAMESPACE = "farm"
 AUTH_VARIABLE = "RAY_AUTH_MODE"

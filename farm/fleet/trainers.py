@@ -20,7 +20,7 @@ import ray
 from farm.artifacts import Artifact, Artifacts
 from farm.fleet.plan import ADAPT, EXPERT_FILE, TRUNK_FILES
 from farm.fleet.session import WORKER_VARIABLES
-from farm.sections import AdaptResources
+from farm.resources import AdaptResources
 from farm.status import StatusBoard
 from farm.store import open_store
 

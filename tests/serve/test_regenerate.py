@@ -14,7 +14,8 @@ from farm.decode.endpoint import Endpoint
 from farm.decode.regenerate import regenerate_rows
 from farm.fleet.answers import AnswersJob, feature_shards, finish_answers
 from farm.fleet.datasets import regenerate
-from farm.sections import RegenerateResources, RegenerateSettings, TargetSpec
+from farm.resources import RegenerateResources
+from farm.sections import RegenerateSettings, TargetSpec
 from farm.store import open_store
 from farm.target.load import load_target
 

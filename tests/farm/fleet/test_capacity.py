@@ -10,7 +10,7 @@ import yaml
 from farm.config import UserError
 from farm.fleet.capacity import CONFIG_VARIABLE, Capacity, allowed_by, larger, largest_cluster
 from farm.fleet.session import check_cluster, runs_at_once
-from farm.sections import AdaptResources, Resources
+from farm.resources import AdaptResources, Resources
 from tests.test_cluster_yaml import ROOT, manifest
 
 CLUSTER: dict[str, Any] = yaml.safe_load((ROOT / "cluster.yaml").read_text())

@@ -13,7 +13,8 @@ from farm.fleet.actors import LiveTargets
 from farm.fleet.answers import ANSWERS, feature_shards, finish_answers, missing_shards
 from farm.fleet.datasets import ShardResult, regenerate
 from farm.fleet.plan import make_plan
-from farm.sections import RegenerateResources, TargetSpec
+from farm.resources import RegenerateResources
+from farm.sections import TargetSpec
 from farm.store import open_store
 from farm.target.load import target_digest
 from tests.farm.fleet.family import Family

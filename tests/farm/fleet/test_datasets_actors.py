@@ -17,7 +17,7 @@ from farm.fleet import datasets
 from farm.fleet.actors import ActorConfig, RegenerateActor
 from farm.fleet.datasets import ShardResult, regenerate
 from farm.fleet.plan import make_plan
-from farm.sections import RegenerateResources
+from farm.resources import RegenerateResources
 from farm.store import open_store
 from farm.target.load import target_digest
 from tests.farm.fleet.family import Family

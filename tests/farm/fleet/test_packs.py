@@ -17,7 +17,7 @@ from farm.fleet.packs import SMALL_BYTES, divide, drive, in_runs, jobs_of
 from farm.fleet.plan import ADAPT
 from farm.fleet.pool import TargetFailed, describe
 from farm.fleet.trainers import Attempts, PackJob, TrainJob, train
-from farm.sections import AdaptResources
+from farm.resources import AdaptResources
 from farm.store import open_store
 from farm.train.loop import FitTask
 from farm.train.process import fit_in_process

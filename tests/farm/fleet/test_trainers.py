@@ -8,7 +8,7 @@ import pytest
 
 from farm.fleet.plan import ADAPT
 from farm.fleet.trainers import Attempts, TrainJob, steps_shown
-from farm.sections import AdaptResources
+from farm.resources import AdaptResources
 from farm.status import StatusBoard, read_status
 from farm.store import open_store
 
