@@ -20,7 +20,7 @@ from farm.draft.config import DraftConfig
 from farm.sections import ServeSettings, TargetSpec
 from farm.store import local_copy
 from farm.target.load import check_folder
-from farm.target.weights import is_plain
+from farm.target.weights import is_plain, weight_files
 from serve.lengths import longest, num_drafted
 from serve.placement import Need
 
@@ -165,7 +165,7 @@ def _lora_weights(spec: TargetSpec, folder: Path) -> int:
     check_folder(spec.name, folder, "adapter_config.json")
     if not is_plain(json.loads((folder / "adapter_config.json").read_text())):
         return 0
-    shapes = [shape for file in sorted(folder.glob("*.safetensors")) for shape in read_header(file).items()]
+    shapes = [shape for file in weight_files(folder) for shape in read_header(file).items()]
     fused = sum(math.prod(shape) * (3 if _is_fused_up(name) else 1) for name, shape in shapes)
     return fused
 
@@ -175,7 +175,7 @@ def _is_fused_up(name: str) -> bool:
 
 
 def _folder_weights(folder: Path) -> int:
-    return sum(_numel(read_header(file)) for file in sorted(folder.glob("*.safetensors")))
+    return sum(_numel(read_header(file)) for file in weight_files(folder))
 
 
 def _numel(shapes: Shapes) -> int:

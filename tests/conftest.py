@@ -18,8 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from tests.s3_server import BUCKET, S3Server
+
+# On a shared machine a pause is not a fault of the code.
+settings.register_profile("farm", deadline=None)
+settings.load_profile("farm")
 
 S3 = S3Server()
 # Ray's workers get the environment of the process that starts the cluster, which may be before the server runs.

@@ -73,7 +73,8 @@ class _Run:
 
     @property
     def held_out(self) -> float:
-        return self.result.held_out[-1][1] if self.result.held_out else 0.0
+        """Expected tau of the result, whose weights are those of the best measurement."""
+        return max((tau for _, tau in self.result.held_out), default=0.0)
 
 
 def measure(

@@ -13,7 +13,7 @@ from farm.evaluate.bench import TauResult, measure_tau
 from farm.evaluate.gate import ratio_interval
 from farm.evaluate.target import OpenTrunk, encode_prompts
 from farm.sections import Dtype, EvaluateSettings, ProbeSettings, TargetSpec
-from farm.target.load import check_family, load_target, open_target
+from farm.target.load import check_family, load_member, open_target
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,11 @@ class TauOfBaseDraft:
 
 
 def check_target(base: TargetSpec, target: TargetSpec) -> None:
-    """Raises Refused when the target cannot be loaded, or is no member of the base's family."""
-    check_family(load_target(base), load_target(target))
+    """Raises Refused when the target cannot be loaded, or is no member of the base's family.
+
+    Neither's weights stay in memory: several checks may run on a node at a time.
+    """
+    check_family(load_member(base), load_member(target))
 
 
 def probe(

@@ -17,6 +17,7 @@ from farm.draft.config import DraftConfig
 from farm.draft.expert import Expert
 from farm.export.eagle import ATTENTION, LAYER, MLP, NORM
 from farm.export.folder import new_folder
+from farm.target.weights import weight_files
 
 PICKLE_FILE = "pytorch_model.bin"
 # Tensors that checkpoints carry and a draft has no use for: the embedding is the target's, frequencies follow from the
@@ -103,7 +104,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     """By name; from safetensors, or from the pickle that older checkpoints come as, of which only tensors are read."""
-    files = sorted(folder.glob("*.safetensors"))
+    try:
+        files = weight_files(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}: its index of weights cannot be read ({error}); copy it again") from error
     pickled = folder / PICKLE_FILE
     if files or not pickled.is_file():
         tensors: dict[str, Tensor] = {}

@@ -83,10 +83,15 @@ def _rate(artifacts: Artifacts, stage: str, tokens: Callable[[dict[str, float]],
 
 
 def _checkpoint_bytes(model: str) -> int:
+    """Of its weights as far as they are there; 0 where its index cannot be read: running it will say so."""
+    from farm.target.weights import weight_files
+
     path = local_copy(model)
-    if path.is_file():
-        return path.stat().st_size
-    return sum(file.stat().st_size for file in path.glob("*.safetensors")) if path.is_dir() else 0
+    try:
+        files = [path] if path.is_file() else weight_files(path)
+    except (OSError, ValueError, KeyError):
+        return 0
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _hidden_size(model: str) -> int | None:

@@ -208,12 +208,14 @@ def _spread(x_MX: Tensor, real_M: Tensor | None, num_tokens: int) -> Tensor:
 def _head(placed: Mapping[str, Tensor], embedding_VH: Tensor, *, tied: bool) -> Tensor:
     """The head [V, H]; a file that ties it and holds another one all the same means the other one.
 
-    Raises KeyError where it is neither tied nor there, RuntimeError where it has another size.
+    On `meta` it may be either. Raises KeyError where it is neither tied nor there, RuntimeError where it has another
+    size.
     """
     if tied and "lm_head.weight" not in placed:
         return embedding_VH
     head_VH = placed["lm_head.weight"].view_as(embedding_VH)
-    return embedding_VH if tied and torch.equal(head_VH, embedding_VH) else head_VH
+    same = tied and not head_VH.is_meta and torch.equal(head_VH, embedding_VH)
+    return embedding_VH if same else head_VH
 
 
 def unsupported_reason(config: Any) -> str | None:

@@ -62,7 +62,10 @@ def open_target(spec: TargetSpec, dtype: Dtype) -> LoadedTarget:
 
 
 def load_target(spec: TargetSpec, *, dtype: str = "float32", device: str = "cpu") -> LoadedTarget:
-    """Loads weights and tokenizer; a LoRA is merged. Raises Refused, naming the reason, for this target alone."""
+    """Loads weights and tokenizer; a LoRA is merged. Raises Refused, naming the reason, for this target alone.
+
+    On `meta` all is read and checked, and no weight kept where the lean forward computes the architecture.
+    """
     try:
         config, forward = _config_and_forward(spec, getattr(torch, dtype), device)
         tokenizer = load_tokenizer(spec.model)
@@ -87,7 +90,8 @@ def load_target(spec: TargetSpec, *, dtype: str = "float32", device: str = "cpu"
 def _config_and_forward(spec: TargetSpec, dtype: torch.dtype, device: str) -> tuple[Any, TargetModel]:
     """The lean forward where it computes the architecture, else the model of `transformers`.
 
-    Weights are read from the files where they say everything, else through the libraries' own models.
+    Weights are read from the files where they say everything, else through the libraries' own models. The model of
+    `transformers` is tried out when it is opened: it stays on the CPU for `meta`.
     """
     from transformers import AutoConfig
 
@@ -99,7 +103,7 @@ def _config_and_forward(spec: TargetSpec, dtype: torch.dtype, device: str) -> tu
             _check_always_on(spec.name, local_copy(spec.lora))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         lora = None if spec.lora is None else local_copy(spec.lora)
-        weights = read_weights(folder, lora, dtype) if unsupported_reason(config) is None else None
+        weights = read_weights(folder, lora, dtype, device) if unsupported_reason(config) is None else None
         if weights is not None:
             return config, TargetForward(config, weights, device)
     model = load_model(spec, str(dtype).removeprefix("torch."))
@@ -107,7 +111,7 @@ def _config_and_forward(spec: TargetSpec, dtype: torch.dtype, device: str) -> tu
         return model.config, TargetForward.of(model.to(device))
     from farm.target.reference import ReferenceForward
 
-    return model.config, ReferenceForward(model.to(device))
+    return model.config, ReferenceForward(model if device == "meta" else model.to(device))
 
 
 def _check_always_on(name: str, lora: Path) -> None:
@@ -236,11 +240,30 @@ def target_digest(spec: TargetSpec) -> str:
     return digest.hexdigest()
 
 
-def check_family(base: LoadedTarget, target: LoadedTarget) -> None:
+@dataclass(frozen=True)
+class Member:
+    """What the members of a family have in common."""
+
+    name: str
+    hidden_size: int
+    vocab_size: int
+    tokenizer: Any  # a transformers PreTrainedTokenizerBase
+
+
+def load_member(spec: TargetSpec) -> Member:
+    """Loads a target as `load_target` does, and keeps none of its weights. Raises Refused likewise.
+
+    They are read one by one; what the lean forward or the files do not say is the model of the libraries as a whole.
+    """
+    loaded = load_target(spec, device="meta")
+    return Member(spec.name, loaded.forward.hidden_size, loaded.forward.vocab_size, loaded.tokenizer)
+
+
+def check_family(base: Member, target: Member) -> None:
     """A draft of the base can only serve a target with its sizes and its tokenizer. Raises Refused otherwise."""
     for what, ours, theirs in (
-        ("hidden_size", base.forward.hidden_size, target.forward.hidden_size),
-        ("vocab_size", base.forward.vocab_size, target.forward.vocab_size),
+        ("hidden_size", base.hidden_size, target.hidden_size),
+        ("vocab_size", base.vocab_size, target.vocab_size),
     ):
         if ours != theirs:
             raise Refused(

@@ -7,12 +7,13 @@ What they do not say plainly (GGUF, an unusual LoRA) goes through the libraries 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -26,22 +27,39 @@ UNUSUAL = (
 )  # fmt: skip
 
 
-def read_weights(folder: Path, lora: Path | None, dtype: torch.dtype) -> dict[str, Tensor] | None:
+def read_weights(
+    folder: Path, lora: Path | None, dtype: torch.dtype, device: str = "cpu"
+) -> dict[str, Tensor] | None:
     """Every tensor of a folder's safetensors files with the LoRA's deltas added; None if that is not plain LoRA.
 
+    Each is on `device` before the next is read: on `meta`, which keeps shapes, one is in memory at a time.
     Raises SafetensorError or OSError when a file is truncated, corrupt or missing.
     """
     factors = {} if lora is None else read_factors(lora)
     if factors is None:
         return None
-    weights: dict[str, Tensor] = {}
-    for file in weight_files(folder):
-        weights |= load_file(file)
-    if not factors.keys() <= weights.keys():
+    files = weight_files(folder)
+    if not factors.keys() <= _names(files):
         return None
-    for name, pair in factors.items():
-        weights[name] = weights[name].float() + pair.up_YR @ pair.down_RX
-    return {name: value.to(dtype) for name, value in weights.items()}
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():
+                weights[name] = _merged(tensors.get_tensor(name), factors.get(name)).to(dtype).to(device)
+    return weights
+
+
+def _names(files: Sequence[Path]) -> set[str]:
+    """Of the files' tensors, from their headers."""
+    found: set[str] = set()
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            found.update(tensors.keys())
+    return found
+
+
+def _merged(weight_YX: Tensor, pair: LoraFactors | None) -> Tensor:
+    return weight_YX if pair is None else weight_YX.float() + pair.up_YR @ pair.down_RX
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -1,16 +1,35 @@
 # B rows, T draft positions, S unrolled steps
-"""How well a draft does on rows that it is not trained on: what it is expected to emit a round, teacher-forced."""
+"""How well a draft does on rows that it is not trained on, and what follows: when a run stops, which weights it keeps.
+
+The measure is what the draft is expected to emit a round, teacher-forced.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from farm.sections import EarlyStop
 from farm.train.batches import Batch
 from farm.train.module import DraftLoss
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best measurement of a run so far, and the trained weights at it."""
+
+    step: int
+    tau: float  # expected, on the held-out rows
+    weights: Mapping[str, Tensor] = field(compare=False)  # whole ones by name, on the CPU
+
+    @classmethod
+    def of(cls, step: int, tau: float, module: nn.Module) -> Best:
+        """With copies of what `module` has now, which ZeRO up to stage 2 keeps whole on every rank."""
+        weights = module.named_parameters()
+        return cls(step, tau, {name: weight.detach().to("cpu", copy=True) for name, weight in weights})
 
 
 @torch.no_grad()
@@ -32,8 +51,20 @@ def expected_tau(module: DraftLoss, batches: Iterable[Batch], world: int) -> flo
     return 1.0 + float((sums_S2[:, 0] / sums_S2[:, 1].clamp(min=1)).sum())
 
 
+def better(tau: float, best: Best | None) -> bool:
+    """Whether a measurement is the best so far, so that its weights are those to keep.
+
+    By tau alone: `min_gain` says when more steps are no longer worth their time (`stops`), and a gain below it is still
+    a gain that was paid for. Of equals the later is the better: where the rate decays to zero, it has settled.
+    """
+    return best is None or tau >= best.tau
+
+
 def stops(measured: Sequence[tuple[int, float]], settings: EarlyStop) -> bool:
-    """Whether the last `patience` measurements (step, expected tau) brought no gain over the best before them."""
+    """Whether the last `patience` measurements (step, expected tau) brought no gain over the best before them.
+
+    A gain is one of `min_gain` at least, relative.
+    """
     if len(measured) <= settings.patience:
         return False
     values = [value for _, value in measured]

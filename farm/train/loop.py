@@ -78,6 +78,7 @@ class FitResult:
     positions: int = 0  # first-step positions of all steps that were taken, on all ranks
     flops: float = 0.0  # of this rank; counted at a few steps of each form
     trained_bytes: int = 0  # of the trained tensors
+    best_step: int | None = None  # whose weights the result has; None: the last's, nothing was measured
 
 
 def fit(
@@ -89,6 +90,8 @@ def fit(
     steps_done: StepsDone | None = None,
 ) -> FitResult:
     """Trains to the end of the schedule; every rank calls `report` equally often, the last time with the result.
+
+    Under an early stop to where it ends, and the result has the weights of the best measurement.
 
     `report(metrics, save)` is called every `save_every` steps: `save(folder)` has to be called by every rank and is
     written by rank 0. `resume` is such a folder. `steps_done` is called about a hundred times in all. Raises UserError
@@ -140,6 +143,7 @@ def fit(
         training.step, tuple(training.curve), before, after, tuple(training.held_out),
         Seconds(caching, spent_on_reference, training.seconds),
         training.positions, training.flops, trained.num_bytes,
+        None if training.best is None else training.best.step,
     )  # fmt: skip
 
 

@@ -19,10 +19,10 @@ from farm.sections import TrainSettings
 from farm.train.adaspec import keep_at
 from farm.train.batches import Batch
 from farm.train.cached import Positions
-from farm.train.checkpoint import Progress, load_state, save_state
+from farm.train.checkpoint import Progress, load_state, save_state, set_weights
 from farm.train.course import Course
 from farm.train.filtering import ReferenceLosses, behind, learned
-from farm.train.held_out import expected_tau, stops
+from farm.train.held_out import Best, better, expected_tau, stops
 from farm.train.module import DraftLoss, Learned, StepLosses, mean_loss
 from farm.train.optimizer import initialize, set_lr
 from farm.train.tiers import TrainedDraft
@@ -68,10 +68,16 @@ class Training:
         self.positions, self.flops = 0, 0.0
         self.curve: list[tuple[int, float]] = []
         self.held_out: list[tuple[int, float]] = []
+        self.best: Best | None = None
         self.metrics: dict[str, float] = {"loss": math.nan}
 
     def run(self, checkpoint: Checkpoint | None, steps_done: StepsDone | None, held_out: list[int]) -> None:
-        """Takes every step that is left, or as many as an early stop on the samples `held_out` allows."""
+        """Takes every step that is left, or as many as an early stop on the samples `held_out` allows.
+
+        With an early stop the weights end as those of the best measurement, whether it stopped the run or not. The last
+        step is always measured: unmeasured weights could be neither kept nor left. Without samples to measure, and
+        without an early stop, the weights are those of the last step.
+        """
         settings, num_steps = self._settings, self._course.num_steps
         every, clock = max(1, num_steps // CURVE_POINTS), Clock()
         while self.step < num_steps and not self._stopped():
@@ -81,15 +87,15 @@ class Training:
             if log and steps_done is not None:
                 steps_done(self.step + 1, num_steps)
             self.step += 1
-            stop = settings.early_stop
-            if held_out and stop is not None and self.step % stop.every == 0:
-                found = expected_tau(self.module, self.whole(held_out), self._world)
-                self.held_out.append((self.step, found))
+            if held_out and self._measures():
+                self._measure(held_out)
             if checkpoint is not None and self.step % settings.save_every == 0 and self.step < num_steps:
                 self.seconds += clock.lap()
                 checkpoint({"step": float(self.step), "seconds": self.seconds, **self.metrics})
                 clock.lap()
         self._check()
+        if self.best is not None and self.best.step < self.step:
+            set_weights(self.module, self.best.weights)
         self.seconds += clock.lap()
 
     def _check(self) -> None:
@@ -102,13 +108,14 @@ class Training:
 
     def save(self, folder: Path) -> None:
         """Every rank has to call it; the first one writes."""
-        progress = Progress(self.step, tuple(self.curve), tuple(self.held_out))
+        progress = Progress(self.step, tuple(self.curve), tuple(self.held_out), self.best)
         save_state(self._engine, folder, progress, writes=self._rank == 0)
 
     def load(self, folder: Path) -> None:
         """Goes on from what `save` wrote, at any number of ranks."""
         done = load_state(self._engine, folder)
         self.step, self.curve, self.held_out = done.step, list(done.curve), list(done.held_out)
+        self.best = done.best
         if self.curve:
             self.metrics = {"loss": self.curve[-1][1]}
 
@@ -118,6 +125,18 @@ class Training:
 
     def _stopped(self) -> bool:
         return self._settings.early_stop is not None and stops(self.held_out, self._settings.early_stop)
+
+    def _measures(self) -> bool:
+        """Whether the weights after `step` steps are to be measured."""
+        stop, last = self._settings.early_stop, self.step == self._course.num_steps
+        return stop is not None and (last or self.step % stop.every == 0)
+
+    def _measure(self, held_out: list[int]) -> None:
+        """All ranks find the same tau, and so keep the same weights."""
+        tau = expected_tau(self.module, self.whole(held_out), self._world)
+        self.held_out.append((self.step, tau))
+        if better(tau, self.best):
+            self.best = Best.of(self.step, tau, self.module)
 
     def _take_step(self, *, log: bool) -> None:
         batches = [batch.to(self._device) for batch in self._course.batches(self.step, self._rank)]

@@ -355,7 +355,7 @@ def interleave(root: Path, operations: list[tuple[Operation, Operation]], *, bli
     return [promise for promise in broken if promise]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(operations=st.lists(st.tuples(OPERATIONS, OPERATIONS), min_size=1, max_size=6))
 def test_two_actors_that_interleave_are_as_if_one_came_after_the_other(tmp_path_factory, operations):
     assert interleave(tmp_path_factory.mktemp("registry"), operations, blind=False) == []

@@ -69,7 +69,6 @@ def test_what_the_document_allows_and_what_it_does_not_is_answered_in_its_terms(
         @settings(
             max_examples=30 if operation.method == "post" else 3,
             derandomize=True,
-            deadline=None,
             database=None,
             suppress_health_check=list(HealthCheck),
         )

@@ -1,6 +1,7 @@
 """What a target is expected to take, against what it takes once it is loaded."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,6 +78,18 @@ def test_a_loaded_target_takes_what_was_measured(root, sizes):
     merged = sizes.need(spec(root, "alpha", "one"), beside=False)
     assert merged.own_bytes == experts
     assert merged.checkpoint != beside.checkpoint == str(root / "alpha")
+
+
+def test_shards_that_the_index_does_not_name_take_nothing(root, sizes, tmp_path):
+    wanted = sizes.need(spec(root, "beta"), beside=False).checkpoint_bytes
+    folder = tmp_path / "beta"
+    shutil.copytree(root / "beta", folder)
+    shard = folder / "model-00001-of-00001.safetensors"
+    (folder / "model.safetensors").rename(shard)
+    shutil.copy(shard, folder / "model-00009-of-00009.safetensors")
+    named = dict.fromkeys(read_header(shard), shard.name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": named}))
+    assert sizes.need(spec(tmp_path, "beta"), beside=False).checkpoint_bytes == wanted
 
 
 @pytest.mark.parametrize("tree", [None, TreeSettings(width=3, depth=4, nodes=9)])

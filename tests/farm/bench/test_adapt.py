@@ -13,7 +13,7 @@ from matplotlib.image import imread
 
 from farm.artifacts import TRUNK, Artifacts
 from farm.bench import adapt_plots
-from farm.bench.adapt import Row, identities, measure
+from farm.bench.adapt import Row, _Run, identities, measure
 from farm.bench.adapt_data import Subject, choose_rows, data_keys, subjects
 from farm.bench.adapt_markdown import page
 from farm.bench.adapt_report import code_digest, compare, keep, kept, table, tau_after, write
@@ -28,6 +28,7 @@ from farm.registry import Registry
 from farm.sections import AdaptSettings, RegenerateSettings, Strategy
 from farm.store import open_store
 from farm.target.load import open_target
+from farm.train.loop import FitResult
 from tests.farm.fleet.family import Family
 
 DEFAULT = AdaptSettings(epochs=1, batch_rows=4, lr=1e-3, form="cached", cached_tokens=32)
@@ -132,6 +133,12 @@ def test_full_retraining_is_measured_on_its_way_and_its_best_rate_is_chosen_by_h
     record = json.loads(paths[0].read_text())
     assert len(record["comparison"]) == 1
     assert record["comparison"][0]["of_bytes"] < 1
+
+
+def test_a_run_counts_by_its_best_measurement_whose_weights_it_leaves() -> None:
+    measured = ((20, 1.5), (40, 1.9), (60, 1.7))
+    assert _Run(DEFAULT, FitResult(60, (), "", "", measured), ()).held_out == 1.9
+    assert _Run(DEFAULT, FitResult(60, (), "", ""), ()).held_out == 0.0
 
 
 @pytest.mark.parametrize("strategy", SELECTIONS)

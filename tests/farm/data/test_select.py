@@ -54,7 +54,7 @@ def partitions(draw: st.DrawFn) -> tuple[Tensor, list[int], list[int]]:
 
 
 @given(partitions())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_moments_do_not_depend_on_the_partition(case: tuple[Tensor, list[int], list[int]]) -> None:
     values_NH, cuts, order = case
     found = merged(values_NH, cuts, order)
@@ -163,7 +163,7 @@ some_scores = st.lists(
 
 
 @given(some_scores, st.sampled_from([0.1, 0.25, 0.5, 0.75, 1.0]), st.randoms(use_true_random=False))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_choice_has_its_size_its_strata_and_no_order(
     pairs: list[tuple[float, int]], fraction: float, shuffling: object
 ) -> None:
@@ -233,7 +233,7 @@ def test_the_first_rows_of_a_sorted_file_would_be_a_bad_pilot() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=2, max_size=50))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_rank_correlation_is_spearmans_with_ties(pairs: list[tuple[int, int]]) -> None:
     left, right = [float(a) for a, _ in pairs], [float(b) for _, b in pairs]
     found = rank_correlation(left, right)

@@ -49,7 +49,7 @@ def decode(
     control=st.sampled_from(CONTROLS),
     prefill_tokens=st.sampled_from([2, 5, 512]),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_greedy_speculation_emits_the_tokens_of_plain_decoding(  # noqa: PLR0913 - what is drawn
     seed: int, num: int, num_slots: int, k: int, limit: int, pruned: bool, control: str, prefill_tokens: int
 ) -> None:

@@ -77,7 +77,7 @@ def alone(routes: Family, request: Request, k: int) -> tuple[Completion, list[li
     temperature=st.sampled_from([0.0, 1.0]),
     prefill_tokens=st.sampled_from([5, 512]),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_a_mixed_batch_gives_every_target_the_tokens_it_gives_alone(
     routes: Family,
     names: list[str],

@@ -58,7 +58,6 @@ def test_requests_of_one_batch_keep_their_own_settings() -> None:
     weights=st.lists(st.sampled_from([0.0, 1e-30, 0.1, 1.0, 7.0]), min_size=1, max_size=6).filter(any),
     u=st.one_of(st.floats(0, 1, exclude_max=True), st.sampled_from([0.0, 1 - 2**-53])),
 )
-@settings(deadline=None)
 def test_a_token_of_probability_zero_is_never_drawn(weights: list[float], u: float) -> None:
     token = int(draw(torch.tensor([weights]), torch.tensor([u], dtype=torch.float64)))
     assert weights[token] > 0
@@ -83,7 +82,7 @@ def filtered_by_definition(logits: torch.Tensor, params: SamplingParams) -> torc
         st.tuples(st.sampled_from([0, 1, 5, 300, 2000]), st.sampled_from([1.0, 0.999, 0.9, 0.3])), min_size=1
     ),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_large_vocabulary_is_filtered_by_definition(
     seed: int, sharp: float, settings_of: list[tuple[int, float]]
 ) -> None:

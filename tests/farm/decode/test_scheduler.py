@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from farm.decode.sampling import SamplingParams
@@ -24,7 +24,6 @@ class Slots:
                 self.owner[destination] = owner
 
 
-@settings(deadline=None)
 @given(
     targets=st.lists(st.sampled_from("aabcd"), max_size=20),
     num_slots=st.integers(1, 7),

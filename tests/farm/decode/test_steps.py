@@ -59,7 +59,7 @@ def tokens(done: list[Completion]) -> list[tuple[int, ...]]:
     prefill_tokens=st.sampled_from([3, 512]),
     max_length=st.sampled_from([20, 150]),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_static_steps_emit_the_tokens_of_eager_ones(  # noqa: PLR0913 - what is drawn
     seed: int,
     num: int,

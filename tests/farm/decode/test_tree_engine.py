@@ -48,7 +48,7 @@ PENALTIES: dict[str, Any] = {
     pruned=st.booleans(),
     penalised=st.booleans(),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_greedy_trees_emit_the_tokens_of_plain_decoding(  # noqa: PLR0913 - what is drawn
     seed: int,
     num: int,

@@ -99,7 +99,7 @@ def total_variation(left: Tensor, right: Tensor) -> float:
 
 
 @given(seed=st.integers(0, 10_000), sharp=st.sampled_from([0.0, 0.5, 2.0, 30.0]), zeros=st.booleans())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_output_distribution_is_the_targets_exactly(seed: int, sharp: float, zeros: bool) -> None:
     world = random_world(seed, sharp=sharp, zeros=zeros)
     assert total_variation(output_joint(world), target_joint(world)) < 1e-12

@@ -238,7 +238,7 @@ def length_of(parents: Prefix) -> int:
     sharp=st.sampled_from([0.0, 0.5, 2.0, 30.0]),
     zeros=st.booleans(),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_output_distribution_is_the_targets_exactly(
     shape: str, kind: str, seed: int, sharp: float, zeros: bool
 ) -> None:
@@ -395,7 +395,7 @@ def test_a_node_sees_itself_and_its_ancestors_alone() -> None:
 
 
 @given(width=st.integers(1, 5), depth=st.integers(1, 6), num_nodes=st.integers(1, 40))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_static_shapes_are_trees_within_their_sizes(width: int, depth: int, num_nodes: int) -> None:
     parents = static_parents(width, depth, num_nodes)
     room = sum(width**level for level in range(1, depth + 1))

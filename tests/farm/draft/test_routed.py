@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from farm.draft.expert import Expert
@@ -22,7 +22,6 @@ def stack() -> ExpertStack:
     return ExpertStack([FlatExpert.of(expert, max(WIDTHS)) for expert in experts()])
 
 
-@settings(deadline=None)
 @given(which=st.lists(st.integers(0, 2), min_size=1, max_size=7), num_tokens=st.integers(1, 3))
 def test_every_row_gets_its_own_expert_whatever_the_mixture_and_the_widths(
     which: list[int], num_tokens: int

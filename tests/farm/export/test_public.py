@@ -55,6 +55,20 @@ def test_an_imported_draft_proposes_what_the_checkpoint_does(
         assert torch.allclose(our_logits, logits, rtol=1e-4, atol=1e-4 * float(logits.abs().max()))
 
 
+def test_shards_that_the_index_does_not_name_are_no_part_of_a_draft(checkpoint: Path) -> None:
+    wanted = trunk_of_eagle(checkpoint)
+    file, shard = (checkpoint / name for name in ("model.safetensors", "model-00001-of-00001.safetensors"))
+    tensors = load_file(file)
+    file.rename(shard)
+    save_file({"fc.weight": tensors["fc.weight"] + 1}, checkpoint / "model-00009-of-00009.safetensors")
+    index = checkpoint / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, shard.name)}))
+    assert trunk_of_eagle(checkpoint) == wanted
+    index.write_text("{}")
+    with pytest.raises(UserError, match="its index of weights cannot be read"):
+        trunk_of_eagle(checkpoint)
+
+
 def test_the_private_expert_is_silent_and_learns(checkpoint: Path, tmp_path: Path) -> None:
     """Zeros in all three matrices would be silent too, and stay it for ever."""
     write_trunk(trunk_of_eagle(checkpoint, private_width=12), tmp_path / "trunk")

@@ -17,6 +17,7 @@ from farm.target import zoo
 from farm.target.load import (
     check_family,
     load_embedding_and_head,
+    load_member,
     load_model,
     load_target,
     open_target,
@@ -24,6 +25,7 @@ from farm.target.load import (
     target_digest,
 )
 from farm.target.weights import is_plain, read_weights
+from tests.farm.decode.family import write_lora
 from tests.farm.models import tiny_model
 
 
@@ -115,6 +117,7 @@ def test_a_head_beside_a_tied_embedding_is_the_head_where_it_differs(
     save_file(tensors, file, {"format": "pt"})
     assert torch.equal(load_target(spec).forward.head_weight, tensors["lm_head.weight"])
     assert torch.equal(load_embedding_and_head(spec)[1], tensors["lm_head.weight"])
+    assert load_member(spec).vocab_size == 1024
 
 
 def test_weights_that_are_quantized_are_taken_with_their_scales(tmp_path: Path, tokenizer: object) -> None:
@@ -179,8 +182,9 @@ def test_corrupt_weights_are_refused_by_name(tmp_path: Path, tokenizer: object) 
     spec = checkpoint(tmp_path / "broken", tokenizer)
     weights = tmp_path / "broken" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(Refused, match="broken.*cannot be loaded"):
-        load_target(spec)
+    for load in (load_target, load_member):
+        with pytest.raises(Refused, match="broken.*cannot be loaded"):
+            load(spec)
 
 
 def test_a_pickled_checkpoint_is_refused(tmp_path: Path, tokenizer: object) -> None:
@@ -193,14 +197,50 @@ def test_a_pickled_checkpoint_is_refused(tmp_path: Path, tokenizer: object) -> N
 def test_another_hidden_size_or_tokenizer_is_no_member_of_the_family(
     tmp_path: Path, tokenizer: object
 ) -> None:
-    base = load_target(checkpoint(tmp_path / "base", tokenizer))
-    wide = load_target(checkpoint(tmp_path / "wide", tokenizer, hidden=64))
+    base = load_member(checkpoint(tmp_path / "base", tokenizer))
+    wide = load_member(checkpoint(tmp_path / "wide", tokenizer, hidden=64))
     with pytest.raises(Refused, match="wide: hidden_size is 64, the base's is 32"):
         check_family(base, wide)
-    other = load_target(checkpoint(tmp_path / "other", tokenizer))
+    other = load_member(checkpoint(tmp_path / "other", tokenizer))
     other.tokenizer.add_tokens(["<new>"])
     with pytest.raises(Refused, match="other: its tokenizer differs"):
         check_family(base, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("model.embed_tokens.weight", (1000, 32)),
+        ("lm_head.weight", (1000, 32)),
+        ("model.norm.weight", (31,)),
+        ("model.layers.1.mlp.down_proj.weight", (32, 60)),
+        ("model.layers.1.self_attn.q_proj.weight", (32, 32)),  # which the LoRA does not fit either
+        ("model.layers.1.self_attn.k_proj.weight", None),
+        ("model.layers.1.input_layernorm.weight", None),
+    ],
+)
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_member_is_refused_for_what_its_weights_would_be(
+    tmp_path: Path, tokenizer: object, name: str, size: tuple[int, ...] | None, adapted: bool
+) -> None:
+    """A name or a size that does not fit the config, and with a LoRA the sum; no weight is kept to tell by."""
+    spec = checkpoint(tmp_path / "bad", tokenizer)
+    if adapted:
+        lora = write_lora(tmp_path / "lora", tiny_model(vocab=1024), rank=2, seed=0)
+        spec = spec.model_copy(update={"lora": str(lora)})
+    load_member(spec)
+    file = tmp_path / "bad" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors[name]
+    if size is not None:
+        tensors[name] = torch.zeros(size)
+    save_file(tensors, file, {"format": "pt"})
+    reasons = []
+    for load in (load_target, load_member):
+        with pytest.raises(Refused) as refused:
+            load(spec)
+        reasons.append(str(refused.value))
+    assert reasons[0] == reasons[1]
 
 
 def test_the_digest_follows_weights_and_template_but_not_the_folders_name(
@@ -252,6 +292,6 @@ def test_a_whole_file_stands_before_shards(tmp_path: Path, tokenizer: object) ->
 def test_a_shard_that_is_missing_is_refused_by_its_name(tmp_path: Path, tokenizer: object) -> None:
     spec, shard = sharded(tmp_path / "short", tokenizer)
     shard.unlink()
-    for load in (load_target, load_embedding_and_head):
+    for load in (load_target, load_member, load_embedding_and_head):
         with pytest.raises(Refused, match=f"short.*{shard.name}"):
             load(spec)

@@ -1,7 +1,7 @@
 """The filter keeps the share it is told, the largest differences, whatever ranks and batches they lie in."""
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -16,7 +16,6 @@ def deltas(seed: int, count: int = 3000) -> Tensor:
     return torch.randn(count, generator=torch.Generator().manual_seed(seed)) * 1.5
 
 
-@settings(deadline=None)
 @given(seeds, keeps)
 def test_the_share_that_is_kept_is_the_one_asked_for(seed: int, keep: float) -> None:
     delta = deltas(seed)
@@ -24,7 +23,6 @@ def test_the_share_that_is_kept_is_the_one_asked_for(seed: int, keep: float) -> 
     assert abs(float(found.float().mean()) - keep) < 0.01
 
 
-@settings(deadline=None)
 @given(seeds, keeps)
 def test_nothing_that_is_left_out_is_larger_than_what_is_kept_by_more_than_a_bin(
     seed: int, keep: float
@@ -35,7 +33,6 @@ def test_nothing_that_is_left_out_is_larger_than_what_is_kept_by_more_than_a_bin
         assert delta[~found].max() <= delta[found].min() + BIN + 1e-6
 
 
-@settings(deadline=None)
 @given(seeds, st.permutations(range(40)), st.lists(st.integers(1, 39), min_size=1, max_size=4))
 def test_the_kept_positions_are_the_same_however_ranks_share_them_out(
     seed: int, order: list[int], cuts: list[int]

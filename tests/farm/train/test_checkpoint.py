@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from farm.train.checkpoint import Progress, load_state, save_state
+from farm.train.checkpoint import Progress, load_state, save_state, set_weights
+from farm.train.held_out import Best
 
 
 class Engine:
@@ -50,3 +51,22 @@ def test_the_step_is_set_where_the_optimizer_keeps_it_and_the_next_one_is_as_if_
         one.train(7)
     for left, right in zip(whole.module.parameters(), resumed.module.parameters(), strict=True):
         torch.testing.assert_close(left, right)
+
+
+def test_the_best_so_far_is_in_the_state_and_can_be_put_back(tmp_path: Path) -> None:
+    engine, resumed = Engine(), Engine()
+    engine.train(0)
+    best = Best.of(1, 1.1 + 2**-40, engine.module)
+    engine.train(1)
+    progress = Progress(2, ((0, 1.5),), ((1, best.tau), (2, 1.0)), best)
+    save_state(engine, tmp_path, progress, writes=True)
+    found = load_state(resumed, tmp_path)
+    assert found == progress
+    assert found.best is not None
+    torch.testing.assert_close(
+        dict(resumed.module.named_parameters()), dict(engine.module.named_parameters())
+    )
+    set_weights(resumed.module, found.best.weights)
+    for name, weight in resumed.module.named_parameters():
+        assert torch.equal(weight, best.weights[name])
+        assert not torch.equal(weight, engine.module.get_parameter(name))

@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -26,7 +26,6 @@ def cut(whole: list[Behind], cuts: list[int]) -> list[tuple[Behind, ...]]:
     return [tuple(Behind(one.delta_M[a:b], one.uid_M[a:b]) for one in whole) for a, b in pairwise(edges)]
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**31), st.lists(st.integers(1, 44), max_size=5), st.floats(0.1, 1.0))
 def test_positions_are_the_same_however_a_step_is_cut(seed: int, cuts: list[int], keep: float) -> None:
     whole, totals = steps(seed), torch.tensor(POSITIONS)

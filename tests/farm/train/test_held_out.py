@@ -1,4 +1,4 @@
-"""When a run stops, and what its held-out measure is."""
+"""When a run stops, which weights it keeps, and what its held-out measure is."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ from farm.draft.model import DraftHead, new_draft
 from farm.sections import EarlyStop
 from farm.train.batches import collate
 from farm.train.filtering import reference_losses
-from farm.train.held_out import expected_tau, stops
+from farm.train.held_out import Best, better, expected_tau, stops
 from farm.train.loss import acceptance
 from farm.train.module import DraftLoss
 from farm.train.tiers import TrainedDraft
@@ -34,6 +34,34 @@ from farm.train.unroll import unroll
 def test_a_run_stops_when_its_last_measurements_brought_nothing(values: list[float], stopped: bool) -> None:
     measured = list(enumerate(values))
     assert stops(measured, EarlyStop(patience=3, min_gain=0.002)) is stopped
+
+
+@pytest.mark.parametrize(
+    ("values", "step"),
+    [
+        ([1.0], 0),
+        ([1.0, 1.2, 1.1], 1),
+        ([1.0, 1.2, 1.2001], 2),  # below any min_gain, and still better weights
+        ([1.2, 1.1, 1.2, 1.1], 2),  # of equals the later
+    ],
+)
+def test_the_best_measurement_is_the_highest_and_of_equals_the_last(values: list[float], step: int) -> None:
+    best: Best | None = None
+    for number, value in enumerate(values):
+        if better(value, best):
+            best = Best(number, value, {})
+    assert best is not None
+    assert best.step == step
+
+
+def test_the_weights_that_are_kept_do_not_follow_those_that_are_trained() -> None:
+    module = nn.Linear(3, 2)
+    before = module.weight.detach().clone()
+    best = Best.of(4, 1.5, module)
+    with torch.no_grad():
+        module.weight.add_(1.0)
+    assert torch.equal(best.weights["weight"], before)
+    assert {weight.device.type for weight in best.weights.values()} == {"cpu"}
 
 
 def test_expected_tau_is_the_mean_product_of_acceptances_in_any_batches() -> None:
