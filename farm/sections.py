@@ -123,9 +123,9 @@ class TrainSettings(Strict):
     clip: float = Field(default=1.0, gt=0)
     unroll: Positive = 2
     zero_stage: int = Field(default=0, ge=0, le=2)
-    # Of products; weights and optimizer are float32. A CPU without instructions for bfloat16 (avx512_bf16, amx_bf16)
-    # takes several times as long in it.
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    # Of products; weights and optimizer are float32. "auto": bfloat16 on a GPU, else float32. A CPU with instructions
+    # for bfloat16 (avx512_bf16, amx_bf16) takes half as long in it, one without several times as long.
+    dtype: Dtype = "auto"
     save_every: Positive = 200  # steps
     prompt_tokens: bool = False  # learn from the tokens of the prompts too, not from the answers alone
     seed: int = 0

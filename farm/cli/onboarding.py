@@ -60,8 +60,9 @@ def finetune(  # noqa: PLR0913 - each option of the command is a parameter
         int | None, typer.Option(help="Train a LoRA of this rank instead of every weight.")
     ] = None,
     dtype: Annotated[
-        Literal["float32", "bfloat16"], typer.Option(help="Of the products; weights are float32.")
-    ] = "float32",
+        Literal["auto", "float32", "bfloat16"],
+        typer.Option(help="Of the products; weights are float32. auto: bfloat16 on a GPU, else float32."),
+    ] = "auto",
 ) -> None:
     """Make a target: fine-tune a checkpoint on prompts with answers."""
     from farm.data.prompts import load_prompts

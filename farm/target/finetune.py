@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +16,8 @@ from torch.nn import functional
 from farm.config import UserError
 from farm.data.chat import encode_pair, read_template
 from farm.data.prompts import Prompt
-from farm.sections import TargetSpec
-from farm.target.load import load_model, load_tokenizer, placement
+from farm.sections import Dtype, TargetSpec
+from farm.target.load import load_model, load_tokenizer, placement, resolve_dtype
 
 IGNORED = -100
 LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -33,7 +33,7 @@ class FinetuneSettings:
     max_tokens: int = 256
     lora_rank: int | None = None  # None trains every weight
     seed: int = 0
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of products; weights are trained in float32
+    dtype: Dtype = "auto"  # of products; weights are trained in float32
 
 
 def finetune(
@@ -82,7 +82,7 @@ def _train(
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, settings.steps, pct_start=0.1)
     model.train()
-    dtype = getattr(torch, settings.dtype)
+    dtype = getattr(torch, resolve_dtype(settings.dtype, model.device.type))
     last = float("nan")
     for step, batch in enumerate(batches):
         tokens_BT, labels_BT = (part.to(model.device) for part in batch)

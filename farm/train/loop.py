@@ -30,7 +30,7 @@ from farm.draft.config import DraftConfig
 from farm.draft.model import DraftHead, new_draft
 from farm.sections import AdaptSettings, Dtype, TargetSpec, TrainSettings
 from farm.store import local_copy
-from farm.target.load import load_embedding_and_head
+from farm.target.load import load_embedding_and_head, resolve_dtype
 from farm.train.cached import Positions, bytes_of, cache_positions
 from farm.train.course import Course, rows_at_once, split_held_out
 from farm.train.filtering import ReferenceLosses, reference_losses
@@ -98,11 +98,11 @@ def fit(
     when the shards hold nothing to train on, FloatingPointError when the loss is not finite, RuntimeError when a frozen
     trunk changed.
     """
-    world, settings = distributed.get_world_size(), task.settings
+    task, world = _with_dtype(task), distributed.get_world_size()
     recapture = Recapture.of(task.target, task.dtype)
     samples = read_shards(local_shards(task.shards), task.rows, recapture)
     del recapture  # and the target with it
-    numbers, held_out = split_held_out(_trainable(task, samples), settings)
+    numbers, held_out = split_held_out(_trainable(task, samples), task.settings)
     task = _within_tokens(task, [samples[number] for number in numbers])
     settings = task.settings
     if world > min(settings.batch_rows, len(numbers)):
@@ -145,6 +145,12 @@ def fit(
         training.positions, training.flops, trained.num_bytes,
         None if training.best is None else training.best.step,
     )  # fmt: skip
+
+
+def _with_dtype(task: FitTask) -> FitTask:
+    """With the dtype of products that is meant on this process's device."""
+    dtype = resolve_dtype(task.settings.dtype, _device().type)
+    return replace(task, settings=task.settings.model_copy(update={"dtype": dtype}))
 
 
 def _within_tokens(task: FitTask, samples: list[Sample]) -> FitTask:
