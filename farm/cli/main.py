@@ -6,7 +6,17 @@ import os
 from pathlib import Path
 
 # Importing them registers their commands, in the order of the help.
-from farm.cli import exporting, onboarding, registry, results, serving, triage  # noqa: F401
+from farm.cli import (  # noqa: F401
+    bench,
+    bench_adapt,
+    bench_serve,
+    exporting,
+    onboarding,
+    registry,
+    results,
+    serving,
+    triage,
+)
 from farm.cli.options import app, mistakes_exit
 from farm.fleet.session import set_worker_variables
 

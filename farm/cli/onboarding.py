@@ -95,8 +95,9 @@ def train_trunk(manifest: ManifestPath, overrides: Overrides = None) -> None:
     from farm.fleet.onboard import train_trunk as run
     from farm.fleet.session import connect
 
+    settled = load_manifest(manifest, overrides or ())
     with connect():
-        folder, tau = run(load_manifest(manifest, overrides or ()), console.print)
+        folder, tau = run(settled, console.print)
     show_trunk(folder, tau)
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from farm.card import Card, parse_card
-from farm.cli.options import DryRun, StorePath, app, console, store_uri
+from farm.cli.options import StorePath, app, console, store_uri
 from farm.config import UserError
 from farm.garbage import GRACE_S, Garbage, delete_garbage, find_garbage
 from farm.registry import Registry, Version
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from farm.store import ObjectStore
 
 DAY_S = 86400.0
+
+TargetName = Annotated[str, typer.Argument(help="A target's name, as `list` shows it.", metavar="TARGET")]
+VersionName = Annotated[str, typer.Argument(help="One of its versions, for instance v2.", metavar="VERSION")]
 
 registry_app = typer.Typer(no_args_is_help=True, help="Published adapters of a store.")
 app.add_typer(registry_app, name="registry")
@@ -58,7 +61,7 @@ def show(
 
 
 @registry_app.command()
-def promote(target: str, version: str, store: StorePath = ".farm/store") -> None:
+def promote(target: TargetName, version: VersionName, store: StorePath = ".farm/store") -> None:
     """Make a published version live."""
     registry = _open(store)
     live = registry.live(target)
@@ -69,8 +72,8 @@ def promote(target: str, version: str, store: StorePath = ".farm/store") -> None
 
 @registry_app.command()
 def canary(
-    target: str,
-    version: str,
+    target: TargetName,
+    version: VersionName,
     share: Annotated[float | None, typer.Option(help="Of the requests, between 0 and 1.")] = None,
     end: Annotated[bool, typer.Option("--end", help="All requests go to the live version again.")] = False,
     store: StorePath = ".farm/store",
@@ -96,7 +99,7 @@ def canary(
 
 
 @registry_app.command()
-def rollback(target: str, store: StorePath = ".farm/store") -> None:
+def rollback(target: TargetName, store: StorePath = ".farm/store") -> None:
     """Make the version live that was live before."""
     version = _open(store).rollback(target)
     console.print(f"{target}: {version.version} is live again", highlight=False)
@@ -108,7 +111,7 @@ def gc(
     grace_days: Annotated[
         float, typer.Option("--grace", help="Days; what is younger stays.", min=0)
     ] = GRACE_S / DAY_S,
-    dry_run: DryRun = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go; delete nothing.")] = False,
 ) -> None:
     """Delete versions, stage outputs and checkpoints that nothing live, canary or kept refers to."""
     opened: ObjectStore = open_store(store_uri(store))

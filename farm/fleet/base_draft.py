@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from farm.artifacts import Artifact, Artifacts
-from farm.fleet.plan import EXPERT_FILE, TRUNK_FILE
+from farm.fleet.stage_keys import EXPERT_FILE, TRUNK_FILE
 from farm.store import local_copy
 
 if TYPE_CHECKING:

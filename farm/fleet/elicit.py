@@ -12,8 +12,9 @@ from farm.artifacts import Artifact, Artifacts
 from farm.config import Manifest
 from farm.data.chat import TEXT_TEMPLATE
 from farm.fleet.answers import endpoint_key
-from farm.fleet.plan import PROMPTS, PROMPTS_FILE, Digest, elicit_key
+from farm.fleet.plan import Digest
 from farm.fleet.pool import cause_of, run_bounded
+from farm.fleet.stage_keys import PROMPTS, PROMPTS_FILE, elicit_key
 from farm.sections import Dtype, ElicitSettings, RegenerateSettings, TargetSpec
 from farm.store import open_store
 

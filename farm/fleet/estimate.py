@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from rich.table import Table
 from rich.text import Text
 
-from farm.artifacts import Artifacts
+from farm.artifacts import TRUNK, Artifacts
 from farm.fleet.answers import ANSWERS, AnswersJob
 from farm.fleet.chosen import SELECT
-from farm.fleet.plan import ADAPT, EVALUATE, TRUNK, Plan, TargetPlan
 from farm.fleet.publish import evaluation_key, opponent_of
+from farm.fleet.records import Plan, TargetPlan
+from farm.fleet.stage_keys import ADAPT, EVALUATE
 from farm.registry import Registry
 from farm.store import NotFound, local_copy
 

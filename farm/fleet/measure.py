@@ -18,9 +18,9 @@ from farm.config import Manifest
 from farm.data.chat import encode_chat, read_template
 from farm.data.prompts import Prompt
 from farm.fleet.answers import AnswersJob
-from farm.fleet.plan import CHECK, EVALUATE, PROBE
 from farm.fleet.pool import cause_of
 from farm.fleet.session import cpus_of_largest_node
+from farm.fleet.stage_keys import CHECK, EVALUATE, PROBE
 from farm.sections import Dtype, EvaluateSettings, ProbeSettings, TargetSpec
 from farm.store import local_copy, open_store
 

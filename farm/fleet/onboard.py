@@ -21,9 +21,10 @@ from farm.evaluate.report import write_report
 from farm.evaluate.templates import with_templates
 from farm.fleet.elicit import elicit_prompts, elicitation_lines
 from farm.fleet.estimate import plan_table
-from farm.fleet.plan import Plan, make_plan
+from farm.fleet.plan import make_plan
 from farm.fleet.prepare import check_targets, measure_base, prepare_trunk, skip_good_enough
 from farm.fleet.publish import family_record
+from farm.fleet.records import Plan
 from farm.fleet.run import Run
 from farm.fleet.selection import select_answers, select_prompts
 from farm.fleet.session import check_cluster
@@ -94,7 +95,9 @@ def train_trunk(manifest: Manifest, say: Say) -> tuple[Path, float | None]:
     """
     check_cluster(manifest)
     store = open_store(manifest.store)
-    run = Run("trunk", _plan(manifest, Artifacts(store), say), store, say, Attempts())
+    run = Run(f"trunk-{new_run_id()}", _plan(manifest, Artifacts(store), say), store, say, Attempts())
+    for name, reason in run.plan.refused.items():
+        say(f"{name}: refused: {reason}")
     try:
         trunk = prepare_trunk(run)
         measure_base(run, trunk)

@@ -8,15 +8,17 @@ from typing import Literal
 
 from pyarrow.fs import FileSystem
 
-from farm.artifacts import Artifact, Artifacts
+from farm.artifacts import TRUNK, Artifact, Artifacts
 from farm.bench.packed import Cost, Side, Trained
 from farm.config import Manifest, UserError
 from farm.evaluate.templates import with_templates
 from farm.fleet.answers import ANSWERS
+from farm.fleet.chosen import SELECT
 from farm.fleet.onboard import new_run_id
 from farm.fleet.packs import fit_runs, in_runs, jobs_of
-from farm.fleet.plan import SELECT, TRUNK, TargetPlan, make_plan
+from farm.fleet.plan import make_plan
 from farm.fleet.pool import describe
+from farm.fleet.records import TargetPlan
 from farm.fleet.run import Run
 from farm.fleet.session import check_cluster
 from farm.fleet.stages import adapt_jobs

@@ -6,23 +6,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from farm.artifacts import Artifact
+from farm.artifacts import TRUNK, Artifact
 from farm.config import UserError, dump
 from farm.fleet import measure
 from farm.fleet.answers import endpoint_key, feature_shards, finish_answers, missing_shards
 from farm.fleet.datasets import regenerate
-from farm.fleet.plan import (
-    CHECK,
-    PROBE,
-    TRUNK,
-    TRUNK_FILES,
-    TargetPlan,
-    TrunkPlan,
-    check_key,
-    probe_key,
-)
 from farm.fleet.pool import cause_of, run_bounded
+from farm.fleet.records import TargetPlan, TrunkPlan
 from farm.fleet.run import Run
+from farm.fleet.stage_keys import CHECK, PROBE, TRUNK_FILES, check_key, probe_key
 from farm.fleet.trainers import TrainJob, train
 from farm.fleet.vocabulary import choose_vocabulary, token_files
 from farm.sections import ProbeSettings, TargetSpec
@@ -82,8 +74,8 @@ def _train_trunk(run: Run) -> Artifact:
     job = run.trunk.answers
     if job is None:
         raise UserError(
-            "train_trunk: there are no prompts to train a trunk on: no target can be used, or all that they ask "
-            "is held out; repair the targets, or give train_trunk.prompts"
+            "train_trunk: there are no prompts to train a trunk on, since no target can be used; repair the targets, "
+            "or give train_trunk.prompts"
         )
     run.say(f"trunk: {len(job.prompts)} prompts to {job.spec.model}")
     failures = regenerate([job], run.store.uri, run.manifest.resources.regenerate)

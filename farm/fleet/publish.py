@@ -13,7 +13,8 @@ from farm.config import Manifest, dump
 from farm.evaluate.gate import promotes
 from farm.evaluate.provenance import git_sha, versions
 from farm.evaluate.records import Decision
-from farm.fleet.plan import ADAPT, EVALUATE, EXPERT_FILE, TRUNK_FILE, Plan, TargetPlan
+from farm.fleet.records import Plan, TargetPlan
+from farm.fleet.stage_keys import ADAPT, EVALUATE, EXPERT_FILE, TRUNK_FILE
 from farm.registry import Registry, Version
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from farm.artifacts import Artifact, Artifacts
 from farm.config import Manifest, Refused, UserError
 from farm.evaluate.records import Decision, TargetRow
-from farm.fleet.plan import Plan, TargetPlan, TrunkPlan
 from farm.fleet.pool import cause_of, describe
+from farm.fleet.records import Plan, TargetPlan, TrunkPlan
 from farm.fleet.trainers import Attempts
 from farm.registry import Registry
 from farm.status import StatusBoard

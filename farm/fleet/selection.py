@@ -19,8 +19,8 @@ from farm.artifacts import Artifact, Artifacts
 from farm.config import dump
 from farm.fleet.answers import feature_shards
 from farm.fleet.chosen import SCORES_FILE, SELECT, chosen_rows, only_chosen
-from farm.fleet.plan import TargetPlan
 from farm.fleet.pool import run_bounded
+from farm.fleet.records import TargetPlan
 from farm.fleet.run import Run
 from farm.status import StatusBoard
 from farm.store import ObjectStore, open_store

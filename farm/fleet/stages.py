@@ -15,12 +15,13 @@ from farm.fleet.base_draft import BaseDraft
 from farm.fleet.datasets import ShardResult, regenerate
 from farm.fleet.footprint import Footprint
 from farm.fleet.packs import fit_runs, in_runs, jobs_of
-from farm.fleet.plan import ADAPT, EVALUATE, EXPERT_FILE, TRUNK_FILE, TargetPlan
 from farm.fleet.pool import run_bounded
 from farm.fleet.publish import evaluation_key, family_fit, opponent_of, publish
+from farm.fleet.records import TargetPlan
 from farm.fleet.run import Run
 from farm.fleet.selection import selected_rows
 from farm.fleet.session import cpus_of_largest_node
+from farm.fleet.stage_keys import ADAPT, EVALUATE, EXPERT_FILE, TRUNK_FILE
 from farm.fleet.trainers import CURVE_FILE, PackJob, TrainJob
 from farm.fleet.vocabulary import coverage, token_files
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import ray
 
 from farm.artifacts import Artifact, Artifacts
-from farm.fleet.plan import ADAPT, EXPERT_FILE, TRUNK_FILES
 from farm.fleet.session import WORKER_VARIABLES
+from farm.fleet.stage_keys import ADAPT, EXPERT_FILE, TRUNK_FILES
 from farm.resources import AdaptResources
 from farm.status import StatusBoard
 from farm.store import open_store

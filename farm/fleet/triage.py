@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from farm.artifacts import Artifact, Artifacts
+from farm.artifacts import TRUNK, Artifact, Artifacts
 from farm.config import Manifest, Refused, UserError
 from farm.evaluate.history import read_history, typical_cost
 from farm.evaluate.templates import with_templates
@@ -24,18 +24,9 @@ from farm.evaluate.triage import (
     offers,
 )
 from farm.fleet.estimate import Rates, estimate_answers, estimate_training, read_rates, rows_to_answer
-from farm.fleet.plan import (
-    ADAPT,
-    CHECK,
-    PROBE,
-    TRUNK,
-    Plan,
-    TargetPlan,
-    TrunkPlan,
-    check_key,
-    make_plan,
-    probe_key,
-)
+from farm.fleet.plan import make_plan
+from farm.fleet.records import Plan, TargetPlan, TrunkPlan
+from farm.fleet.stage_keys import ADAPT, CHECK, PROBE, check_key, probe_key
 from farm.sections import ProbeSettings
 from farm.store import open_store
 

@@ -3,6 +3,12 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import Any
+
+from typer.main import get_command
+
+from farm.cli.main import app
 
 PROGRAM = """
 import atexit, os, sys
@@ -24,3 +30,19 @@ def test_threads_give_way_before_torch_has_read_how_long_they_spin() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     assert _last_line(environment) == "1000 False"
     assert _last_line({**environment, "GOMP_SPINCOUNT": "7"}) == "7 False"
+
+
+def _commands(command: Any, name: str) -> Iterator[tuple[str, Any]]:
+    nested = getattr(command, "commands", None)
+    if nested is None:
+        yield name, command
+    for word, one in (nested or {}).items():
+        yield from _commands(one, f"{name} {word}")
+
+
+def test_every_command_says_what_it_and_each_of_its_parameters_is() -> None:
+    commands = list(_commands(get_command(app), "farm"))
+    assert len(commands) > 20
+    assert [name for name, command in commands if not command.help] == []
+    silent = [f"{name} {one.name}" for name, command in commands for one in command.params if not one.help]
+    assert silent == []

@@ -16,11 +16,12 @@ from farm.fleet.chosen import SCORES_FILE, SELECT
 from farm.fleet.footprint import Held
 from farm.fleet.pack_cost import onboarded_jobs
 from farm.fleet.packs import Ended
-from farm.fleet.plan import ADAPT, EXPERT_FILE, make_plan
+from farm.fleet.plan import make_plan
 from farm.fleet.pool import Outcome
 from farm.fleet.prepare import prepare_trunk
 from farm.fleet.run import Run
 from farm.fleet.selection import select_answers, select_prompts
+from farm.fleet.stage_keys import ADAPT, EXPERT_FILE
 from farm.fleet.stages import adapt, evaluate, regenerate_answers
 from farm.fleet.trainers import CURVE_FILE, Attempts, TrainJob
 from farm.store import open_store

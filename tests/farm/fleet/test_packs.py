@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from farm.artifacts import Artifacts
 from farm.draft.checkpoint import EXPERT_FILE, TRUNK_FILE
 from farm.fleet.packs import SMALL_BYTES, divide, drive, in_runs, jobs_of
-from farm.fleet.plan import ADAPT
 from farm.fleet.pool import TargetFailed, describe
+from farm.fleet.stage_keys import ADAPT
 from farm.fleet.trainers import Attempts, PackJob, TrainJob, train
 from farm.resources import AdaptResources
 from farm.store import open_store

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from farm.artifacts import Artifact, Artifacts
+from farm.artifacts import TRUNK, Artifact, Artifacts
 from farm.config import UserError
 from farm.draft.checkpoint import load_expert, read_config, read_tensors, split_vocabulary
 from farm.fleet import onboard
-from farm.fleet.plan import TRUNK, make_plan
+from farm.fleet.plan import make_plan
 from farm.fleet.prepare import check_targets, prepare_trunk
 from farm.fleet.run import Run
 from farm.fleet.trainers import Attempts
-from farm.status import unfinished_runs
+from farm.status import TargetStatus, read_status, unfinished_runs
 from farm.store import open_store
 from farm.target.load import target_digest
 from tests.farm.fleet.family import Family
@@ -70,8 +70,42 @@ def test_a_trunk_trained_alone_leaves_no_target_undecided(
     monkeypatch.setattr(onboard, "prepare_trunk", prepare)
     with pytest.raises(OSError, match="no space") if breaks else nullcontext():
         onboard.train_trunk(manifest, print)
-    assert seen == ["trunk"]
+    assert len(seen) == 1
     assert unfinished_runs(open_store(manifest.store), 0.0) == []
+
+
+def test_two_trunks_trained_alone_at_the_same_time_leave_each_other_their_records(
+    family: Family, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (family.manifest(name, store=store) for name in ("alpha", "beta"))
+    left: list[TargetStatus] = []
+
+    def prepare(run: Run) -> Artifact:
+        name = run.remaining[0].name
+        run.board.update(name, stage="trunk")
+        if name == "alpha":
+            onboard.train_trunk(second, print)
+            left.extend(read_status(run.store, run.run_id))
+        return prepare_trunk(run)
+
+    monkeypatch.setattr(onboard, "check_cluster", lambda _: None)
+    monkeypatch.setattr(onboard, "measure_base", lambda *_: None)
+    monkeypatch.setattr(onboard, "prepare_trunk", prepare)
+    onboard.train_trunk(first, print)
+    assert [record.target for record in left] == ["alpha"]
+    assert unfinished_runs(open_store(first.store), 0.0) == []
+
+
+def test_a_target_that_a_trunk_trained_alone_goes_without_is_named_with_the_reason(
+    family: Family, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, said = family.manifest("alpha", "beta", store=store), list[str]()
+    broken = manifest.targets[0].model_copy(update={"model": str(store / "nothing")})
+    manifest = manifest.model_copy(update={"targets": (broken, manifest.targets[1])})
+    monkeypatch.setattr(onboard, "check_cluster", lambda _: None)
+    monkeypatch.setattr(onboard, "measure_base", lambda *_: None)
+    onboard.train_trunk(manifest, said.append)
+    assert [line.split(": ")[:2] for line in said] == [["alpha", "refused"]]
 
 
 @pytest.mark.ray

@@ -8,14 +8,15 @@ import pytest
 
 from farm.artifacts import Artifact, Artifacts
 from farm.fleet import onboard
-from farm.fleet.plan import Plan, TargetPlan, make_plan
+from farm.fleet.plan import make_plan
 from farm.fleet.prepare import prepare_trunk
 from farm.fleet.publish import Verdict, publish
+from farm.fleet.records import Plan, TargetPlan
 from farm.registry import Registry
 from farm.store import open_store
 from tests.farm.fleet.family import Family
+from tests.farm.fleet.planned import digest_of, manifest_of
 from tests.farm.fleet.test_damaged import run_of
-from tests.farm.fleet.test_plan import _digest, _manifest
 
 
 def test_a_target_that_is_refused_for_its_prompts_is_served_on(family: Family, store: Path) -> None:
@@ -55,9 +56,9 @@ class Evaluated:
 
 @pytest.fixture
 def evaluated(tmp_path: Path) -> Evaluated:
-    manifest = _manifest(tmp_path, "a")
+    manifest = manifest_of(tmp_path, "a")
     store = open_store(manifest.store)
-    plan = make_plan(manifest, Artifacts(store), _digest)
+    plan = make_plan(manifest, Artifacts(store), digest_of)
     found = Evaluated(Registry(store), plan, plan.targets[0])
     assert found.registry.promote("a", found.add("older", None), None)
     assert found.add(found.target.adapt_key, "v1") == "v2"

@@ -13,9 +13,11 @@ from farm.fleet import selection
 from farm.fleet.answers import ANSWERS, feature_shards, missing_shards
 from farm.fleet.chosen import SELECT, chosen_rows
 from farm.fleet.onboard import onboard
-from farm.fleet.plan import ADAPT, Plan, make_plan
+from farm.fleet.plan import make_plan
+from farm.fleet.records import Plan
 from farm.fleet.run import Run
 from farm.fleet.selection import select_prompts
+from farm.fleet.stage_keys import ADAPT
 from farm.fleet.trainers import Attempts
 from farm.sections import SelectSettings
 from farm.store import open_store

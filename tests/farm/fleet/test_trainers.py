@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from farm.fleet.plan import ADAPT
+from farm.fleet.stage_keys import ADAPT
 from farm.fleet.trainers import Attempts, TrainJob, steps_shown
 from farm.resources import AdaptResources
 from farm.status import StatusBoard, read_status

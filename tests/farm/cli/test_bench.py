@@ -7,8 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from farm.bench.operators import DTYPES
+from farm.cli.bench import family_name
 from farm.cli.main import app
-from farm.cli.results import family_name
 from farm.target import zoo
 from tests.farm.models import tiny_model
 
