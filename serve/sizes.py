@@ -19,8 +19,8 @@ from farm.draft.checkpoint import DELTA, EXPERT_FILE, TRUNK_FILE, VOCABULARY, re
 from farm.draft.config import DraftConfig
 from farm.sections import ServeSettings, TargetSpec
 from farm.store import local_copy
-from farm.target.load import check_folder
-from farm.target.weights import is_plain, weight_files
+from farm.target.load import check_adapter, check_folder
+from farm.target.weights import adapter_files, is_plain, weight_files
 from serve.lengths import longest, num_drafted
 from serve.placement import Need
 
@@ -162,10 +162,10 @@ def _lora_weights(spec: TargetSpec, folder: Path) -> int:
 
     Up maps of fused projections are block diagonal: three of them take up to three times their own weights.
     """
-    check_folder(spec.name, folder, "adapter_config.json")
+    check_adapter(spec.name, folder)
     if not is_plain(json.loads((folder / "adapter_config.json").read_text())):
         return 0
-    shapes = [shape for file in weight_files(folder) for shape in read_header(file).items()]
+    shapes = [shape for file in adapter_files(folder) for shape in read_header(file).items()]
     fused = sum(math.prod(shape) * (3 if _is_fused_up(name) else 1) for name, shape in shapes)
     return fused
 

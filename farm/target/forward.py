@@ -98,9 +98,11 @@ class TargetForward:
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
         self.norm = RmsNorm.of(placed["model.norm.weight"].view(self.hidden_size), self.eps)
         heads = (self.num_heads, self.num_kv_heads, self.head_dim)
-        for i in range(config.num_hidden_layers):
-            _check_sizes(placed, f"model.layers.{i}.", self.hidden_size, heads)
-        self.layers = [_fuse(placed, f"model.layers.{i}.", self.eps) for i in range(config.num_hidden_layers)]
+        sizes = _layer_sizes(config, heads)
+        self.layers = [
+            _fuse(_of_layer(placed, f"model.layers.{i}.", sizes), self.eps)
+            for i in range(config.num_hidden_layers)
+        ]
         self._decoder = Decoder.of([layer.weights for layer in self.layers], heads)
         self._ends = TokenEnds(self.embedding, self.head, norm=self.norm)
         inv_freq, scaling = _rope(config, self.head_dim)
@@ -224,18 +226,21 @@ def unsupported_reason(config: Any) -> str | None:
         return f"model_type {config.model_type!r} is not one of {', '.join(SUPPORTED)}"
     if getattr(config, "quantization_config", None) is not None:
         return "its weights are quantized: what the files hold is not what is computed with"
-    if getattr(config, "use_sliding_window", False):
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if getattr(config, "use_sliding_window", False) or kinds - {"full_attention"}:
         return "sliding-window attention is not supported"
     rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope_type in ("dynamic", "longrope"):
         return f"RoPE type {rope_type!r} depends on the sequence length"
+    if not getattr(config, "is_causal", True):
+        return "its attention is not causal"
     if config.hidden_act != "silu" or getattr(config, "mlp_bias", False):
         return "only a SwiGLU MLP without bias is supported"
     return None
 
 
 def _rope(config: Any, head_dim: int) -> tuple[Tensor, float]:
-    """Inverse frequencies [D / 2] and the factor on cos and sin."""
+    """Inverse frequencies [D / 2] and the factor on cos and sin. Raises ValueError where only a part is rotated."""
     rope = getattr(config, "rope_parameters", None) or {}
     kind = rope.get("rope_type", "default")
     if kind == "default":
@@ -243,54 +248,62 @@ def _rope(config: Any, head_dim: int) -> tuple[Tensor, float]:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    if 2 * len(inv_freq) != head_dim:
+        raise ValueError(f"RoPE type {kind!r} rotates {2 * len(inv_freq)} of {head_dim} values of a head")
     return inv_freq, float(scaling)
 
 
-def _check_sizes(
-    weights: Mapping[str, Tensor], prefix: str, hidden: int, heads: tuple[int, int, int]
-) -> None:
-    """Raises RuntimeError for a weight that does not have the config's size: kernels would read past its end."""
-    n, g, d = heads
-    width = len(weights[f"{prefix}mlp.gate_proj.weight"])
+def _layer_sizes(config: Any, heads: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
+    """The tensors that a layer of this config has, by name, with their sizes; `heads` are N, G and D."""
+    (n, g, d), hidden, width = heads, config.hidden_size, config.intermediate_size
     products = {
         "self_attn.q_proj": (n * d, hidden), "self_attn.k_proj": (g * d, hidden),
         "self_attn.v_proj": (g * d, hidden), "self_attn.o_proj": (hidden, n * d),
         "mlp.gate_proj": (width, hidden), "mlp.up_proj": (width, hidden), "mlp.down_proj": (hidden, width),
     }  # fmt: skip
-    wanted: dict[str, tuple[int, ...]] = {f"{name}.weight": size for name, size in products.items()}
-    wanted |= {f"{name}.bias": size[:1] for name, size in products.items()}
-    wanted |= {f"{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
-    wanted |= {f"self_attn.{name}_norm.weight": (d,) for name in "qk"}
-    for name, size in wanted.items():
-        found = weights.get(prefix + name)
-        if found is not None and found.shape != size:
+    biased = "qkvo" if getattr(config, "attention_bias", False) else ""
+    if config.model_type == "qwen2":  # has no such option
+        biased = "qkv"
+    sizes: dict[str, tuple[int, ...]] = {f"{name}.weight": size for name, size in products.items()}
+    sizes |= {f"self_attn.{p}_proj.bias": products[f"self_attn.{p}_proj"][:1] for p in biased}
+    sizes |= {f"{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
+    if config.model_type == "qwen3":
+        sizes |= {f"self_attn.{p}_norm.weight": (d,) for p in "qk"}
+    return sizes
+
+
+def _of_layer(
+    weights: Mapping[str, Tensor], prefix: str, sizes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Tensor]:
+    """A layer's tensors by their names in it; others of its prefix are left out, as `transformers` leaves them out.
+
+    Raises KeyError for a missing one, RuntimeError for one of another size: kernels would read past its end.
+    """
+    found = {name: weights[prefix + name] for name in sizes}
+    for name, size in sizes.items():
+        if found[name].shape != size:
             raise RuntimeError(
-                f"{prefix}{name} is {list(found.shape)}, by the config it would be {list(size)}"
+                f"{prefix}{name} is {list(found[name].shape)}, by the config it would be {list(size)}"
             )
+    return found
 
 
-def _fuse(weights: Mapping[str, Tensor], prefix: str, eps: float) -> Layer:
-    attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
-    biases = _all_or_none(weights, [f"{attention}{p}_proj.bias" for p in "qkv"])
+def _fuse(weights: Mapping[str, Tensor], eps: float) -> Layer:
+    """The layer of `_of_layer`'s tensors."""
     norms = [
-        RmsNorm.of(weight, eps)
-        for weight in _all_or_none(weights, [f"{attention}{p}_norm.weight" for p in "qk"])
+        RmsNorm.of(weights[name], eps) for p in "qk" if (name := f"self_attn.{p}_norm.weight") in weights
     ]
+    biases = [weights[name] for p in "qkv" if (name := f"self_attn.{p}_proj.bias") in weights]
     return Layer(
-        input_norm=RmsNorm.of(weights[f"{prefix}input_layernorm.weight"], eps),
+        input_norm=RmsNorm.of(weights["input_layernorm.weight"], eps),
         qkv=Dense.of(
-            torch.cat([weights[f"{attention}{p}_proj.weight"] for p in "qkv"]),
+            torch.cat([weights[f"self_attn.{p}_proj.weight"] for p in "qkv"]),
             torch.cat(biases) if biases else None,
         ),
         q_norm=norms[0] if norms else None,
         k_norm=norms[1] if norms else None,
-        out=Dense.of(weights[f"{attention}o_proj.weight"], weights.get(f"{attention}o_proj.bias")),
-        post_norm=RmsNorm.of(weights[f"{prefix}post_attention_layernorm.weight"], eps),
-        gate_up=Gated.of(weights[f"{mlp}gate_proj.weight"], weights[f"{mlp}up_proj.weight"]),
-        down=Dense.of(weights[f"{mlp}down_proj.weight"]),
+        out=Dense.of(weights["self_attn.o_proj.weight"], weights.get("self_attn.o_proj.bias")),
+        post_norm=RmsNorm.of(weights["post_attention_layernorm.weight"], eps),
+        gate_up=Gated.of(weights["mlp.gate_proj.weight"], weights["mlp.up_proj.weight"]),
+        down=Dense.of(weights["mlp.down_proj.weight"]),
     )
-
-
-def _all_or_none(weights: Mapping[str, Tensor], names: list[str]) -> list[Tensor]:
-    """Raises KeyError where some of the weights are there and others are not."""
-    return [weights[name] for name in names] if any(name in weights for name in names) else []

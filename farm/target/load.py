@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from farm.sections import Dtype, TargetSpec
 from farm.store import local_copy
 from farm.target.forward import TargetForward, unsupported_reason
 from farm.target.model import TargetModel
-from farm.target.weights import INVOCATION, read_weights, weight_files
+from farm.target.pretrained import from_checkpoint, with_adapter
+from farm.target.weights import INVOCATION, adapter_files, adapter_names, read_weights, weight_files
 
 WEIGHT_SUFFIXES = (".safetensors", ".gguf")
 ENDS = ("model.embed_tokens.weight", "lm_head.weight")
@@ -99,7 +101,7 @@ def _config_and_forward(spec: TargetSpec, dtype: torch.dtype, device: str) -> tu
     if folder.suffix != ".gguf":
         check_folder(spec.name, folder)
         if spec.lora is not None:
-            check_folder(spec.name, local_copy(spec.lora), "adapter_config.json")
+            check_adapter(spec.name, local_copy(spec.lora))
             _check_always_on(spec.name, local_copy(spec.lora))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         lora = None if spec.lora is None else local_copy(spec.lora)
@@ -123,33 +125,19 @@ def _check_always_on(name: str, lora: Path) -> None:
 
 
 def load_model(spec: TargetSpec, dtype: str = "float32") -> Any:
-    """The `transformers` causal LM of a spec: the reference implementation, LoRA merged, in eval mode."""
-    from transformers import AutoModelForCausalLM
+    """The `transformers` causal LM of a spec: the reference implementation, LoRA merged, in eval mode.
 
+    Raises Refused, naming the tensors, where the checkpoint or the LoRA lacks some or has some of other sizes.
+    """
     path = local_copy(spec.model)
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": False}
-    if path.suffix == ".gguf":
-        model = _plain(AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options))
-    else:
+    if path.suffix != ".gguf":
         check_folder(spec.name, path)
-        model = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **options)
+    model = from_checkpoint(spec.name, path, getattr(torch, dtype))
     if spec.lora is not None:
-        from peft import PeftModel
-
         lora = local_copy(spec.lora)
-        check_folder(spec.name, lora, "adapter_config.json")
-        model = PeftModel.from_pretrained(model, lora).merge_and_unload()
+        check_adapter(spec.name, lora)
+        model = with_adapter(spec.name, model, lora)
     return model.eval().requires_grad_(False)
-
-
-def _plain(model: Any) -> Any:
-    """A model read from GGUF without the mark of quantization: its weights are plain, and it can be saved."""
-    if hasattr(model, "hf_quantizer"):
-        del model.hf_quantizer
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.is_quantized = False
-    return model
 
 
 def load_embedding_and_head(spec: TargetSpec) -> tuple[Tensor, Tensor]:
@@ -188,7 +176,8 @@ def _lora_leaves_ends(lora: str | None) -> bool:
         "trainable_token_indices"
     ):  # a pattern, or rows of the embedding
         return False
-    changed = [*targets, *(config.get("modules_to_save") or ())]
+    # `save_embedding_layers` adds the ends to the file, and the config does not say so.
+    changed = [*targets, *(config.get("modules_to_save") or ()), *adapter_names(local_copy(lora))]
     return not any("embed" in name or "lm_head" in name or name == "all-linear" for name in changed)
 
 
@@ -212,32 +201,61 @@ def stop_ids(spec: TargetSpec, config: Any, tokenizer: Any) -> frozenset[int]:
     return frozenset(found)
 
 
-def check_folder(name: str, path: Path, config: str = "config.json") -> None:
-    """Raises Refused when a checkpoint's folder is not there or holds no config or weights."""
+def check_folder(name: str, path: Path) -> None:
+    """Raises Refused when a checkpoint's folder is not there, lacks its config or weights, or holds a LoRA as well."""
+    _check_has(name, path, "config.json")
+    if (path / "adapter_config.json").is_file():
+        raise Refused(
+            f"{name}: {path} holds a LoRA beside the checkpoint, and which of them is meant it does not say; "
+            "move the LoRA to a folder of its own, and name it by `lora`"
+        )
+    files = weight_files(path)
+    if not files:
+        raise Refused(f"{name}: {path} has no .safetensors weights; save the model as safetensors")
+    for file in files:
+        if not file.is_file():
+            raise Refused(f"{name}: {file}, which the index names, is not there; copy the checkpoint again")
+
+
+def check_adapter(name: str, path: Path) -> None:
+    """Raises Refused when a LoRA's folder is not there or lacks its config or weights."""
+    _check_has(name, path, "adapter_config.json")
+    if not adapter_files(path):
+        raise Refused(f"{name}: {path} has no adapter_model.safetensors; save the LoRA as safetensors")
+
+
+def _check_has(name: str, path: Path, config: str) -> None:
     if not path.is_dir():
         raise Refused(f"{name}: {path} is no folder; give a checkpoint's folder")
     if not (path / config).is_file():
         raise Refused(f"{name}: {path} has no {config}; give the folder that `save_pretrained` wrote")
-    if not any(path.glob("*.safetensors")):
-        raise Refused(f"{name}: {path} has no .safetensors weights; save the model as safetensors")
 
 
 def target_digest(spec: TargetSpec) -> str:
-    """sha256 over the files that make the target, its LoRA and its chat template; Refused if they are missing."""
+    """sha256 over the files that make the target, its LoRA and its chat template.
+
+    Raises Refused if they are missing, or if what they are cannot be read.
+    """
     digest = hashlib.sha256()
-    for source in (spec.model, spec.lora):
+    for source, weights_of in ((spec.model, weight_files), (spec.lora, adapter_files)):
         if source is None:
             continue
         path = local_copy(source)
-        files = (
-            [path] if path.is_file() else sorted(p for p in path.glob("*") if p.suffix in DIGESTED_SUFFIXES)
-        )
+        files = [path] if path.is_file() else _digested(path, weights_of(path))
         if not files:
             raise Refused(f"{spec.name}: {path} does not exist or holds no checkpoint; correct the path")
         for file in files:
-            digest.update(f"{file.name} {file_sha256(file)}\n".encode())
+            named = file.name if path.is_file() else file.relative_to(path).as_posix()
+            digest.update(f"{named} {file_sha256(file)}\n".encode())
     digest.update((read_template(spec.chat_template) or "").encode())
     return digest.hexdigest()
+
+
+def _digested(folder: Path, weights: Collection[Path]) -> list[Path]:
+    """Files that say what a folder's target is, by their paths: of safetensors only those that make it."""
+    found = {file for file in folder.glob("*") if file.suffix in DIGESTED_SUFFIXES}
+    found -= set(folder.glob("*.safetensors"))
+    return sorted(found | {file for file in weights if file.is_file()})
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from farm.layers.lora import Lora, Part
 from farm.sections import TargetSpec
 from farm.store import local_copy
 from farm.target.forward import TargetForward
-from farm.target.load import LoadedTarget, check_folder, stop_ids
+from farm.target.load import LoadedTarget, check_adapter, stop_ids
 from farm.target.model import TargetModel
 from farm.target.weights import LoraFactors, read_factors
 
@@ -38,7 +38,7 @@ def open_beside(spec: TargetSpec, base: LoadedTarget) -> LoadedTarget | None:
     """
     assert spec.lora is not None
     folder = local_copy(spec.lora)
-    check_folder(spec.name, folder, "adapter_config.json")
+    check_adapter(spec.name, folder)
     try:
         lora = open_lora(folder, base.forward)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

@@ -134,7 +134,9 @@ class ReferenceForward:
         trained = getattr(config, "max_position_embeddings", None)
         if trained is None:
             raise ValueError("its config names no max_position_embeddings")
-        limits = [trained] if window is None else [trained, window]
+        # GPT-Neo's local layers keep every key and mask by themselves, counting from the end of the longest row.
+        windows = (window, getattr(config, "window_size", None))
+        limits = [trained, *(size for size in windows if size)]
         for rope in _ropes(getattr(config, "rope_parameters", None)):
             if rope.get("rope_type") in LENGTH_DEPENDENT_ROPE:
                 original = rope.get("original_max_position_embeddings")

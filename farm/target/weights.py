@@ -17,14 +17,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from farm.config import Refused
+
 LORA_PREFIX = "base_model.model."
 INVOCATION = "alora_invocation_tokens"  # of an adapter that is off until they are said
 # Ways to begin a LoRA that leave the base's weights as they are; others (PiSSA, OLoRA, LoftQ) take a part out of them.
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-UNUSUAL = (
-    "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias", "use_qalora",
-    "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "trainable_token_indices", INVOCATION,
-)  # fmt: skip
+# Fields of a PEFT config that say which weights are adapted, how training began, or what is read here; any other that
+# is set may change what is computed, those of PEFT's next version among them.
+PLAIN_FIELDS = {
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "init_lora_weights", "loftq_config", "eva_config",
+    "corda_config", "lora_ga_config", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "runtime_config", "megatron_core", "qalora_group_size",
+}  # fmt: skip
 
 
 def read_weights(
@@ -32,8 +38,10 @@ def read_weights(
 ) -> dict[str, Tensor] | None:
     """Every tensor of a folder's safetensors files with the LoRA's deltas added; None if that is not plain LoRA.
 
+    None as well when the LoRA adapts a weight that the files do not have.
     Each is on `device` before the next is read: on `meta`, which keeps shapes, one is in memory at a time.
-    Raises SafetensorError or OSError when a file is truncated, corrupt or missing.
+    Raises SafetensorError or OSError when a file is truncated, corrupt or missing, Refused as `weight_files` does,
+    ValueError as `read_factors` does.
     """
     factors = {} if lora is None else read_factors(lora)
     if factors is None:
@@ -63,16 +71,32 @@ def _merged(weight_YX: Tensor, pair: LoraFactors | None) -> Tensor:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make a checkpoint, as `transformers` finds them; those of an adapter are all.
+    """The safetensors files that make a checkpoint, as `transformers` finds them; all where it would find none.
 
     Files that an earlier download left beside them are none of them. One that the index names may be missing.
+    Raises Refused for an index that cannot be read.
     """
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.is_file():
         return [whole]
     if index.is_file():
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        try:
+            return [
+                folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            ]
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise Refused(f"{index} cannot be read ({error}); copy the checkpoint again") from error
     return sorted(folder.glob("*.safetensors"))
+
+
+def adapter_files(folder: Path) -> list[Path]:
+    """The one safetensors file that PEFT reads of an adapter's folder; none where it is not there."""
+    return [file for file in [folder / "adapter_model.safetensors"] if file.is_file()]
+
+
+def adapter_names(folder: Path) -> set[str]:
+    """Names of an adapter's tensors. Raises SafetensorError or OSError for a file that cannot be read."""
+    return _names(adapter_files(folder))
 
 
 @dataclass(frozen=True)
@@ -84,19 +108,28 @@ class LoraFactors:
 
 
 def read_factors(lora: Path) -> dict[str, LoraFactors] | None:
-    """The factors of every adapted weight, by the weight's name; None if the adapter has more than these."""
+    """The factors of every adapted weight, by the weight's name; None if the adapter has more than these.
+
+    Raises ValueError for an adapter without tensors or of another rank than its config's, KeyError for half a pair.
+    """
     config = json.loads((lora / "adapter_config.json").read_text())
     if not is_plain(config):
         return None
     tensors: dict[str, Tensor] = {}
-    for file in weight_files(lora):
+    for file in adapter_files(lora):
         tensors |= load_file(file)
+    if not tensors:
+        raise ValueError(f"{lora} holds no adapted weight")
     scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
     factors = {}
     for name, a in tensors.items():
         if not name.endswith(".lora_A.weight"):
             continue
         b = tensors[name.replace("lora_A", "lora_B")]
+        if len(a) != config["r"]:
+            raise ValueError(
+                f"{name} has rank {len(a)}, by {lora / 'adapter_config.json'} it would be {config['r']}"
+            )
         weight = name.removeprefix(LORA_PREFIX).replace(".lora_A.weight", ".weight")
         factors[weight] = LoraFactors(a.float(), scale * b.float())
     return factors if 2 * len(factors) == len(tensors) else None
@@ -108,5 +141,5 @@ def is_plain(config: Mapping[str, Any]) -> bool:
         config.get("peft_type") == "LORA"
         and config.get("bias", "none") == "none"
         and config.get("init_lora_weights", True) in PLAIN_INITS
-        and not any(config.get(option) for option in UNUSUAL)
+        and not any(value for field, value in config.items() if field not in PLAIN_FIELDS)
     )

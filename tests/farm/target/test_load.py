@@ -1,5 +1,6 @@
 """What cannot serve as a target is refused alone and by name; a LoRA is merged; a digest follows the files."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from farm.config import Refused
 from farm.layers.cache import Rows
 from farm.sections import Dtype, TargetSpec
 from farm.target import zoo
+from farm.target.forward import TargetForward
 from farm.target.load import (
     check_family,
     load_embedding_and_head,
@@ -277,6 +279,87 @@ def test_files_that_the_index_does_not_name_are_no_part_of_a_checkpoint(
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
     _, head = load_embedding_and_head(spec)
     assert torch.equal(head, expected["lm_head.weight"])
+
+
+def digest_of_everything(spec: TargetSpec) -> str:
+    """sha256 over every file of the folder that may count, as stores of artifacts have it."""
+    suffixes, digest = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt"), hashlib.sha256()
+    for folder in (spec.model, spec.lora):
+        for file in sorted(Path(folder).iterdir() if folder else ()):
+            if file.suffix in suffixes:
+                digest.update(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+STALE = "model-00009-of-00009.safetensors"
+
+
+def test_the_digest_is_that_of_all_files_where_none_is_stale(tmp_path: Path, tokenizer: object) -> None:
+    """Artifacts are named by it: another digest of the same files would make every store start again."""
+    whole, (parts, _) = checkpoint(tmp_path / "whole", tokenizer), sharded(tmp_path / "parts", tokenizer)
+    (Path(parts.model) / STALE).unlink()
+    lora = write_lora(tmp_path / "lora", tiny_model(vocab=1024), rank=2, seed=0)
+    for spec in (whole, parts, whole.model_copy(update={"lora": str(lora)})):
+        assert target_digest(spec) == digest_of_everything(spec)
+
+
+def test_the_digest_follows_the_weights_that_count(tmp_path: Path, tokenizer: object) -> None:
+    spec, shard = sharded(tmp_path / "parts", tokenizer)
+    lora = write_lora(tmp_path / "lora", tiny_model(vocab=1024), rank=2, seed=0)
+    spec = spec.model_copy(update={"lora": str(lora)})
+    with_stale = target_digest(spec)
+    (Path(spec.model) / STALE).unlink()
+    before = target_digest(spec)
+    assert with_stale == before
+    (lora / "model.safetensors").write_bytes(b"PEFT does not read it")
+    assert target_digest(spec) == before
+    tensors = load_file(shard)
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, shard, {"format": "pt"})
+    after = target_digest(spec)
+    assert after != before
+    write_lora(tmp_path / "other", tiny_model(vocab=1024), rank=2, seed=1)
+    shutil.copy(tmp_path / "other" / "adapter_model.safetensors", lora)
+    assert target_digest(spec) not in (before, after)
+
+
+def test_the_digest_follows_shards_in_a_folder_below(tmp_path: Path, tokenizer: object) -> None:
+    spec, shard = sharded(tmp_path / "parts", tokenizer)
+    index, below = Path(spec.model) / "model.safetensors.index.json", Path(spec.model) / "below"
+    below.mkdir()
+    shard.replace(below / shard.name)
+    index.write_text(index.read_text().replace(shard.name, f"below/{shard.name}"))
+    assert isinstance(load_target(spec).forward, TargetForward)
+    before = target_digest(spec)
+    (below / shard.name).write_bytes(b"other weights")
+    assert target_digest(spec) != before
+
+
+def test_an_index_that_cannot_be_read_is_refused(tmp_path: Path, tokenizer: object) -> None:
+    spec, _ = sharded(tmp_path / "parts", tokenizer)
+    (Path(spec.model) / "model.safetensors.index.json").write_text("{}")
+    for read in (load_target, load_embedding_and_head, target_digest):
+        with pytest.raises(Refused, match=r"index.json cannot be read"):
+            read(spec)
+
+
+def test_a_checkpoint_with_a_lora_in_its_folder_is_refused(tmp_path: Path, tokenizer: object) -> None:
+    """`transformers` would add the LoRA to it, the weights' files do not say so."""
+    spec = checkpoint(tmp_path / "both", tokenizer)
+    lora = write_lora(tmp_path / "lora", tiny_model(vocab=1024), rank=2, seed=0)
+    for file in lora.iterdir():
+        shutil.copy(file, spec.model)
+    for load in (load_target, load_model, load_embedding_and_head):
+        with pytest.raises(Refused, match="both: .* holds a LoRA beside the checkpoint"):
+            load(spec)
+
+
+def test_a_lora_as_a_pickle_is_refused(tmp_path: Path, tokenizer: object) -> None:
+    spec = checkpoint(tmp_path / "base", tokenizer)
+    lora = write_lora(tmp_path / "lora", tiny_model(vocab=1024), rank=2, seed=0)
+    (lora / "adapter_model.safetensors").rename(lora / "adapter_model.bin")
+    for load in (load_target, load_model):
+        with pytest.raises(Refused, match=r"base: .*lora has no adapter_model.safetensors"):
+            load(spec.model_copy(update={"lora": str(lora)}))
 
 
 def test_a_whole_file_stands_before_shards(tmp_path: Path, tokenizer: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from farm.layers.kernels import kernels
 from farm.layers.lora import LoraRows
 from farm.target.forward import TargetForward
 from farm.target.lora import open_lora
-from farm.target.weights import read_weights
+from farm.target.weights import read_factors, read_weights
 from tests.farm.decode.family import write_lora
 from tests.farm.models import TYPES, tiny_model
 
@@ -57,7 +58,9 @@ def test_a_row_without_a_lora_is_the_same_alone_and_beside_one(dtype: torch.dtyp
     assert not torch.equal(beside[1:], base.forward(tokens[1:], Rows([0]), base.new_cache(1, 32)))
 
 
-@pytest.mark.parametrize("change", ["head", "embedding", "dora", "rank_pattern"])
+@pytest.mark.parametrize(
+    "change", ["head", "embedding", "dora", "rank_pattern", "layer_replication", "unknown"]
+)
 def test_an_adapter_that_changes_more_than_the_layers_products_is_left_to_be_merged(
     change: str, tmp_path: Path
 ) -> None:
@@ -70,7 +73,10 @@ def test_an_adapter_that_changes_more_than_the_layers_products_is_left_to_be_mer
         extra = {f"base_model.model.{name}.lora_{side}.weight": torch.zeros(2, 32) for side in "AB"}
         save_file(load_file(file) | extra, file)
     else:
-        option = {"dora": {"use_dora": True}, "rank_pattern": {"rank_pattern": {"q_proj": 4}}}[change]
+        option = {
+            "dora": {"use_dora": True}, "rank_pattern": {"rank_pattern": {"q_proj": 4}},
+            "layer_replication": {"layer_replication": [[0, 2], [1, 2]]}, "unknown": {"use_what_is_new": True},
+        }[change]  # fmt: skip
         config.write_text(json.dumps(json.loads(config.read_text()) | option))
     assert open_lora(folder, TargetForward.of(model)) is None
 
@@ -84,6 +90,40 @@ def test_an_adapter_of_another_bases_sizes_is_refused_by_the_tensor(
     base = TargetForward.of(tiny_model())
     with pytest.raises(ValueError, match=r"model.layers.0.self_attn.*lora_A \[2, .*do not fit the base's \["):
         open_lora(folder, base)
+
+
+def test_an_adapter_of_another_rank_than_its_config_says_is_refused(tmp_path: Path) -> None:
+    """Its scale is alpha / r: the deltas would have the names and sizes of the right ones, and another length."""
+    folder = write_lora(tmp_path / "adapter", tiny_model(), rank=2, seed=0)
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"r": 4}))
+    with pytest.raises(ValueError, match=r"has rank 2, by .*adapter_config.json it would be 4"):
+        open_lora(folder, TargetForward.of(tiny_model()))
+
+
+def test_an_adapter_without_tensors_is_refused(tmp_path: Path) -> None:
+    folder = write_lora(tmp_path / "adapter", tiny_model(), rank=2, seed=0)
+    save_file({}, folder / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="holds no adapted weight"):
+        open_lora(folder, TargetForward.of(tiny_model()))
+
+
+def test_files_beside_an_adapters_are_none_of_it(tmp_path: Path) -> None:
+    """PEFT reads one file by its name."""
+    model = tiny_model()
+    base = TargetForward.of(model)
+    folder = write_lora(tmp_path / "adapter", model, rank=2, seed=0)
+    expected, other = (read_factors(write_lora(tmp_path / str(i), model, rank=2, seed=i)) for i in (0, 1))
+    for name in ("model.safetensors", "zz.safetensors"):
+        shutil.copy(tmp_path / "1" / "adapter_model.safetensors", folder / name)
+    found = read_factors(folder)
+    assert found
+    assert expected
+    assert other
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(found[name].up_YR, expected[name].up_YR)
+    assert not torch.equal(found[name].up_YR, other[name].up_YR)
+    assert open_lora(folder, base) is not None
 
 
 def test_an_adapter_of_another_mlps_width_is_refused(tmp_path: Path) -> None:

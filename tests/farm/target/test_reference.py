@@ -138,6 +138,26 @@ def test_positions_end_where_a_window_or_a_length_would_change_the_result() -> N
     assert ReferenceForward(tiny_model(rope_parameters=rope)).max_positions == 48
 
 
+def test_positions_end_where_a_local_layer_would_look_from_another_rows_end() -> None:
+    """GPT-Neo masks by itself: beside a longer row, a shorter one would see fewer keys than its window has."""
+    options = {
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 16,
+    }
+    model = tiny("gpt_neo", **options)
+    forward = ReferenceForward(model)
+    assert forward.max_positions == 16
+    rows, then_BT = [tokens(length, seed=length) for length in (3, 12)], tokens(2, 4)
+    cache = forward.new_cache(2, 16)
+    forward.forward(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), Rows([0, 0]), cache)
+    got_BTV = forward.logits(forward.forward(then_BT, Rows([3, 12]), cache))
+    for index, row in enumerate(rows):
+        expected_TV = expected_logits(model, row, then_BT[index])[-4:]
+        torch.testing.assert_close(got_BTV[index], expected_TV, atol=1e-4, rtol=1e-4)
+
+
 def test_a_draft_past_the_last_position_changes_nothing_that_is_kept() -> None:
     """Learned positions have no row beyond the last one."""
     model = tiny("gpt2", max_position_embeddings=24)
