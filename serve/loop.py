@@ -71,11 +71,14 @@ class EngineLoop:
 
     Targets share an engine, and with it every step, where their models have one shape; `new_engine` makes another one
     where they do not. A sink is called from this thread and must return at once. If an engine raises, the thread ends,
-    every open request is told, and `failure` says why.
+    every open request is told, and `failure` says why. A lane whose last request is done is given to `before_drop`,
+    from this thread, before its engine forgets what it counted.
     """
 
-    def __init__(self, new_engine: Callable[[Route], Engine]) -> None:
-        self._new_engine = new_engine
+    def __init__(
+        self, new_engine: Callable[[Route], Engine], before_drop: Callable[[Lane], None] = lambda _: None
+    ) -> None:
+        self._new_engine, self._before_drop = new_engine, before_drop
         self._thread = threading.Thread(target=self._run, name="engines", daemon=True)
         self.failure: str | None = None
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -189,6 +192,7 @@ class EngineLoop:
         for lane in list(self._lanes):
             kept = (self._current[lane.target], self._canary.get(lane.target))
             if not lane.sinks and not any(lane is one for one in kept):
+                self._before_drop(lane)
                 lane.engine.drop(lane.route)
                 self._lanes.remove(lane)
                 log.info("%s: its last request is done, it is dropped", lane.route)

@@ -205,6 +205,12 @@ class EngineMeter(Meter):
         self.set("farm_slots", sum(engine.scheduler.num_slots for engine in engines.values()))
         self.set("farm_slots_in_use", sum(engine.num_live for engine in engines.values()))
 
+    def read_last(self, lane: _Lane) -> None:
+        """Takes over what a lane's engine has counted of it before it forgets; a later one of its name begins at 0."""
+        number = id(lane.engine)
+        self._add(number, lane.route, lane.engine.stats_of.get(lane.route, DecodeStats()))
+        self._seen.pop((number, lane.route), None)
+
     def _add(self, engine: int, route: str, stats: DecodeStats) -> None:
         before = self._seen.setdefault((engine, route), DecodeStats())
         if stats.rounds == before.rounds:

@@ -54,8 +54,8 @@ class EngineHost:
         self._has_trunk = family.trunk is not None
         if self._has_trunk and (said := shortened(settings)):
             log.warning("%s", said)
-        self._engines = EngineLoop(self._new_engine)
         self._meter = EngineMeter(serve.get_replica_context().replica_id.unique_id, ray_metrics)
+        self._engines = EngineLoop(self._new_engine, self._meter.read_last)
         self._rollout = Rollout(
             family, self._engines, self._new_test, self._took_over, self._meter.rolled_back
         )

@@ -36,8 +36,11 @@ def measure_floor(target: TargetForward) -> Floor:
 
 
 def step_bytes(target: TargetForward) -> int:
-    """Every weight is read once a step, the embedding by one row only unless it is also the head."""
-    return target.num_bytes - (0 if target.head_weight is target.embedding else target.embedding.nbytes)
+    """Of the layers and of the head, each read once a step; an embedding, tied to it or not, gives a row a token.
+
+    A CPU keeps the head twice, as it was loaded and laid out for products: these read the second alone.
+    """
+    return target.head.num_bytes + sum(layer.num_bytes for layer in target.layers)
 
 
 def round_bytes(routes: Sequence[Route], forwards: int) -> int:

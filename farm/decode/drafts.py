@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from farm.target.model import TargetModel
 KEPT_STACKS = 4  # mixtures of experts whose weights stay stacked in memory
 KEPT_TRUNKS = 2  # trunks with one target's changes in them, for batches of that target alone
 KEPT_BATCHES = 2  # that of a round, and rows of it that catch up
+# Of a target alone, before its changes are put into a trunk: what a mixture leaves behind ends sooner.
+ROUNDS_BY_ROW = 32
 
 
 @dataclass(frozen=True)
@@ -73,27 +76,43 @@ class Drafts:
         self._stack = remembered(KEPT_STACKS, self._stack_anew)
         self._stack_deltas = remembered(KEPT_STACKS, self._stack_deltas_anew)
         self._changed = remembered(KEPT_TRUNKS, self._changed_anew)
-        self.bind = remembered(KEPT_BATCHES, self._bind_anew)  # a batch stays the same for many rounds
+        self._made = WeakValueDictionary[TrunkDelta, LeanTrunk]()  # those of them that somebody still has
+        self._bind = remembered(KEPT_BATCHES, self._bind_anew)  # a batch stays the same for many rounds
+        self._alone: TrunkDelta | None = None  # what all rows of the last round changed
+        self._num_alone = 0  # rounds in a row
 
     @property
     def tables(self) -> tuple[Tensor, Tensor]:
         """cos and sin of every position that drafts know."""
         return self._trunk.tables
 
-    def _bind_anew(self, targets: tuple[str, ...], in_mixture: bool = False) -> Bound:
-        """The trunk with each row's expert, and each row's head.
+    def bind(self, targets: tuple[str, ...], in_mixture: bool = False) -> Bound:
+        """The trunk with each row's expert, and each row's head; asked for in every round.
 
-        Rows of one target have its changes put into the trunk, unless they are a part of a mixture: that pays in many
-        rounds, not in the one in which a row catches up.
+        Rows of one target have its changes put into the trunk where the kernels cannot take them by row, and where it
+        pays: when a trunk has them already, or many rounds were this target's alone. Rows that catch up are
+        `in_mixture` where their round has other targets too.
         """
+        return self._bind(targets, self._trunk.alone is None or (not in_mixture and self._stays(targets)))
+
+    def _stays(self, targets: tuple[str, ...]) -> bool:
+        """Whether these rows change the trunk all alike, and have for long enough; takes note that they do."""
+        drafts = [self._routes[name].draft for name in set(targets)]
+        deltas = {None if draft is None else draft.delta for draft in drafts}
+        alone = deltas.pop() if len(deltas) == 1 else None
+        self._num_alone = self._num_alone + 1 if alone is self._alone else 1
+        self._alone = alone
+        return alone is not None and (alone in self._made or self._num_alone > ROUNDS_BY_ROW)
+
+    def _bind_anew(self, targets: tuple[str, ...], folds: bool) -> Bound:
+        """As `bind`; with `folds` the changes of rows that have the same are put into the trunk."""
         groups = self._routes.groups(targets)
         heads = tuple(self._head(group.forward) for group in groups)
         head = heads[0] if len(heads) == 1 else MixedHeads(heads, groups)
         drafts = [self._routes[name].draft for name in targets]
         experts = [self._spare if draft is None else draft.expert for draft in drafts]
         deltas = [None if draft is None else draft.delta for draft in drafts]
-        by_row = in_mixture and self._trunk.alone is not None
-        if len(set(experts)) == 1 and len(set(deltas)) == 1 and (deltas[0] is None or not by_row):
+        if len(set(experts)) == 1 and len(set(deltas)) == 1 and (deltas[0] is None or folds):
             (delta,) = set(deltas)
             trunk = self._trunk if delta is None else self._changed(delta)
             return LeanDraft(trunk, self._lean(experts[0])), head
@@ -112,10 +131,11 @@ class Drafts:
         forwards = {id(route.forward) for route in self._routes}
         experts = {id(route.draft.expert) for route in self._routes if route.draft is not None}
         experts.add(id(self._spare))
-        self.bind.cache_clear()
+        self._bind.cache_clear()
         self._stack.cache_clear()
         self._stack_deltas.cache_clear()
         self._changed.cache_clear()
+        self._alone = None
         deltas = {id(route.draft.delta) for route in self._routes if route.draft is not None}
         self._loras = {key: lora for key, lora in self._loras.items() if key in deltas}
         self._heads = {key: head for key, head in self._heads.items() if key in forwards}
@@ -141,7 +161,11 @@ class Drafts:
         return self._loras[id(delta)]
 
     def _changed_anew(self, delta: TrunkDelta) -> LeanTrunk:
-        return LeanTrunk.made_of(with_delta(self._trunk.trunk, delta), self._trunk.tables)
+        made = self._made.get(delta)
+        if made is None:
+            made = LeanTrunk.made_of(with_delta(self._trunk.trunk, delta), self._trunk.tables)
+            self._made[delta] = made
+        return made
 
     def _stack_deltas_anew(self, present: tuple[TrunkDelta, ...]) -> Lora:
         return stack_loras(list(map(self._lora, present)))

@@ -18,7 +18,7 @@ from torch import Tensor
 from farm.decode.control import Control, Fixed
 from farm.decode.logprobs import TokenLogprob
 from farm.decode.routes import Route as Route
-from farm.decode.runner import Round, Runner, Seconds, sampling_batch
+from farm.decode.runner import Round, Runner, Seconds
 from farm.decode.scheduler import FinishReason as FinishReason
 from farm.decode.scheduler import LiveRequest, Move, Prefill, Scheduler, unknown_token
 from farm.decode.scheduler import Request as Request
@@ -106,7 +106,8 @@ class Engine:
         )  # fmt: skip
         for route in routes:
             self.runner.host(route)
-        self.stats_of: dict[str, DecodeStats] = {}
+        self.stats_of: dict[str, DecodeStats] = {}  # of the targets that are hosted
+        self._stats_of_dropped = DecodeStats()
         self._features: dict[str, list[Tensor]] = {}
         self._observed_s = 0.0
 
@@ -116,9 +117,9 @@ class Engine:
 
     @property
     def stats(self) -> DecodeStats:
-        """Of all targets together."""
+        """Of all targets together, those that were dropped among them."""
         total = DecodeStats()
-        for stats in self.stats_of.values():
+        for stats in (self._stats_of_dropped, *self.stats_of.values()):
             total.add(stats)
         return total
 
@@ -140,6 +141,7 @@ class Engine:
         if self.scheduler.uses(target):
             raise ValueError(f"target {target!r} still has requests; cancel them or let them end")
         self.runner.drop(target)
+        self._stats_of_dropped.add(self.stats_of.pop(target, DecodeStats()))
 
     def add(self, request: Request) -> None:
         """Queues a request.
@@ -187,7 +189,7 @@ class Engine:
         live = self.scheduler.live
         if live:
             begun = time.perf_counter()
-            done = self.runner.run(live, sampling_batch(live), self.control)
+            done = self.runner.run(live, self.runner.sampling_batch(live), self.control)
             said, kept = self._commit(done)
             outputs += said
             ended = time.perf_counter()

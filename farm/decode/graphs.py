@@ -9,7 +9,7 @@ the host. Where there is no CUDA the steps simply run.
 from __future__ import annotations
 
 import logging
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 Tensors = tuple[Tensor, ...]
 Step = Callable[..., Tensors]
 MOST_GRAPHS = 128
+MOST_SEEN = 4 * MOST_GRAPHS  # keys that came once and may come again
 WARM_UPS = 2  # runs before a capture: libraries choose their kernels and take their workspaces
 
 log = logging.getLogger(__name__)
@@ -48,14 +49,15 @@ Capture = Callable[[Step, Tensors], Captured]
 class StepGraphs:
     """The captured steps of one engine, the least recently used of which are dropped.
 
-    A capture costs more than a few steps: what comes once runs as it is. Where a capture fails, all run as they are.
+    A capture costs more than a few steps: what comes once, and not again before MOST_SEEN others have, runs as it is.
+    Where a capture fails, all run as they are.
     """
 
     def __init__(self, capture: Capture | None) -> None:
         """`capture` is None where steps are not to be captured."""
         self._capture = capture
         self._captured: OrderedDict[Hashable, Captured] = OrderedDict()
-        self._seen: Counter[Hashable] = Counter()
+        self._seen_once: OrderedDict[Hashable, None] = OrderedDict()
 
     @classmethod
     def on(cls, device: torch.device) -> StepGraphs:
@@ -70,8 +72,7 @@ class StepGraphs:
         if self._capture is None:
             return make()(*inputs)
         if key not in self._captured:
-            self._seen[key] += 1
-            if self._seen[key] == 1 or not self._try(self._capture, key, make(), inputs):
+            if self._is_new(key) or not self._try(self._capture, key, make(), inputs):
                 return make()(*inputs)
         self._captured.move_to_end(key)
         return self._captured[key](inputs)
@@ -79,7 +80,17 @@ class StepGraphs:
     def forget(self) -> None:
         """Drops all; weights may go, or move."""
         self._captured.clear()
-        self._seen.clear()
+        self._seen_once.clear()
+
+    def _is_new(self, key: Hashable) -> bool:
+        """Whether the key has not been seen; it has from now on, until it is captured or many others were seen."""
+        if key in self._seen_once:
+            del self._seen_once[key]
+            return False
+        self._seen_once[key] = None
+        if len(self._seen_once) > MOST_SEEN:
+            self._seen_once.popitem(last=False)
+        return True
 
     def _try(self, capture: Capture, key: Hashable, step: Step, inputs: Tensors) -> bool:
         try:
@@ -90,8 +101,7 @@ class StepGraphs:
             self.forget()
             return False
         while len(self._captured) > MOST_GRAPHS:
-            dropped, _ = self._captured.popitem(last=False)
-            del self._seen[dropped]
+            self._captured.popitem(last=False)
         return True
 
 

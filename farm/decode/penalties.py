@@ -1,4 +1,4 @@
-# B rows, T positions, V vocabulary, C draft vocabulary
+# B rows, T positions, V vocabulary, C draft vocabulary, S token ids that are counted, N drafted tokens
 """Logit bias and penalties: what a request wants more or less of, given what it has said so far.
 
 They come before temperature. Drafted tokens count as said for the positions after them, so that a position that is
@@ -12,16 +12,39 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from farm.decode.sampling import SamplingParams
 
 
-@dataclass(frozen=True)
 class Said:
-    """What a request has said: its tokens, the first `num_prompt` of which it was given."""
+    """What a request has said: its tokens, the first `num_prompt` of which it was given.
 
-    tokens: Sequence[int]
-    num_prompt: int
+    Counts of them are kept and grow with them, so that a round costs what is new and not the whole context.
+    """
+
+    def __init__(self, tokens: Sequence[int], num_prompt: int) -> None:
+        """`tokens` may grow at its end afterwards, and change in no other way."""
+        self.tokens, self.num_prompt = tokens, num_prompt
+        self._num_counted = 0
+        self._all_S, self._answer_S = torch.zeros(0), torch.zeros(0)
+
+    @torch.inference_mode(mode=False)  # what is made here is added to inside and outside of that mode
+    def count(self, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """How often each token id below some S >= `size` was said, and in the answer: float32 [S] each, read only."""
+        first, new = self._num_counted, self.tokens[self._num_counted :]
+        missing = max(size, max(new, default=-1) + 1) - len(self._all_S)
+        if missing > 0 or self._all_S.device != device:
+            both = (self._all_S, self._answer_S)
+            self._all_S, self._answer_S = (pad(one.to(device), (0, max(missing, 0))) for one in both)
+        if new:
+            ids_N = torch.tensor(new, dtype=torch.int64, device=device)
+            ones_N = torch.ones(len(new), device=device)
+            answered = max(self.num_prompt - first, 0)
+            self._all_S.index_add_(0, ids_N, ones_N)
+            self._answer_S.index_add_(0, ids_N[answered:], ones_N[answered:])
+            self._num_counted += len(new)
+        return self._all_S, self._answer_S
 
 
 @dataclass(frozen=True)
@@ -64,40 +87,51 @@ class Penalties:
         """
         out_BTV = logits_BTV.float().clone()
         for row, (params, said) in self.rows.items():
-            for position, path in enumerate(paths[row]):
-                after = Said([*said.tokens, *path], said.num_prompt)
-                out_BTV[row, position] = penalise(out_BTV[row, position], params, after, vocabulary_C)
+            out_BTV[row] = penalise(out_BTV[row], params, said, paths[row], vocabulary_C)
         return out_BTV
 
 
-def penalise(logits_V: Tensor, params: SamplingParams, said: Said, vocabulary_C: Tensor | None) -> Tensor:
-    """One row's logits.
+def penalise(
+    logits_TV: Tensor,
+    params: SamplingParams,
+    said: Said,
+    paths: Sequence[Sequence[int]],
+    vocabulary_C: Tensor | None,
+) -> Tensor:
+    """New logits [T, V] of one row, or [T, C]: position t follows what was said and then `paths[t]`.
 
     Repetition (CTRL, arXiv 1909.05858): positive logits of tokens in prompt or answer are divided, negative ones
     multiplied. Frequency and presence: subtracted for each time, and once, a token stands in the answer. Bias: added.
     """
-    size = int(max((*said.tokens, *(token for token, _ in params.logit_bias), 0))) + 1
-    size = max(size, logits_V.shape[0] if vocabulary_C is None else int(vocabulary_C.max()) + 1)
-    device = logits_V.device
+    device = logits_TV.device
+    width = logits_TV.shape[1] if vocabulary_C is None else int(vocabulary_C.max()) + 1
+    named = (*(token for path in paths for token in path), *(token for token, _ in params.logit_bias))
+    all_S, answer_S = said.count(max(width, max(named, default=-1) + 1), device)
 
     def columns(values: Tensor) -> Tensor:
-        return values[: logits_V.shape[0]] if vocabulary_C is None else values[vocabulary_C]
+        return values[..., : logits_TV.shape[1]] if vocabulary_C is None else values[..., vocabulary_C]
 
     if params.repetition_penalty != 1.0:
-        seen_C = columns(_counts(said.tokens, size, device)) > 0
-        factor = torch.where(logits_V > 0, 1 / params.repetition_penalty, params.repetition_penalty)
-        logits_V = torch.where(seen_C, logits_V * factor, logits_V)
+        seen_TC = columns(_with_paths(all_S, paths)) > 0
+        factor_TC = torch.where(logits_TV > 0, 1 / params.repetition_penalty, params.repetition_penalty)
+        logits_TV = torch.where(seen_TC, logits_TV * factor_TC, logits_TV)
     if params.frequency_penalty or params.presence_penalty:
-        count_C = columns(_counts(said.tokens[said.num_prompt :], size, device))
-        logits_V = logits_V - params.frequency_penalty * count_C - params.presence_penalty * (count_C > 0)
+        count_TC = columns(_with_paths(answer_S, paths))
+        logits_TV = logits_TV - params.frequency_penalty * count_TC - params.presence_penalty * (count_TC > 0)
     if params.logit_bias:
-        bias = torch.zeros(size, device=device)
-        for token, value in params.logit_bias:
-            bias[token] += value
-        logits_V = logits_V + columns(bias)
-    return logits_V
+        tokens, values = zip(*params.logit_bias, strict=True)
+        bias_S = torch.zeros(len(all_S), device=device)
+        values_N = torch.tensor(values, dtype=torch.float32, device=device)
+        bias_S.index_add_(0, torch.tensor(tokens, device=device), values_N)
+        logits_TV = logits_TV + columns(bias_S)
+    return logits_TV
 
 
-def _counts(tokens: Sequence[int], size: int, device: torch.device) -> Tensor:
-    ids = torch.tensor(tokens, dtype=torch.int64, device=device)
-    return torch.bincount(ids, minlength=size).to(torch.float32)
+def _with_paths(count_S: Tensor, paths: Sequence[Sequence[int]]) -> Tensor:
+    """[T, S]: the counts, at each position with its path's tokens added."""
+    count_TS = count_S.repeat(len(paths), 1)
+    at = [(t, token) for t, path in enumerate(paths) for token in path]
+    if at:
+        t_N, token_N = torch.tensor(at, device=count_S.device).unbind(dim=1)
+        count_TS.index_put_((t_N, token_N), torch.ones(len(at), device=count_S.device), accumulate=True)
+    return count_TS

@@ -45,6 +45,11 @@ class Group:
     members: tuple[Lora, ...]  # the same each by itself
     which: tuple[int, ...]  # index of each row's LoRA in these, -1 for none
 
+    @property
+    def alike(self) -> bool:
+        """Whether all rows have the same LoRA, or none has one."""
+        return len(set(self.which)) <= 1
+
     def lora_rows(self, num_tokens: int) -> LoraRows | None:
         """The deltas of this group's rows with `num_tokens` tokens each."""
         if self.loras is None:

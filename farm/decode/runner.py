@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -117,6 +118,7 @@ class Runner:
             )
         self.drafting: Drafting | None = None
         self.seconds = Seconds()
+        self._said: WeakKeyDictionary[LiveRequest, Said] = WeakKeyDictionary()  # of those with penalties
 
     def host(self, route: Route) -> None:
         """Adds a target. Raises ValueError, and leaves it out, when it does not go with those that are hosted."""
@@ -155,7 +157,7 @@ class Runner:
         if prefill.completes:
             last_BH = hidden_BTH[torch.arange(num_rows), last_B]
             logits_BV = group.forward.logits(last_BH)
-            first = _first_tokens(logits_BV, sampling_batch(prefill.rows)).tolist()
+            first = _first_tokens(logits_BV, self.sampling_batch(prefill.rows)).tolist()
             if asked := rows_that_ask([row.request.params for row in prefill.rows]):
                 logprobs = committed_logprobs(logits_BV[:, None], [[token] for token in first], asked)
         if self.drafting is not None:
@@ -204,6 +206,20 @@ class Runner:
             settled.tokens, settled.hidden_BTH, logprobs, load, settled.lengths, proposal, draft_s, catch_up_s
         )
 
+    def sampling_batch(self, rows: Sequence[LiveRequest]) -> SamplingBatch:
+        """The settings of live requests for their next round."""
+        params, penalties = [row.request.params for row in rows], None
+        if any(one.penalised for one in params):
+            penalties = Penalties.of(params, list(map(self._said_by, rows)))
+        return SamplingBatch.of(params, [row.rounds for row in rows], penalties)
+
+    def _said_by(self, row: LiveRequest) -> Said:
+        if not row.request.params.penalised:
+            return Said((), 0)
+        if row not in self._said:
+            self._said[row] = Said(row.tokens, len(row.request.prompt_ids))
+        return self._said[row]
+
     def _limits(self, rows: Sequence[LiveRequest], targets: tuple[str, ...]) -> tuple[int, ...]:
         """Most tokens that each row may draft: the verification adds one, and a tree is drafted whole or not."""
         if self.drafting is None:
@@ -246,14 +262,6 @@ def _first_tokens(logits_BV: Tensor, batch: SamplingBatch) -> Tensor:
     if batch.greedy:
         return logits_BV.argmax(dim=-1)
     return draw(distribution(logits_BV, batch), batch.uniform(0, NEXT))
-
-
-def sampling_batch(rows: Sequence[LiveRequest]) -> SamplingBatch:
-    """The settings of live requests for their next round."""
-    params, penalties = [row.request.params for row in rows], None
-    if any(one.penalised for one in params):
-        penalties = Penalties.of(params, [Said(row.tokens, len(row.request.prompt_ids)) for row in rows])
-    return SamplingBatch.of(params, [row.rounds for row in rows], penalties)
 
 
 def _pad(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:

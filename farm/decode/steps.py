@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from farm.decode.buckets import Buckets
-from farm.decode.drafts import Drafts
+from farm.decode.drafts import Drafts, MixedHeads
 from farm.decode.graphs import Step, StepGraphs, Tensors
 from farm.decode.growth import Growth
 from farm.decode.proposal import ToVerify
@@ -67,7 +67,8 @@ class StaticSteps:
     """Forwards in shapes of a few sizes: calls are padded, and cut to what was asked for.
 
     Rows that only pad work at `spare`, a position behind all that any slot's sequence keeps. Trees keep the number of
-    their nodes; the draft reads them as EagerSteps does.
+    their nodes; the draft reads them as EagerSteps does. Of rows with LoRAs, drafts or heads that differ no graph is
+    made: it would hold which row has which, of which there are more ways than shapes, and their stacked weights.
     """
 
     buckets: Buckets
@@ -75,8 +76,8 @@ class StaticSteps:
     spare: int
 
     def verify(self, group: Group, read: ToVerify, starts: Sequence[int], cache: SlotCache) -> Reading:
-        """See Steps. A model whose code may wait for the host runs as it is."""
-        if not group.forward.capturable:
+        """See Steps. A model whose code may wait for the host runs as it is, and so do rows whose LoRAs differ."""
+        if not group.forward.capturable or not group.alike:
             return EagerSteps().verify(group, read, starts, cache)
         num_rows, num_tokens = read.tokens_BT.shape
         padded = self._padded(group)
@@ -87,7 +88,7 @@ class StaticSteps:
         if read.branches is not None:
             inputs += [_pad_rows(read.branches.depths_BT, more), _pad_rows(read.branches.seen_BTE, more)]
         shape = (len(inputs[0]), width, context, read.branches is not None)
-        key = ("verify", id(group.forward), id(group.loras), padded.which, group.first, *shape)
+        key = ("verify", id(group.forward), *map(id, group.members), group.first, *shape)
         outputs = self.graphs.run(key, lambda: _verify(padded, width, context, cache), tuple(inputs))
         return Reading(*(output[:num_rows, :num_tokens] for output in outputs))
 
@@ -171,7 +172,8 @@ class _StaticDraft:
         weights = (*map(id, self.draft.parts), id(self.head))
         key = ("draft", *weights, *tokens_BT.shape, self.context)
         # What routes rows is made anew for every batch: a graph of it would never be run again.
-        graphs = StepGraphs(None) if self.draft.changed_by_row else self.graphs
+        by_row = self.draft.changed_by_row or isinstance(self.head, MixedHeads)
+        graphs = StepGraphs(None) if by_row else self.graphs
         hidden_BH, logits_BC = graphs.run(key, lambda: self._step, inputs)
         return hidden_BH, logits_BC
 

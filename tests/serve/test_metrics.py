@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import queue
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -120,6 +121,34 @@ def test_slots_and_waiting_requests_are_seen_between_steps():
     found = samples(exposition([meter.collect()]))
     assert value(found, "farm_requests_running") == value(found, "farm_requests_waiting") == 0
     loop.stop(wait_s=10)
+
+
+def test_versions_that_come_and_go_leave_nothing_but_their_counters():
+    """What was counted after the last scrape must not be lost. An answer's first token is the prefill's."""
+    forward = TargetForward.of(tiny_model(tiny_tokenizer(), 0).eval())
+    meter = EngineMeter("r1")
+    loop = EngineLoop(lambda route: Engine([route], num_slots=2, max_length=64, k=0), meter.read_last)
+    loop.start()
+    emitted = []
+    for number in range(7):
+        version = f"v{number % 3}"  # v0 comes back
+        loop.host("a", version, Route(forward, frozenset()))
+        done = queue.Queue()
+        request = Request(str(number), (1, 2), SamplingParams(max_new_tokens=5 + number))
+        loop.submit("a", request, lambda got, done=done: done.put(got))
+        while done.get(timeout=10).finish_reason is None:
+            pass
+        if number % 2:
+            loop.inspect(lambda lanes, _: meter.read(lanes)).result(timeout=10)
+        emitted.append(value(samples(exposition([meter.collect()])), "farm_emitted_tokens_total"))
+    loop.inspect(lambda lanes, _: meter.read(lanes)).result(timeout=10)
+    loop.stop(wait_s=10)
+    (engine,) = loop._engines
+    found = samples(exposition([meter.collect()]))
+    assert emitted == sorted(emitted)
+    assert value(found, "farm_emitted_tokens_total") == engine.stats.emitted == sum(4 + n for n in range(7))
+    assert value(found, "farm_emitted_tokens_total", target="a", version="v0") == 4 + 7 + 10
+    assert engine.stats_of.keys() == {"a@v0"} == {route for _, route in meter._seen}
 
 
 def test_another_version_is_a_swap_and_the_first_is_none():

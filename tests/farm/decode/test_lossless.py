@@ -15,11 +15,12 @@ import farm.decode.propose as propose_module
 import farm.decode.verify as verify_module
 from farm.decode.controls import make_control
 from farm.decode.engine import Engine, Request, Route
-from farm.decode.penalties import Said, penalise
+from farm.decode.penalties import Said
 from farm.decode.sampling import SamplingBatch, SamplingParams, distribution, draw
 from farm.decode.verify import Verdict
 from farm.draft.model import Draft
 from farm.target.forward import TargetForward
+from tests.farm.decode.penalised import penalise
 from tests.farm.models import tiny_model, tiny_pair
 
 Options = dict[str, Any]

@@ -1,9 +1,12 @@
 """Penalties and bias by their definitions, and seen by a drafted position exactly as by plain decoding."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from farm.decode.controls import make_control
@@ -11,6 +14,7 @@ from farm.decode.engine import Engine, Request, Route
 from farm.decode.penalties import Penalties, Said
 from farm.decode.sampling import SamplingBatch, SamplingParams, distribution
 from farm.target.forward import TargetForward
+from tests.farm.decode.penalised import penalise
 from tests.farm.models import tiny_model, tiny_pair
 
 SAID = Said([1, 2, 2, 5, 5, 5, 7], num_prompt=3)
@@ -58,6 +62,88 @@ def test_a_draft_vocabulary_sees_the_same_values_in_its_own_columns() -> None:
     assert penalties is not None
     pruned = penalties.apply(logits[vocabulary][None, None], [[]], vocabulary_C=vocabulary)[0, 0]
     torch.testing.assert_close(pruned, applied(params, logits)[vocabulary])
+
+
+IDS = st.lists(st.integers(0, 15), max_size=6)
+
+
+@given(
+    params=st.builds(
+        SamplingParams,
+        repetition_penalty=st.sampled_from([1.0, 0.7, 1.3]),
+        presence_penalty=st.sampled_from([0.0, -0.4, 0.7]),
+        frequency_penalty=st.sampled_from([0.0, -0.3, 0.1]),
+        logit_bias=st.lists(st.tuples(st.integers(0, 19), st.floats(-100, 100, width=32)), max_size=4).map(
+            tuple
+        ),
+    ),
+    prompt=IDS,
+    rounds=st.lists(st.tuples(IDS, st.lists(IDS, min_size=1, max_size=5), st.booleans()), max_size=6),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 100),
+)
+@settings(max_examples=300)
+def test_counts_that_grow_give_the_bits_of_counting_everything_anew(
+    params: SamplingParams,
+    prompt: list[int],
+    rounds: list[tuple[list[int], list[list[int]], bool]],
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    """In each round tokens are said, and then paths are looked at, by a target or by a draft of few words."""
+    generator, few = torch.Generator().manual_seed(seed), torch.tensor([1, 2, 3, 7, 12])
+    tokens = list(prompt)
+    penalties = Penalties({0: (params, Said(tokens, len(prompt)))})
+    for new, paths, pruned in rounds:
+        tokens += new
+        vocabulary = few if pruned else None
+        logits = torch.randn(1, len(paths), 5 if pruned else 16, generator=generator).to(dtype)
+        logits[..., :2] = torch.tensor([0.0, -0.0])
+        after = [Said([*tokens, *path], len(prompt)) for path in paths]
+        expected = [penalise(logits[0, t].float(), params, said, vocabulary) for t, said in enumerate(after)]
+        got = penalties.apply_to_paths(logits, {0: paths}, vocabulary)[0]
+        assert torch.equal(got.view(torch.int32), torch.stack(expected).view(torch.int32))
+
+
+class Listened(list[int]):
+    """Tokens that remember how many of them were asked for."""
+
+    asked = 0
+
+    def __iter__(self) -> Iterator[int]:
+        self.asked += len(self)
+        return super().__iter__()
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        self.asked += len(found) if isinstance(index, slice) else 1
+        return found
+
+
+def test_a_long_request_is_counted_once_and_not_at_every_position() -> None:
+    tokens = Listened([1, 2, 3] * 1000)
+    params = SamplingParams(repetition_penalty=1.2, frequency_penalty=0.5)
+    penalties = Penalties.of([params], [Said(tokens, 2000)])
+    assert penalties is not None
+    for _ in range(10):
+        penalties.apply(torch.zeros(1, 5, 9), [[4, 5, 6, 7]])
+        tokens += [8, 8]
+    assert tokens.asked < 4000
+
+
+def test_a_live_request_keeps_its_counts_from_round_to_round_and_takes_them_with_it() -> None:
+    target, _ = tiny_pair()
+    engine = Engine([Route(target, frozenset())], num_slots=2, max_length=64, k=0)
+    engine.add(Request("a", (1, 2, 3), SamplingParams(presence_penalty=1.0, max_new_tokens=9)))
+    engine.step()
+    (live,) = engine.scheduler.live
+    batches = [engine.runner.sampling_batch([live]).penalties for _ in range(2)]
+    (first, second) = (batch.rows[0][1] for batch in batches if batch is not None)
+    assert first is second
+    del live
+    while engine.has_work:
+        engine.step()
+    assert len(engine.runner._said) == 0
 
 
 def test_rows_without_penalties_cost_nothing_and_stay_as_they_are() -> None:

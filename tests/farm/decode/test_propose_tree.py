@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from farm.decode.penalties import Penalties, Said, penalise
+from farm.decode.penalties import Penalties, Said
 from farm.decode.propose import Pending, run_draft
 from farm.decode.propose_tree import TreeProposal, draw_siblings, propose_tree
 from farm.decode.sampling import SamplingBatch, SamplingParams, distribution
@@ -17,6 +17,7 @@ from farm.draft.lean import LeanDraft, LeanHead
 from farm.draft.model import DraftHead
 from farm.layers.cache import Rows, SlotCache
 from farm.layers.dense import Dense
+from tests.farm.decode.penalised import penalise
 from tests.farm.models import tiny_pair
 
 Path = tuple[int, ...]

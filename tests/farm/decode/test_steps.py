@@ -101,6 +101,20 @@ def test_a_mixed_batch_is_padded_group_by_group(tree: TreeShape | None, tmp_path
     assert len(graphs) > 3
 
 
+def test_rows_of_one_lora_have_one_graph_however_often_they_are_put_together(tmp_path: Path) -> None:
+    """The division of a batch into groups is remembered for some batches, and made anew for others."""
+    mixed, _ = family(tmp_path)
+    engine = Engine(mixed, buckets=True, num_slots=2, max_length=60, k=0)
+    graphs, runner = with_capture(engine, recorded), engine.runner
+    read = ToVerify(torch.ones(2, 1, dtype=torch.int64), None)
+    for _ in range(4):
+        (group,) = runner.routes.groups(("lora0", "lora0"))
+        with torch.inference_mode():
+            runner.steps.verify(group, read, [3, 4], runner.cache)
+        runner.routes.groups.cache_clear()
+    assert len(graphs) == 1
+
+
 @CAPTURES
 @SHAPES
 def test_a_captured_step_serves_every_later_round_of_its_shape(capture: Any, tree: TreeShape | None) -> None:
@@ -233,6 +247,16 @@ def test_the_least_recently_used_graph_is_dropped(monkeypatch: pytest.MonkeyPatc
     run(2)  # was dropped for 3: it is as new
     assert made[-1] == 2
     assert len(graphs) == 2
+
+
+def test_what_came_once_is_forgotten_when_many_others_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("farm.decode.graphs.MOST_SEEN", 2)
+    graphs = StepGraphs(recorded)
+    for key in (1, 2, 3, 1):
+        graphs.run(key, lambda: lambda x: (x,), (torch.ones(1),))
+    assert len(graphs) == 0
+    graphs.run(3, lambda: lambda x: (x,), (torch.ones(1),))
+    assert len(graphs) == 1
 
 
 @pytest.mark.gpu
