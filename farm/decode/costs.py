@@ -1,4 +1,4 @@
-"""What a control learns from its rounds: their seconds by rows and length, and how often tokens are accepted."""
+"""What a control learns of its rounds: their seconds by rows and length."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections import defaultdict, deque
 from collections.abc import Sequence
 
 from farm.decode.control import Load, RoundResult
-from farm.decode.growth import bin_of
 
 Bucket = tuple[int, int]  # rows, rounded up to a power of two, and groups
 LOOKS = 3  # measurements of a length before it counts as explored
 # Measurements of a length of which the median counts: another process may have the core at any time.
 KEPT = 15
-PACE_ROUNDS = 4  # rounds by whose median the machine's present pace is told
+PACE_ROUNDS = 8  # rounds by whose median the machine's present pace is told
 PLAIN_ROUNDS = 16  # plain rounds of which the median counts: they come without end where nothing is drafted
+# A pace nearer to 1 is mostly noise: taken out of what is measured, it would let the tables drift apart by lengths.
+LEAST_PACE = 1.15
 SELDOM = 4  # once a length is well known, one round in so many is measured: measuring costs time too
 
 
@@ -57,29 +58,6 @@ class Ratio:
         self._upper, self._lower = self._keep * self._upper + upper, self._keep * self._lower + lower
 
 
-class AcceptanceByPeak:
-    """Probability that a drafted token is accepted, by the largest probability of the distribution it came from.
-
-    Until a bin has seen enough, it says what its peak says: a draft that is right about itself.
-    """
-
-    BINS, PRIOR, MEMORY = 16, 4.0, 500
-
-    def __init__(self) -> None:
-        self._bins = [Ratio((i + 0.5) / self.BINS, self.PRIOR, self.MEMORY) for i in range(self.BINS)]
-
-    def at(self, peak: float) -> float:
-        """Of one distribution."""
-        return self._bins[bin_of(peak, self.BINS)].value
-
-    def table(self) -> list[float]:
-        """Of each bin, from the least certain on."""
-        return [one.value for one in self._bins]
-
-    def add(self, peak: float, hit: float) -> None:
-        self._bins[bin_of(peak, self.BINS)].add(hit, 1.0)
-
-
 class SecondsByLength:
     """Seconds of one part of a round that drafts, by its length, on one line (weighted least squares).
 
@@ -114,14 +92,11 @@ class SecondsByLength:
     @property
     def step(self) -> float:
         """Seconds of one more."""
-        return self._fit()[1]
+        return self.line[1]
 
-    def at(self, length: int) -> float:
-        """Seconds at a length, tried or not."""
-        intercept, step = self._fit()
-        return intercept + step * length
-
-    def _fit(self) -> tuple[float, float]:
+    @property
+    def line(self) -> tuple[float, float]:
+        """Seconds of none, and of one more: at lengths that were tried and at others."""
         if self._line is None:
             every = list(self._medians.items())
             settled = [(n, m) for n, m in every if m.looks >= LOOKS]
@@ -147,16 +122,16 @@ class RoundCosts:
     minutes stay comparable; of plain rounds the last few count.
 
     Drafting is kept by the number of draft forwards; the rest (verification, sampling, bookkeeping) by the number of
-    drafted tokens that were verified.
+    drafted tokens that were verified. All is kept as of a full bucket: a row fewer reads that many tokens less, each of
+    which takes what one more drafted token a row takes, divided by the rows. So five rows and eight compare.
 
-    A bucket that has not been explored goes by the table of the nearest one that has: what one more token costs beside
-    a round differs little between four rows and eight.
+    A bucket that has not been explored goes by the table of the nearest one that has, less the tokens not read.
     """
 
     def __init__(self, max_length: int) -> None:
         self.max_length = max_length
         self._explored: set[Bucket] = set()
-        self._pace = RunningMedian(PACE_ROUNDS, 1.0)
+        self._pace: defaultdict[Bucket, RunningMedian] = defaultdict(lambda: RunningMedian(PACE_ROUNDS, 1.0))
         self._plain: defaultdict[Bucket, RunningMedian] = defaultdict(lambda: RunningMedian(PLAIN_ROUNDS))
         self._draft: defaultdict[Bucket, SecondsByLength] = defaultdict(SecondsByLength)
         self._rest: defaultdict[Bucket, SecondsByLength] = defaultdict(SecondsByLength)
@@ -164,16 +139,21 @@ class RoundCosts:
     def add(self, result: RoundResult) -> None:
         """Takes note of a round's seconds."""
         bucket = bucket_of(result.load)
+        draft, rest, pace = self._draft[bucket], self._rest[bucket], self._pace[bucket]
+        # A plain token has no price of its own: what drafting pays for one stands for it.
+        missing = (1 - result.load.num_rows / bucket[0]) * rest.step
         if not result.forwards:
-            self._plain[bucket].add(result.seconds)
+            self._plain[bucket].add(result.seconds + (missing and missing * pace.value))
             return
-        draft, rest, length = self._draft[bucket], self._rest[bucket], max(result.drafted)
+        length = max(result.drafted)
         looks = min(rest.looks(length), draft.looks(result.forwards))
-        if looks:
-            self._pace.add(result.seconds / self._drafting(bucket, result.forwards, length))
-        if looks < KEPT or self._pace.looks % SELDOM == 0:
-            draft.add(result.forwards, result.draft_s / self._pace.value)
-            rest.add(length, result.rest_s / self._pace.value)
+        if looks >= LOOKS:
+            base, forward, token = self._drafting(bucket, result.load)
+            pace.add(result.seconds / (base + result.forwards * forward + length * token))
+        if looks < KEPT or pace.looks % SELDOM == 0:
+            slow = pace.value if not 1 / LEAST_PACE < pace.value < LEAST_PACE else 1.0
+            draft.add(result.forwards, result.draft_s / slow)
+            rest.add(length, result.rest_s / slow + missing * (1 + length))
 
     def unexplored(self, load: Load) -> tuple[int, ...]:
         """Lengths to try in turn, so that a slow moment is not one length's, and then 0; () when all is known.
@@ -202,25 +182,41 @@ class RoundCosts:
 
     def best(self, load: Load, survival: Sequence[float]) -> tuple[int, float]:
         """The fixed length of most tokens a second, and that rate a row, given mean survival by position."""
-        tokens, best, source = 1.0, (0, self.plain(load)), self.source(load)
-        for length in range(1, self.max_length + 1):
-            tokens += survival[length - 1]
-            rate = self.now(tokens / self._drafting(source, length, length))
+        plain, drafting = self.plain(load), self.best_drafting(load, survival)
+        return drafting if drafting[1] > plain else (0, plain)
+
+    def best_drafting(self, load: Load, survival: Sequence[float]) -> tuple[int, float]:
+        """As `best`, of the lengths above 0."""
+        tokens, best = 1.0, (0, 0.0)
+        base, forward, token = self._drafting(self.source(load), load)
+        for length, survives in enumerate(survival, 1):
+            tokens += survives
+            rate = tokens / (base + length * (forward + token))
             if rate > best[1]:
                 best = (length, rate)
-        return best
+        return best[0], self.now(load, best[1])
 
     def plain(self, load: Load) -> float:
-        """Tokens a second that plain decoding gives a row: loads that last alike may have more rows or fewer."""
+        """Tokens a second that plain decoding gives a row."""
+        source = self.source(load)
+        seconds, token = self._plain[source].value, self._pace[source].value * self._rest[source].step
+        return 1 / (seconds - (1 - load.num_rows / source[0]) * min(token, seconds))
+
+    def plain_full(self, load: Load) -> float:
+        """Tokens a second that plain decoding gives a row of a full bucket."""
         return 1 / self._plain[self.source(load)].value
 
-    def now(self, rate: float) -> float:
-        """Tokens a second at the machine's present pace, of a rate over seconds without it."""
-        return rate / self._pace.value
+    def of_full(self, load: Load) -> float:
+        """How many times as many tokens a second plain decoding gives a row of these as one of a full bucket."""
+        return 1.0 if load.num_rows == self.source(load)[0] else self.plain(load) / self.plain_full(load)
 
-    def without_pace(self, rate: float) -> float:
+    def now(self, load: Load, rate: float) -> float:
+        """Tokens a second at the machine's present pace, of a rate over seconds without it."""
+        return rate / self._pace[self.source(load)].value
+
+    def without_pace(self, load: Load, rate: float) -> float:
         """The rate that `now` would make this one of."""
-        return rate * self._pace.value
+        return rate * self._pace[self.source(load)].value
 
     def forget_plain(self, load: Load) -> None:
         """What plain rounds took is about to be measured anew."""
@@ -232,7 +228,8 @@ class RoundCosts:
 
     def verify_step(self, load: Load) -> float:
         """Seconds of verifying one position more, without the pace."""
-        return self._rest[self.source(load)].step
+        source = self.source(load)
+        return self._rest[source].step * load.num_rows / source[0]
 
     def break_even(self, load: Load, rate: float) -> float | None:
         """The acceptance at which one more drafted token a row just pays, where `rate` tokens a second are reached.
@@ -245,10 +242,14 @@ class RoundCosts:
 
     def seconds(self, result: RoundResult) -> float:
         """What a round that drafts such as this takes by the tables: without the luck of this one, and the pace."""
-        return self._drafting(self.source(result.load), result.forwards, max(result.drafted))
+        base, forward, token = self._drafting(self.source(result.load), result.load)
+        return base + result.forwards * forward + max(result.drafted) * token
 
-    def _drafting(self, bucket: Bucket, forwards: int, length: int) -> float:
-        return self._draft[bucket].at(forwards) + self._rest[bucket].at(length)
+    def _drafting(self, bucket: Bucket, load: Load) -> tuple[float, float, float]:
+        """By a bucket's table, for a load of any rows: seconds of every round, of a forward, of a drafted token."""
+        (drafting, forward), (rest, token) = self._draft[bucket].line, self._rest[bucket].line
+        share = load.num_rows / bucket[0]
+        return drafting + rest - (1 - share) * min(token, rest), forward, share * token
 
 
 def bucket_of(load: Load) -> Bucket:

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 import pytest
 from pydantic import ValidationError
 
+from farm.decode.acceptance import AcceptanceByPeak
 from farm.decode.adaedl import AdaEDL
 from farm.decode.control import Control, Fixed, Load, RoundResult
 from farm.decode.controls import make_control
-from farm.decode.costs import AcceptanceByPeak, RoundCosts
+from farm.decode.costs import RoundCosts
 from farm.decode.growth import Growing, Growth, Rule
 from farm.decode.renewal import Cost
 from farm.sections import ServeSettings
@@ -257,17 +258,42 @@ def test_one_stutter_at_a_length_that_is_rarely_tried_moves_no_price() -> None:
     assert costs.verify_step(load_of(8)) == pytest.approx(0.2)
 
 
-def test_rows_that_were_not_looked_at_yet_cost_what_a_like_number_does() -> None:
+def test_rows_that_were_not_looked_at_yet_cost_what_their_tokens_do() -> None:
     """Four rows and eight are known; three go by the table of four, one by that of four, sixteen by that of eight."""
     costs = RoundCosts(8)
     for rows in (4, 8):
         for _ in range(3):
             for length in (0, 1, 4, 8):
-                costs.add(took(rows, length, 0.1 * length, 1.0 + 0.01 * rows * length))
+                costs.add(took(rows, length, 0.1 * length, 1.0 + 0.01 * rows * (1 + length)))
         assert costs.unexplored(load_of(rows)) == ()
-    steps = [costs.verify_step(load_of(rows)) for rows in (1, 3, 16)]
-    assert steps == pytest.approx([0.04, 0.04, 0.08])
     assert [costs.source(load_of(rows)) for rows in (1, 3, 8, 16)] == [(4, 1), (4, 1), (8, 1), (8, 1)]
+    for rows in (1, 3, 6, 16):
+        assert costs.verify_step(load_of(rows)) == pytest.approx(0.01 * rows)
+        assert 1 / costs.plain(load_of(rows)) == pytest.approx(1.0 + 0.01 * rows)
+        assert costs.seconds(took(rows, 3, 0.0, 0.0)) == pytest.approx(0.3 + 1.0 + 0.04 * rows)
+
+
+def test_a_tail_of_five_rows_is_no_fast_machine() -> None:
+    """Five and eight rows share a bucket: rounds of five are shorter, and the pace stays what it was."""
+    costs = RoundCosts(8)
+    for rows in (8,) * 20 + (5,) * 20:
+        for length in (0, 1, 4, 8):
+            costs.add(took(rows, length, 0.1 * length, 0.2 + 0.1 * rows * (1 + length)))
+    assert costs.now(load_of(8), 1.0) == pytest.approx(1.0)
+    assert costs.verify_step(load_of(8)) == pytest.approx(0.8)
+    assert 1 / costs.plain(load_of(8)) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("first", [3.0, 0.3])
+def test_a_first_look_that_is_an_outlier_sets_no_scale(first: float) -> None:
+    """Were the pace told from one look, all that follow would be taken for a fast machine, for ever."""
+    costs = RoundCosts(8)
+    costs.add(took(8, 1, 0.1 * first, 1.2 * first))
+    for _ in range(12):
+        for length in (0, 1, 4, 8):
+            costs.add(took(8, length, 0.1 * length, 1.0 + 0.2 * length))
+    assert costs.verify_step(load_of(8)) == pytest.approx(0.2)
+    assert costs.now(load_of(8), 1.0) == pytest.approx(1.0)
 
 
 def test_requests_near_their_end_are_not_explored_length_by_length() -> None:
