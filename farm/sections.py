@@ -124,7 +124,7 @@ class TrainSettings(Strict):
     unroll: Positive = 2
     zero_stage: int = Field(default=0, ge=0, le=2)
     # Of products; weights and optimizer are float32. "auto": bfloat16 on a GPU, else float32. A CPU with instructions
-    # for bfloat16 (avx512_bf16, amx_bf16) takes half as long in it, one without several times as long.
+    # for bfloat16 (avx512_bf16, amx_bf16) may take half as long in it, one without takes longer.
     dtype: Dtype = "auto"
     save_every: Positive = 200  # steps
     prompt_tokens: bool = False  # learn from the tokens of the prompts too, not from the answers alone

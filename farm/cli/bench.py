@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -26,6 +27,7 @@ app.add_typer(bench_app, name="bench")
 FamilyPath = Annotated[
     Path, typer.Argument(help="A family's manifest; default: the demo's zoo.", metavar="[MANIFEST]")
 ]
+Item = TypeVar("Item")
 TABLE_WIDTH = 132  # of a benchmark's table where the terminal is narrower or says nothing
 
 
@@ -38,6 +40,19 @@ class OtherEngine(StrEnum):
 def show_wide(shown: Table) -> None:
     """A benchmark's table, unfolded where there is no terminal."""
     Console(width=max(console.width, TABLE_WIDTH)).print(shown)
+
+
+def show_lines(lines: Iterable[object]) -> None:
+    """A line each of what a benchmark found, or of the files that it wrote."""
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def with_progress(rows: Iterable[Item], what: str, total: int | None = None) -> Iterable[Item]:
+    """The rows as they are measured, with a bar on a terminal."""
+    from rich.progress import track
+
+    return track(rows, what, total, console=console, disable=not console.is_terminal)
 
 
 def run_source() -> dict[str, Any]:
@@ -75,8 +90,6 @@ def bench_decode(  # noqa: PLR0913 - the options of a command
     overrides: Overrides = None,
 ) -> None:
     """Speed of `generate`, plain decoding, both drafts and every control of the draft length, in one run."""
-    from rich.progress import track
-
     from farm.bench.arms import chosen, full_arms, quick_arms, with_trees, with_vllm
     from farm.bench.decode import largest, measure
     from farm.bench.family import members
@@ -106,13 +119,9 @@ def bench_decode(  # noqa: PLR0913 - the options of a command
         spec, config, prompt = specs[member.name], member.target.config, member.prompts[0]
         with vllm_engines(spec, config, largest(member, arms), prompt) if engine else nullcontext() as vllm:
             every = measure(member, family_name(manifest), arms, repeats, vllm)
-            total = len(arms) * repeats
-            rows += track(every, member.name, total, console=console, disable=not console.is_terminal)
+            rows += with_progress(every, member.name, len(arms) * repeats)
     show_wide(table(rows))
-    for line in beside_best_fixed(rows):
-        console.print(line, markup=False, highlight=False)
-    for path in write(out, rows, floors, source):
-        console.print(path, markup=False, soft_wrap=True)
+    show_lines([*beside_best_fixed(rows), *write(out, rows, floors, source)])
 
 
 @bench_app.command("operators")
@@ -123,16 +132,13 @@ def bench_operators(
     overrides: Overrides = None,
 ) -> None:
     """Products, norm, sampling and forward beside the library's, at the sizes of the family's base model."""
-    from rich.progress import track
-
     from farm.bench.operators import model_pairs
     from farm.bench.pairs import measure, table, write
 
     source, pairs = run_source(), model_pairs(load_family(manifest, overrides))
-    shown = track(pairs, "measuring", console=console, disable=not console.is_terminal)
-    rows = [measure(pair, family_name(manifest), repeats) for pair in shown]
+    rows = [measure(pair, family_name(manifest), repeats) for pair in with_progress(pairs, "measuring")]
     show_wide(table(rows))
-    console.print(write(out, rows, source), markup=False, soft_wrap=True)
+    show_lines([write(out, rows, source)])
 
 
 @bench_app.command("mixed")
@@ -143,18 +149,16 @@ def bench_mixed(
     overrides: Overrides = None,
 ) -> None:
     """Batches of several targets beside the same batches on each of them alone."""
-    from rich.progress import track
-
     from farm.bench.mixed import CONTROLS, cases, measure, table, write
 
     source, every = run_source(), cases(load_family(manifest, overrides))
     total = len(every) * len(CONTROLS) * repeats
     measured = measure(every, family_name(manifest), repeats)
     rows: dict[tuple[Case, str], list[Row]] = {}
-    for case, row in track(measured, "measuring", total, console=console, disable=not console.is_terminal):
+    for case, row in with_progress(measured, "measuring", total):
         rows.setdefault((case, row.control), []).append(row)
     show_wide(table(rows))
-    console.print(write(out, rows, source), markup=False, soft_wrap=True)
+    show_lines([write(out, rows, source)])
 
 
 @bench_app.command("neighbours")
@@ -170,4 +174,4 @@ def bench_neighbours(
     load_family(manifest, None)  # mistakes are told here and not by a child
     rows = list(neighbours.measure(manifest, os.cpu_count() or 1, WORKER_VARIABLES[neighbours.SPINS]))
     show_wide(neighbours.table(rows))
-    console.print(neighbours.write(out, rows, source), markup=False, soft_wrap=True)
+    show_lines([neighbours.write(out, rows, source)])

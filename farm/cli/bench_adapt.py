@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from farm.cli.bench import FamilyPath, bench_app, family_name, run_source, show_wide
+from farm.cli.bench import FamilyPath, bench_app, family_name, run_source, show_lines, show_wide
 from farm.cli.options import ZOO, Overrides, console, load_family
 from farm.config import UserError, dump
 
@@ -57,8 +57,7 @@ def bench_adapt(
     show_wide(comparison_table(compare(rows)))
     paths = [*write(out, rows, source), out / "adapt.md"]
     paths[-1].write_text(page(rows, source["command"], source["git_sha"]))
-    for path in paths:
-        console.print(path, markup=False, soft_wrap=True)
+    show_lines(paths)
 
 
 @bench_app.command("packed")
@@ -86,6 +85,4 @@ def bench_packed(
     with connect():
         cost = measure(settled, jobs, console.print)
     show_wide(packed.table(cost))
-    for line in packed.lines(cost):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    console.print(packed.write(out, cost, family_name(manifest), source), markup=False, soft_wrap=True)
+    show_lines([*packed.lines(cost), packed.write(out, cost, family_name(manifest), source)])

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from farm.cli.bench import FamilyPath, bench_app, run_source, show_wide
+from farm.cli.bench import FamilyPath, bench_app, run_source, show_lines, show_wide
 from farm.cli.options import ZOO, Overrides, console, load_family
 from farm.config import UserError
 
@@ -51,5 +51,4 @@ def bench_serve(
     else:
         record = bench_url(settled, Endpoint(url, os.environ.get("FARM_API_KEY")), load, say)
     show_wide(table(record))
-    for path in write(out, record, source):
-        console.print(path, markup=False, soft_wrap=True)
+    show_lines(write(out, record, source))

@@ -10,10 +10,10 @@ from farm.cli import (  # noqa: F401
     bench,
     bench_adapt,
     bench_serve,
+    evaluating,
     exporting,
     onboarding,
     registry,
-    results,
     serving,
     triage,
 )

@@ -143,7 +143,7 @@ class RoundCosts:
         # A plain token has no price of its own: what drafting pays for one stands for it.
         missing = (1 - result.load.num_rows / bucket[0]) * rest.step
         if not result.forwards:
-            self._plain[bucket].add(result.seconds + (missing and missing * pace.value))
+            self._plain[bucket].add(result.seconds + missing * pace.value)
             return
         length = max(result.drafted)
         looks = min(rest.looks(length), draft.looks(result.forwards))

@@ -54,10 +54,13 @@ class Penalties:
     rows: dict[int, tuple[SamplingParams, Said]]
 
     @classmethod
-    def of(cls, params: Sequence[SamplingParams], said: Sequence[Said]) -> Penalties | None:
-        """None when no row has a bias or a penalty: then logits stay as they are."""
-        pairs = enumerate(zip(params, said, strict=True))
-        rows = {row: (one, words) for row, (one, words) in pairs if one.penalised}
+    def of(cls, params: Sequence[SamplingParams], said: Sequence[Said | None]) -> Penalties | None:
+        """None when no row has a bias or a penalty: then logits stay as they are. What other rows said is not asked."""
+        rows = {}
+        for row, (one, words) in enumerate(zip(params, said, strict=True)):
+            if one.penalised:
+                assert words is not None
+                rows[row] = (one, words)
         return cls(rows) if rows else None
 
     def apply(

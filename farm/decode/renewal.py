@@ -106,7 +106,7 @@ class Cost:
 
     signal: Signal = "peak"
     LOOK = 4  # rounds of a trial that count
-    # Those before them, which pay for the change: the first plain rounds behind drafting ones are slower by a quarter,
+    # Those before them, which pay for the change: the first plain rounds behind drafting ones are slower,
     # and each brings little.
     SETTLE, SETTLE_PLAIN = 1, 5
     DEEP_EVERY, EXPLORE_EVERY, RULE_ROUNDS = 48, 16, 8

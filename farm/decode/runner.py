@@ -213,9 +213,9 @@ class Runner:
             penalties = Penalties.of(params, list(map(self._said_by, rows)))
         return SamplingBatch.of(params, [row.rounds for row in rows], penalties)
 
-    def _said_by(self, row: LiveRequest) -> Said:
+    def _said_by(self, row: LiveRequest) -> Said | None:
         if not row.request.params.penalised:
-            return Said((), 0)
+            return None
         if row not in self._said:
             self._said[row] = Said(row.tokens, len(row.request.prompt_ids))
         return self._said[row]

@@ -104,11 +104,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     """By name; from safetensors, or from the pickle that older checkpoints come as, of which only tensors are read."""
-    try:
-        files = weight_files(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: its index of weights cannot be read ({error}); copy it again") from error
-    pickled = folder / PICKLE_FILE
+    files, pickled = weight_files(folder), folder / PICKLE_FILE
     if files or not pickled.is_file():
         tensors: dict[str, Tensor] = {}
         for file in files or [folder / "model.safetensors"]:

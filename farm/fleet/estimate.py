@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from farm.artifacts import TRUNK, Artifacts
+from farm.config import UserError
 from farm.fleet.answers import ANSWERS, AnswersJob
 from farm.fleet.chosen import SELECT
 from farm.fleet.publish import evaluation_key, opponent_of
@@ -90,7 +91,7 @@ def _checkpoint_bytes(model: str) -> int:
     path = local_copy(model)
     try:
         files = [path] if path.is_file() else weight_files(path)
-    except (OSError, ValueError, KeyError):
+    except UserError:
         return 0
     return sum(file.stat().st_size for file in files if file.is_file())
 

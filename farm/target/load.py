@@ -24,9 +24,8 @@ from farm.target.model import TargetModel
 from farm.target.pretrained import from_checkpoint, with_adapter
 from farm.target.weights import INVOCATION, adapter_files, adapter_names, read_weights, weight_files
 
-WEIGHT_SUFFIXES = (".safetensors", ".gguf")
 ENDS = ("model.embed_tokens.weight", "lm_head.weight")
-DIGESTED_SUFFIXES = (*WEIGHT_SUFFIXES, ".json", ".jinja", ".model", ".txt")
+DESCRIBING_SUFFIXES = (".gguf", ".json", ".jinja", ".model", ".txt")
 
 
 @dataclass(frozen=True)
@@ -253,8 +252,7 @@ def target_digest(spec: TargetSpec) -> str:
 
 def _digested(folder: Path, weights: Collection[Path]) -> list[Path]:
     """Files that say what a folder's target is, by their paths: of safetensors only those that make it."""
-    found = {file for file in folder.glob("*") if file.suffix in DIGESTED_SUFFIXES}
-    found -= set(folder.glob("*.safetensors"))
+    found = {file for file in folder.glob("*") if file.suffix in DESCRIBING_SUFFIXES}
     return sorted(found | {file for file in weights if file.is_file()})
 
 

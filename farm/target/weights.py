@@ -47,7 +47,7 @@ def read_weights(
     if factors is None:
         return None
     files = weight_files(folder)
-    if not factors.keys() <= _names(files):
+    if factors and not factors.keys() <= _names(files):
         return None
     weights: dict[str, Tensor] = {}
     for file in files:
@@ -84,7 +84,7 @@ def weight_files(folder: Path) -> list[Path]:
             return [
                 folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))
             ]
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise Refused(f"{index} cannot be read ({error}); copy the checkpoint again") from error
     return sorted(folder.glob("*.safetensors"))
 

@@ -65,7 +65,7 @@ def test_shards_that_the_index_does_not_name_are_no_part_of_a_draft(checkpoint: 
     index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, shard.name)}))
     assert trunk_of_eagle(checkpoint) == wanted
     index.write_text("{}")
-    with pytest.raises(UserError, match="its index of weights cannot be read"):
+    with pytest.raises(UserError, match=r"index\.json cannot be read .*; copy the checkpoint again"):
         trunk_of_eagle(checkpoint)
 
 
