@@ -1,10 +1,10 @@
-"""What a control learns of drafts: how often tokens are accepted, by target, position and the draft's own certainty."""
+"""What a control learns of drafts: how often tokens are accepted, by kind of row, position and largest probability."""
 
 from __future__ import annotations
 
 from collections import Counter
 
-from farm.decode.control import Load, RoundResult
+from farm.decode.control import Kind, Load, RoundResult
 from farm.decode.costs import Ratio
 from farm.decode.growth import bin_of
 
@@ -33,7 +33,7 @@ class AcceptanceByPeak:
 
 
 class Acceptance:
-    """What one target has taught: acceptance by the draft's largest probability, and by position."""
+    """What rows of one kind have taught: acceptance by the draft's largest probability, and by position."""
 
     def __init__(self, max_length: int) -> None:
         self.by_peak = AcceptanceByPeak()
@@ -49,8 +49,8 @@ class Acceptance:
         return survival
 
 
-class Known(dict[str, Acceptance]):
-    """What each target has taught; of more than MOST the one known for longest is forgotten."""
+class Known(dict[Kind, Acceptance]):
+    """What each kind of rows has taught; of more than MOST the one known for longest is forgotten."""
 
     MOST = 256
     NEW_ROUNDS, EVERY = 64, 4  # rounds that teach, every one and then one in so many: teaching costs time
@@ -59,15 +59,15 @@ class Known(dict[str, Acceptance]):
         super().__init__()
         self._max_length = max_length
 
-    def __missing__(self, target: str) -> Acceptance:
+    def __missing__(self, kind: Kind) -> Acceptance:
         if len(self) >= self.MOST:
             del self[next(iter(self))]
-        return self.setdefault(target, Acceptance(self._max_length))
+        return self.setdefault(kind, Acceptance(self._max_length))
 
     def teaches(self, load: Load, number: int) -> bool:
         """Whether a round of that number is learned from: its outcome has no say, which would bias what is known."""
         return number % self.EVERY == 0 or any(
-            self[name].rounds < self.NEW_ROUNDS for name in set(load.targets)
+            self[kind].rounds < self.NEW_ROUNDS for kind in set(load.kinds)
         )
 
     def learn(self, result: RoundResult) -> None:
@@ -76,11 +76,11 @@ class Known(dict[str, Acceptance]):
         Acceptance by position has to hold before a distribution is known, and the likely ones alone are verified.
         """
         load, forwards = result.load, len(result.signals)
-        for target in set(load.targets):
-            self[target].rounds += 1
-        rows = zip(load.targets, load.limits, result.drafted, result.accepted, result.emitted, strict=True)
-        for row, (target, limit, drafted, accepted, emitted) in enumerate(rows):
-            known = self[target]
+        for kind in set(load.kinds):
+            self[kind].rounds += 1
+        rows = zip(load.kinds, load.limits, result.drafted, result.accepted, result.emitted, strict=True)
+        for row, (kind, limit, drafted, accepted, emitted) in enumerate(rows):
+            known = self[kind]
             for index in range(min(drafted, accepted + 1, emitted)):
                 hit = float(index < accepted)
                 known.by_position[index].add(hit, 1.0)
@@ -91,8 +91,8 @@ class Known(dict[str, Acceptance]):
     def mean_survival(self, load: Load) -> list[float]:
         """Over the rows of a round; beyond its limit a row accepts nothing."""
         total = [0.0] * self._max_length
-        survival_of = {name: self[name].mean_survival() for name in set(load.targets)}
-        for (name, limit), rows in Counter(zip(load.targets, load.limits, strict=True)).items():
-            for index, survival in enumerate(survival_of[name][:limit]):
+        survival_of = {kind: self[kind].mean_survival() for kind in set(load.kinds)}
+        for (kind, limit), rows in Counter(zip(load.kinds, load.limits, strict=True)).items():
+            for index, survival in enumerate(survival_of[kind][:limit]):
                 total[index] += rows * survival
         return [survival / load.num_rows for survival in total]

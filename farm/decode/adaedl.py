@@ -7,14 +7,14 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from farm.decode.control import Load, RoundResult, Signal
+from farm.decode.control import Kind, Load, RoundResult, Signal
 from farm.decode.costs import Ratio, RoundCosts
 from farm.decode.growth import Growth
 
 
 @dataclass
 class Threshold:
-    """lambda of one target, and the acceptance rate that it follows (None before the first round)."""
+    """lambda of one kind of rows, and the acceptance rate that it follows (None before the first round)."""
 
     value: float
     rate: float | None = None
@@ -23,7 +23,7 @@ class Threshold:
 class AdaEDL:
     """Stops a row where 1 - sqrt(gamma H) < lambda, H the entropy of the draft's distribution (AdaEDL, alg. 1).
 
-    A target's lambda follows its acceptance rate: up by epsilon below the wanted rate, down where not everything was
+    A kind's lambda follows its acceptance rate: up by epsilon below the wanted rate, down where not everything was
     accepted. As published, the wanted rate is 0.9, which an EAGLE draft never reaches: lambda climbs beyond 1 and every
     round stops at once. Here lambda stays in [0.2, 0.9], and the wanted rate is where a drafted token just pays:
     R dt / B, R the tokens a second reached lately, dt the seconds of drafting and verifying one token more.
@@ -36,20 +36,20 @@ class AdaEDL:
     def __init__(self, max_length: int, *, published: bool = False, start: float = 0.5) -> None:
         self.max_length, self.published = max_length, published
         self.wanted = 0.9
-        self.thresholds: defaultdict[str, Threshold] = defaultdict(lambda: Threshold(start))
+        self.thresholds: defaultdict[Kind, Threshold] = defaultdict(lambda: Threshold(start))
         self._costs = RoundCosts(max_length)
         self._reached: dict[tuple[int, int], Ratio] = {}  # tokens a second, by rows and groups
-        self._targets: tuple[str, ...] = ()
+        self._kinds: tuple[Kind, ...] = ()
 
     def limit(self, load: Load) -> int:
-        self._targets = load.targets
+        self._kinds = load.kinds
         return self.max_length
 
     def keep(self, index: int, signal_B: Sequence[float]) -> list[bool]:
         if index == 0:
             return [True] * len(signal_B)
-        pairs = zip(self._targets, signal_B, strict=True)
-        return [1 - math.sqrt(self.GAMMA * h) >= self.thresholds[target].value for target, h in pairs]
+        pairs = zip(self._kinds, signal_B, strict=True)
+        return [1 - math.sqrt(self.GAMMA * h) >= self.thresholds[kind].value for kind, h in pairs]
 
     def more(self, index: int) -> bool:  # noqa: ARG002
         return True
@@ -57,12 +57,12 @@ class AdaEDL:
     def observe(self, result: RoundResult) -> None:
         if not self.published and result.forwards:
             self._learn(result)
-        for target in set(result.load.targets):
-            rows = [row for row, name in enumerate(result.load.targets) if name == target]
+        for kind in set(result.load.kinds):
+            rows = [row for row, one in enumerate(result.load.kinds) if one == kind]
             drafted, accepted = map(sum, zip(*(_before_stop(result, row) for row in rows), strict=True))
             if drafted:
                 self._follow(
-                    self.thresholds[target], accepted / drafted, accepted == self.max_length * len(rows)
+                    self.thresholds[kind], accepted / drafted, accepted == self.max_length * len(rows)
                 )
 
     def _follow(self, threshold: Threshold, accepted: float, everything: bool) -> None:

@@ -7,6 +7,7 @@ probability: else what is verified would depend on what was drawn, and the outpu
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -15,22 +16,31 @@ from farm.decode.growth import Growth
 
 # What a control wants to know of a draft's distribution: nothing, its entropy in nats, or its largest probability.
 Signal = Literal["none", "entropy", "peak"]
+# Rows whose drafts are accepted alike: of one target, greedy or sampled.
+Kind = tuple[str, bool]
 
 
 @dataclass(frozen=True)
 class Load:
     """Who decodes in a round: each row's target, the most tokens it may draft, and in how many groups all are verified.
 
-    A row's limit is its request's own, or the engine's; 0 where its target has no draft.
+    A row's limit is its request's own, or the engine's; 0 where its target has no draft. `sampled` says which rows are
+    not greedy; none are where it is empty.
     """
 
     targets: tuple[str, ...]
     limits: tuple[int, ...]
     num_groups: int = 1
+    sampled: tuple[bool, ...] = ()
 
     @property
     def num_rows(self) -> int:
         return len(self.targets)
+
+    @functools.cached_property
+    def kinds(self) -> tuple[Kind, ...]:
+        """Of each row."""
+        return tuple(zip(self.targets, self.sampled or (False,) * len(self.targets), strict=True))
 
 
 @dataclass(frozen=True)

@@ -48,14 +48,20 @@ class Regime:
 
     What is done is looked into after `left` rounds; `rest` and `watch` are the pauses before that, of plain decoding
     and of speculation, and grow while it is confirmed. Every look says how much more drafting brings than plain
-    decoding; the mean of the last ones decides, since one alone errs by NOISE.
+    decoding; the mean of the last ones decides, since one alone errs by NOISE. `caught_up` is what drafts take to read
+    the prompts of requests that begin, in the seconds of rounds that draft: no round has it, plain decoding needs none.
     """
 
     NOISE = 0.08  # standard deviation of a look, of the logarithm of a rate
     LOOKS = 8  # whose mean counts
+    CAUGHT_UP = (
+        32,
+        512,
+    )  # rounds that what is known of catching up counts as when speculation begins, and at most
 
     def __init__(self, pause: int) -> None:
         self.speculates, self.rate, self.since = False, Ratio(1.0, 1.0, memory=1), 0
+        self.caught_up = Ratio(0.0, 1.0, memory=1)
         self.left, self.rest, self.watch = pause, pause, pause
         self.gain, self._looks = 0.0, 0
 
@@ -65,6 +71,16 @@ class Regime:
             self._looks = 0  # no luck any more: something has changed
         self._looks = min(self._looks + 1, self.LOOKS)
         self.gain += (gain - self.gain) / self._looks
+
+    def begin(self, rate: float, number: int) -> None:
+        """Speculates from round `number` on, at a rate that is expected."""
+        least, most = self.CAUGHT_UP
+        self.speculates, self.since, self.rate = True, number, Ratio(rate, 4 / rate, memory=64)
+        self.caught_up = Ratio(self.caught_up.value, least / rate, memory=most)
+
+    def with_catching_up(self, rate: float) -> float:
+        """What is left of a rate that drafting rounds have."""
+        return rate / (1 + self.caught_up.value)
 
 
 def gain_over(plain: float, drafting: float) -> float:
@@ -123,7 +139,7 @@ class Cost:
         self.max_length = max_length
         self.growth: Growth | None = None
         self._costs = RoundCosts(max_length)
-        self._of_target = Known(max_length)
+        self._known = Known(max_length)
         self._regimes: defaultdict[Bucket, Regime] = defaultdict(lambda: Regime(self.SHORTEST_PAUSE))
         self._explored: set[Bucket] = set()
         self._stays = Stays()
@@ -191,7 +207,8 @@ class Cost:
 
     def _gain_of(self, load: Load, regime: Regime) -> float:
         """Of speculation over plain decoding, as both were when they were last seen."""
-        return gain_over(self._costs.plain_full(load), self._costs.now(load, regime.rate.value))
+        rate = regime.with_catching_up(regime.rate.value)
+        return gain_over(self._costs.plain_full(load), self._costs.now(load, rate))
 
     def _decide(self, load: Load, regime: Regime, trial: Trial | None = None) -> None:
         """Whether loads such as this speculate from now on, and for how many rounds that goes unquestioned."""
@@ -206,12 +223,11 @@ class Cost:
         else:
             plain = self._costs.plain(load)
             promised = self._best_drafting(load)
-            regime.look(gain_over(plain, promised))
+            regime.look(gain_over(plain, regime.with_catching_up(promised)))
             if regime.gain > self.BEGIN[several]:
                 rate = self._costs.without_pace(load, promised) / self._costs.of_full(load)
-                regime.rate, regime.since = Ratio(rate, 4 / rate, memory=64), self._round
+                regime.begin(rate, self._round)
                 regime.left = regime.watch = self.FIRST_WATCH
-                regime.speculates = True
                 return
             # In rounds of plain decoding, which commit a token a row.
             lost = 0.0 if trial is None else trial.seconds * plain - trial.tokens
@@ -222,10 +238,10 @@ class Cost:
         return max(self.SHORTEST_PAUSE, min(2 * pause, longest))
 
     def _best(self, load: Load) -> tuple[int, float]:
-        return self._costs.best(load, self._of_target.mean_survival(load))
+        return self._costs.best(load, self._known.mean_survival(load))
 
     def _best_drafting(self, load: Load) -> float:
-        return self._costs.best_drafting(load, self._of_target.mean_survival(load))[1]
+        return self._costs.best_drafting(load, self._known.mean_survival(load))[1]
 
     def _rule(self, load: Load, regime: Regime) -> Rule | None:
         """Survival that pays for each position, at the rate that is expected; worked out anew every few rounds.
@@ -238,12 +254,13 @@ class Cost:
             return self._last_rule
         costs, verify = self._costs, self._costs.verify_step(load)
         # Plain decoding's rate as it lies below speculation's by all looks: that of the last few rounds errs by more.
-        plain = regime.rate.value / math.exp(regime.gain) * costs.of_full(load)
+        drafting = regime.with_catching_up(regime.rate.value)
+        plain = drafting / math.exp(regime.gain) * costs.of_full(load)
         promised = costs.without_pace(load, self._best_drafting(load))
         self._last_rule = None
         if promised > self.CLEARLY * plain:
             rate = load.num_rows * max(plain, promised)
-            of_rows = [self._of_target[name] for name in load.targets]
+            of_rows = [self._known[kind] for kind in load.kinds]
             self._last_rule = Rule(
                 [one.by_peak.table() for one in of_rows],
                 [[ratio.value for ratio in one.by_position] for one in of_rows],
@@ -274,8 +291,8 @@ class Cost:
         if settled:
             self._costs.add(result)
         own = bucket_of(result.load)
-        if drafted and (own in self._trials or self._of_target.teaches(result.load, self._round)):
-            self._of_target.learn(result)
+        if drafted and (own in self._trials or self._known.teaches(result.load, self._round)):
+            self._known.learn(result)
         if not asked:  # no row could have drafted anything
             return
         regime = self._regimes[own]
@@ -288,3 +305,6 @@ class Cost:
             load = result.load
             tokens = result.tokens / load.num_rows / self._costs.of_full(load)
             regime.rate.add(tokens, self._costs.seconds(result))
+        # What rows in flight had to read when it began is the change's price, not that of going on.
+        if drafted and regime.speculates and self._round > regime.since + 1:
+            regime.caught_up.add(result.catch_up_s, result.seconds)

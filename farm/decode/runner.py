@@ -174,7 +174,8 @@ class Runner:
         lengths = list(map(len, sequences))
         targets = tuple(row.request.target for row in rows)
         groups = self.routes.groups(targets)
-        load = Load(targets, self._limits(rows, targets), len(groups))
+        sampled = tuple(row.request.params.temperature > 0 for row in rows)
+        load = Load(targets, self._limits(rows, targets), len(groups), sampled)
         limit = min(max(load.limits), control.limit(load)) if any(load.limits) else 0
         times = [time.perf_counter()]
         if self.drafting is not None and limit > 0:

@@ -131,9 +131,9 @@ def test_the_published_threshold_runs_away_and_ours_does_not() -> None:
     published, ours = AdaEDL(6, published=True), AdaEDL(6)
     length_published, _ = play(published, lambda peak: 0.4 + 0.5 * peak, rounds=8000)
     length_ours, _ = play(ours, lambda peak: 0.4 + 0.5 * peak, rounds=8000)
-    assert published.thresholds[""].value > 1.0
+    assert published.thresholds["", False].value > 1.0
     assert length_published == pytest.approx(1.0)
-    assert 0.2 <= ours.thresholds[""].value <= 0.9
+    assert 0.2 <= ours.thresholds["", False].value <= 0.9
     assert length_ours > 1.3
 
 
@@ -183,7 +183,7 @@ def survival_after(results: Iterable[RoundResult]) -> list[float]:
     control = Cost(8)
     for result in results:
         control.observe(result)
-    return [ratio.value for ratio in control._of_target[""].by_position]
+    return [ratio.value for ratio in control._known["", False].by_position]
 
 
 def test_a_position_that_was_drafted_and_dropped_counts_as_what_its_peak_says() -> None:
@@ -398,6 +398,16 @@ def test_a_target_that_is_drafted_badly_neither_rests_another_nor_is_drafted_for
     said = drafted_by_round(Cost(8), loads, lambda target, _: 0.85 if target == "good" else 0.02)
     assert share(said[1200:], "good") > 0.85
     assert share(said[1200:], "bad") < 0.15
+
+
+def test_sampled_rows_do_not_lower_what_is_hoped_of_greedy_ones_of_the_same_target() -> None:
+    """A draft that always guesses the likeliest token, and seldom what is drawn; a request of either in turn."""
+    loads = [Load(("a",), (8,), sampled=(bool(number // 40 % 2),)) for number in range(4800)]
+    control = Cost(8)
+    drafted_by_round(control, loads, lambda _, number: 0.1 if number // 40 % 2 else 0.95)
+    greedy, sampled = (control._known["a", one].by_position[0].value for one in (False, True))
+    assert greedy > 0.9
+    assert sampled < 0.2
 
 
 @pytest.mark.parametrize("seed", range(12))
