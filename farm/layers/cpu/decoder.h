@@ -65,17 +65,28 @@ void place(Thread& thread, const Decoder<T>& d, const Layer<T>& layer, const Cal
   });
 }
 
+// A product, and what sequences have of their own of it. Behind those of q/k/v, of the attention's output and of the gate
+// every row is worked on by itself.
+template <class T>
+void linear_and_loras(Thread& thread, Ahead& ahead, const Call<T>& c, int64_t layer, Part part, const Task<T>& task) {
+  if (!c.loras) return linear<T>(thread, task);
+  expect_loras(thread, ahead, c.loras, layer, part, c.sequences, c.tokens, task.inputs, task.outputs);
+  linear<T>(thread, task, &ahead);
+  add_loras(thread, c.loras, layer, part, task.x, task.y, c.sequences, c.tokens, task.inputs, task.outputs);
+  if (part == kDown || part == kFc) thread.meet();
+}
+
 // x = fc of the embedding beside the hidden state (EAGLE, arXiv 2401.15077).
 template <class T>
-void join(Thread& thread, const Decoder<T>& d, const Call<T>& c, const int64_t* tokens, T* pairs) {
+void join(Thread& thread, Ahead& ahead, const Decoder<T>& d, const Call<T>& c, const int64_t* tokens, T* pairs) {
   const int64_t rows = c.sequences * c.tokens, bytes = d.hidden * sizeof(T);
   thread.each(rows, [&](int64_t row) {
     const T* embedded = c.embedded + (tokens ? tokens[row] : row) * d.hidden;
     std::memcpy(pairs + row * 2 * d.hidden, embedded, bytes);
     std::memcpy(pairs + row * 2 * d.hidden + d.hidden, c.hidden + row * d.hidden, bytes);
   });
-  linear<T>(thread, {pairs, d.fc, nullptr, nullptr, c.x, rows, 2 * d.hidden, d.hidden, kAsTheyAre});
-  add_loras(thread, c.loras, 0, kFc, pairs, c.x, c.sequences, c.tokens, 2 * d.hidden, d.hidden);
+  linear_and_loras<T>(thread, ahead, c, 0, kFc,
+                      {pairs, d.fc, nullptr, nullptr, c.x, rows, 2 * d.hidden, d.hidden, kAsTheyAre});
 }
 
 // x += each sequence's own MLP of what is normed.
@@ -99,36 +110,31 @@ void decode(Thread& thread, const Decoder<T>& d, const Call<T>& c, const int64_t
   const int64_t rows = c.sequences * c.tokens, all = d.heads + 2 * d.kv_heads, mixed_width = d.heads * d.size;
   T *normed = c.scratch, *pairs = normed + rows * d.hidden, *qkv = pairs + rows * 2 * d.hidden;
   T *mixed = qkv + rows * all * d.size, *gated = mixed + rows * mixed_width;
-  if (d.fc) join(thread, d, c, tokens, pairs);
+  Ahead ahead;
+  if (d.fc) join(thread, ahead, d, c, tokens, pairs);
   for (int64_t index = 0; index < d.num_layers; index++) {
     const Layer<T>& layer = d.layers[index];
     T* cache = c.cache + index * c.cache_layer;
     if (layer.input_norm) rms_norm(thread, c.x, layer.input_norm, normed, rows, d.hidden, (float)d.eps);
     const T* in = layer.input_norm ? normed : c.x;
-    const auto adapt = [&](Part part, const T* x, T* y, int64_t inputs, int64_t outputs) {
-      add_loras(thread, c.loras, index, part, x, y, c.sequences, c.tokens, inputs, outputs);
-    };
-    linear<T>(thread, {in, layer.qkv, layer.qkv_bias, nullptr, qkv, rows, d.hidden, all * d.size, kAsTheyAre});
-    adapt(kQkv, in, qkv, d.hidden, all * d.size);
+    const auto product = [&](Part part, const Task<T>& task) { linear_and_loras(thread, ahead, c, index, part, task); };
+    product(kQkv, {in, layer.qkv, layer.qkv_bias, nullptr, qkv, rows, d.hidden, all * d.size, kAsTheyAre});
     place(thread, d, layer, c, qkv, cache);
     attend<T>(thread, {qkv, cache, cache + d.kv_heads * c.kv_head, c.mask, c.mask ? nullptr : c.offsets, mixed,
                        c.sequences, c.tokens, d.kv_heads, d.heads / d.kv_heads, d.size, c.context,
                        c.tokens * all * d.size, all * d.size, c.kv_sequence, c.kv_head, c.mask_sequence, c.mask_row});
-    linear<T>(thread, {mixed, layer.out, layer.out_bias, c.x, c.x, rows, mixed_width, d.hidden, kAsTheyAre});
-    adapt(kOut, mixed, c.x, mixed_width, d.hidden);
+    product(kOut, {mixed, layer.out, layer.out_bias, c.x, c.x, rows, mixed_width, d.hidden, kAsTheyAre});
     rms_norm(thread, c.x, layer.post_norm, normed, rows, d.hidden, (float)d.eps);
     for (const Mlp<T>& mlp : layer.mlps) {
       if (!mlp.gate_up) continue;
       if (c.loras) {  // gates only once they are whole
         T* apart = gated + rows * mlp.width;
-        linear<T>(thread, {normed, mlp.gate_up, nullptr, nullptr, apart, rows, d.hidden, 2 * mlp.width, kApart});
-        adapt(kGateUp, normed, apart, d.hidden, 2 * mlp.width);
+        product(kGateUp, {normed, mlp.gate_up, nullptr, nullptr, apart, rows, d.hidden, 2 * mlp.width, kApart});
         swiglu(thread, apart, gated, rows, mlp.width);
       } else {
         linear<T>(thread, {normed, mlp.gate_up, nullptr, nullptr, gated, rows, d.hidden, 2 * mlp.width, kGated});
       }
-      linear<T>(thread, {gated, mlp.down, nullptr, c.x, c.x, rows, mlp.width, d.hidden, kAsTheyAre});
-      adapt(kDown, gated, c.x, mlp.width, d.hidden);
+      product(kDown, {gated, mlp.down, nullptr, c.x, c.x, rows, mlp.width, d.hidden, kAsTheyAre});
     }
     if (c.own) add_own(thread, d, c, normed, gated);
   }

@@ -1,6 +1,7 @@
 // Products of a few rows with weights that lie as farm/layers/kernels.py packs them.
 #pragma once
 
+#include "ahead.h"
 #include "threads.h"
 #include "vectors.h"
 
@@ -8,6 +9,7 @@ namespace farm {
 
 constexpr int kBlock = 2 * kLanes;  // outputs that a product computes at once
 constexpr int kAhead = 16;  // inputs whose weights are asked for before they are needed
+constexpr int kFetch = 8;   // inputs after which some of what comes next is asked for
 
 // Multiplies one vector of weights with an input (of bfloat16 with two that lie side by side) and adds to the sums.
 template <class T>
@@ -80,12 +82,13 @@ inline void put_block(const Task<T>& task, int64_t row, int64_t block, Floats le
 }
 
 template <class T, int M>
-void multiply(const Task<T>& task, int64_t row, int64_t block) {
+void multiply(const Task<T>& task, int64_t row, int64_t block, Ahead* ahead) {
   using P = Product<T>;
   const T* x = task.x + row * task.inputs;
   const T* w = task.weights + block * kBlock * task.inputs;
   Floats sums[M][2] = {};
   for (int64_t k = 0; k < task.inputs; k += P::kInputs, w += kBlock * P::kInputs) {
+    if (ahead && k % kFetch == 0) ahead->fetch();
     auto first = read<typename P::Weights>(w), second = read<typename P::Weights>(w + kLanes * P::kInputs);
     stay(first), stay(second);  // read again for every row they would be the limit
     constexpr int64_t kStep = kBlock * P::kInputs;
@@ -101,25 +104,32 @@ void multiply(const Task<T>& task, int64_t row, int64_t block) {
 }
 
 template <class T, int M = Product<T>::kRows>
-void multiply_rows(const Task<T>& task, int64_t row, int64_t block, int64_t count) {
+void multiply_rows(const Task<T>& task, int64_t row, int64_t block, int64_t count, Ahead* ahead) {
   if constexpr (M > 1)
-    if (count < M) return multiply_rows<T, M - 1>(task, row, block, count);
-  multiply<T, M>(task, row, block);
+    if (count < M) return multiply_rows<T, M - 1>(task, row, block, count, ahead);
+  multiply<T, M>(task, row, block, ahead);
+}
+
+template <class T>
+int64_t tiles_of_rows(const Task<T>& task) {
+  return (task.rows + Product<T>::kRows - 1) / Product<T>::kRows;
 }
 
 // One block of outputs of all rows.
 template <class T>
-void multiply_block(const Task<T>& task, int64_t block) {
-  constexpr int kRows = Product<T>::kRows;
-  const int64_t tiles = (task.rows + kRows - 1) / kRows, tile = (task.rows + tiles - 1) / tiles;
+void multiply_block(const Task<T>& task, int64_t block, Ahead* ahead = nullptr) {
+  const int64_t tiles = tiles_of_rows(task), tile = (task.rows + tiles - 1) / tiles;
   for (int64_t row = 0; row < task.rows; row += tile)
-    multiply_rows<T>(task, row, block, task.rows - row < tile ? task.rows - row : tile);
+    multiply_rows<T>(task, row, block, task.rows - row < tile ? task.rows - row : tile, ahead);
 }
 
+// `ahead` is what this thread needs next.
 template <class T>
-void linear(Thread& thread, const Task<T>& task) {
+void linear(Thread& thread, const Task<T>& task, Ahead* ahead = nullptr) {
   if (!task.rows) return;
-  thread.each((task.outputs + kBlock - 1) / kBlock, [&](int64_t block) { multiply_block(task, block); });
+  const int64_t blocks = (task.outputs + kBlock - 1) / kBlock;
+  if (ahead) ahead->spread(blocks / thread.count() * tiles_of_rows(task) * (task.inputs / kFetch));
+  thread.each(blocks, [&](int64_t block) { multiply_block(task, block, ahead); });
 }
 
 // As many products side by side, `task_of(i)` each, of at most `most` outputs.

@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <utility>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -29,15 +30,20 @@ class Thread {
   int count() const { return threads_; }
   int index() const { return index_; }
 
-  // Calls body(i) for this thread's share of 0..count - 1 and waits for the others'.
+  // This thread's share of 0..count - 1: the first, and the one behind the last.
+  std::pair<int64_t, int64_t> share(int64_t count) const {
+    return {count * index_ / threads_, count * (index_ + 1) / threads_};
+  }
+
+  // Calls body(i) for this thread's share and waits for the others'.
   template <class Body>
   void each(int64_t count, const Body& body) {
-    const int64_t end = count * (index_ + 1) / threads_;
-    for (int64_t i = count * index_ / threads_; i < end; i++) body(i);
+    const auto [first, end] = share(count);
+    for (int64_t i = first; i < end; i++) body(i);
     meet();
   }
 
- private:
+  // Waits until all threads have come as far.
   void meet() {
     if (threads_ == 1) return;
     expected_ += threads_;
@@ -46,6 +52,7 @@ class Thread {
       spins < kSpins ? pause() : (void)sched_yield();
   }
 
+ private:
   std::atomic<int64_t>& arrivals_;
   const int index_, threads_;
   int64_t expected_ = 0;

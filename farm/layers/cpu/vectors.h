@@ -5,8 +5,10 @@
 #include <cstdint>
 #include <cstring>
 #include <utility>
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) || defined(__FMA__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace farm {
@@ -105,6 +107,20 @@ inline void store_some(T* to, Floats x, int64_t count) {
   T lanes[kLanes];
   store(lanes, x);
   std::memcpy(to, lanes, count * sizeof(T));
+}
+
+// x y + sum, rounded once where the machine can: compilers decide that anew for every place, and a row's bits would
+// depend on how many rows it is worked out with.
+inline Floats multiply_add(Floats x, Floats y, Floats sum) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_fmadd_ps((__m512)x, (__m512)y, (__m512)sum);
+#elif defined(__AVX__) && defined(__FMA__)
+  return (Floats)_mm256_fmadd_ps((__m256)x, (__m256)y, (__m256)sum);
+#elif defined(__aarch64__)
+  return (Floats)vfmaq_f32((float32x4_t)sum, (float32x4_t)x, (float32x4_t)y);
+#else
+  return x * y + sum;
+#endif
 }
 
 // Adds the lanes of two vectors in pairs `kApart` apart: what came of x and of y stands side by side in runs of kApart.

@@ -219,6 +219,38 @@ def test_loras_by_row_in_one_call_are_those_of_the_operators(
     assert (plain - said[0].logits_BTV).abs().max() > 0.1, "a LoRA that changes nothing shows nothing"
 
 
+@pytest.mark.parametrize("rank", [3, 8, 16, 24, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_with_a_lora_has_the_same_bits_alone_and_in_a_verification(
+    dtype: torch.dtype, rank: int
+) -> None:
+    """Tokens of one sequence share a reading of its factors, some at a time."""
+    forward = TargetForward.of(tiny_model(hidden=48).to(dtype))
+    every, which = [random_lora(forward, rank, seed) for seed in range(2)], (1, -1, 0)
+    tokens, num = torch.arange(18).view(3, 6), 6
+    together, alone = forward.new_cache(3, 24), forward.new_cache(3, 24)
+    loras = LoraRows(every, which, num, forward.device)
+    whole = forward.read(tokens, Rows([0] * 3), together, loras).logits_BTV
+    for t in range(num):
+        loras = LoraRows(every, which, 1, forward.device)
+        one = forward.read(tokens[:, t : t + 1], Rows([t] * 3), alone, loras).logits_BTV
+        assert torch.equal(one[:, 0], whole[:, t])
+
+
+@pytest.mark.parametrize("which", [(1, -1), (2, 0, 2, -1, 1)])
+def test_loras_by_row_are_the_same_bits_on_any_number_of_threads(which: tuple[int, ...]) -> None:
+    """Few rows are shared out by their outputs, more of them whole, with what each adds asked for ahead."""
+    forward = TargetForward.of(tiny_model(hidden=96))
+    every, said, before = [random_lora(forward, 8, seed) for seed in range(3)], [], torch.get_num_threads()
+    tokens = torch.arange(2 * len(which)).view(-1, 2)
+    for num_threads in (1, 2, 3):
+        torch.set_num_threads(num_threads)
+        rows, loras = Rows([0] * len(which)), LoraRows(every, which, 2, forward.device)
+        said.append(forward.read(tokens, rows, forward.new_cache(6, 24), loras).logits_BTV)
+    torch.set_num_threads(before)
+    assert all(torch.equal(one, said[0]) for one in said[1:])
+
+
 @pytest.mark.parametrize("above", [0.5, 2.0, 3.5])
 def test_threads_agree_on_how_far_a_chain_grows(above: float) -> None:
     """Each works it out for itself; one that went on alone would wait for ever. The work is too much for one thread."""
