@@ -1,4 +1,4 @@
-# B rows, T tokens, V vocabulary
+# B rows, T tokens, H hidden, M answer tokens, V vocabulary
 """Makes a target: a checkpoint fine-tuned on prompts with answers, whole or as a LoRA. For trying the farm out."""
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from farm.config import UserError
 from farm.data.chat import encode_pair, read_template
 from farm.data.prompts import Prompt
 from farm.sections import Dtype, TargetSpec
-from farm.target.load import load_model, load_tokenizer, placement, resolve_dtype
+from farm.target.load import load_model, load_tokenizer, placement, resolve_dtype, unreadable_is_refused
+from farm.target.reference import with_given_states
 
 IGNORED = -100
 LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -45,31 +46,53 @@ def finetune(
 ) -> float:
     """Trains `spec.model` on the answers and writes it to `out`: a checkpoint, or a LoRA folder; returns the last loss.
 
-    Raises UserError when no row has an answer.
+    Raises UserError when no row has an answer that can be trained on, and Refused when the model cannot be loaded.
     """
-    tokenizer = load_tokenizer(spec.model)
-    template = read_template(spec.chat_template)
     with_answer = [prompt for prompt in prompts if prompt.answer]
     if not with_answer:
         raise UserError(
             'no row has an answer to train on; give rows such as {"prompt": "...", "answer": "..."}'
         )
-    encoded = [
-        encode_pair(tokenizer, prompt.messages, prompt.answer or "", template) for prompt in with_answer
-    ]
-    model = load_model(spec).to(placement("auto")[1]).requires_grad_(True)
+    with unreadable_is_refused(spec):
+        model, tokenizer = load_model(spec), load_tokenizer(spec.model)
+    if spec.chat_template is not None:
+        tokenizer.chat_template = read_template(spec.chat_template)  # it is saved with the target
+    if not tokenizer.chat_template:
+        raise UserError(f"--chat-template: the tokenizer of {spec.model} has none; give a jinja file")
+    encoded = _encoded(tokenizer, with_answer, settings)
+    model = model.to(placement("auto")[1]).requires_grad_(True)
     if settings.lora_rank is not None:
-        from peft import LoraConfig, get_peft_model
-
-        config = LoraConfig(
-            r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, target_modules=LORA_MODULES
-        )
-        model = get_peft_model(model, config)
+        model = _with_lora(model, settings.lora_rank)
     loss = _train(model, _batches(encoded, settings), settings, progress)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(out)
     model.save_pretrained(out)
     return loss
+
+
+def _encoded(
+    tokenizer: Any, prompts: Sequence[Prompt], settings: FinetuneSettings
+) -> list[tuple[list[int], int]]:
+    """Token ids and the prompt's length of rows whose answer begins before they are cut: a step needs one at least."""
+    encoded = [encode_pair(tokenizer, prompt.messages, prompt.answer or "") for prompt in prompts]
+    kept = [(ids, num_prompt) for ids, num_prompt in encoded if num_prompt < settings.max_tokens]
+    if not kept:
+        raise UserError(
+            f"every prompt takes {settings.max_tokens} tokens or more, where rows are cut; give shorter ones"
+        )
+    return kept
+
+
+def _with_lora(model: Any, rank: int) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    try:
+        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_MODULES))
+    except ValueError as error:
+        kind = model.config.model_type
+        raise UserError(
+            f"--lora-rank: {kind} models have none of {', '.join(LORA_MODULES)}; train every weight instead"
+        ) from error
 
 
 def _train(
@@ -82,15 +105,18 @@ def _train(
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, settings.steps, pct_start=0.1)
     model.train()
+    # A LoRA lies within the layers of its base.
+    plain = model if settings.lora_rank is None else model.get_base_model()
+    head = with_given_states(plain)
     dtype = getattr(torch, resolve_dtype(settings.dtype, model.device.type))
     last = float("nan")
     for step, batch in enumerate(batches):
         tokens_BT, labels_BT = (part.to(model.device) for part in batch)
         chosen_BT = labels_BT[:, 1:] != IGNORED
         with torch.autocast(tokens_BT.device.type, dtype, enabled=dtype != torch.float32):
-            hidden_BTH = model.get_decoder()(tokens_BT).last_hidden_state[:, :-1]
-            # The head over answer tokens only: over a large vocabulary it costs as much as the layers.
-            logits_MV = model.get_output_embeddings()(hidden_BTH[chosen_BT])
+            hidden_BTH = plain.base_model(tokens_BT).last_hidden_state[:, :-1]
+            # Logits of answer tokens only: over a large vocabulary they cost as much as the layers.
+            logits_MV = head(inputs_embeds=hidden_BTH[chosen_BT][None]).logits[0]
         loss = functional.cross_entropy(logits_MV.float(), labels_BT[:, 1:][chosen_BT])
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

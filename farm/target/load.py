@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,15 +68,9 @@ def load_target(spec: TargetSpec, *, dtype: str = "float32", device: str = "cpu"
 
     On `meta` all is read and checked, and no weight kept where the lean forward computes the architecture.
     """
-    try:
+    with unreadable_is_refused(spec):
         config, forward = _config_and_forward(spec, getattr(torch, dtype), device)
         tokenizer = load_tokenizer(spec.model)
-    except Refused:
-        raise
-    except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise Refused(
-            f"{spec.name}: {spec.model} cannot be loaded ({type(error).__name__}: {error})"
-        ) from error
     return LoadedTarget(
         name=spec.name,
         forward=forward,
@@ -86,6 +81,19 @@ def load_target(spec: TargetSpec, *, dtype: str = "float32", device: str = "cpu"
         max_positions=forward.max_positions,
         config=config,
     )
+
+
+@contextmanager
+def unreadable_is_refused(spec: TargetSpec) -> Iterator[None]:
+    """Whatever the libraries raise inside the block, where they cannot read a target's files, is a Refused."""
+    try:
+        yield
+    except Refused:
+        raise
+    except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise Refused(
+            f"{spec.name}: {spec.model} cannot be loaded ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _config_and_forward(spec: TargetSpec, dtype: torch.dtype, device: str) -> tuple[Any, TargetModel]:

@@ -43,7 +43,7 @@ class ReferenceForward:
         """
         self._model, self._decoder = model, model.base_model
         self._name = f"model_type {model.config.model_type!r}"
-        self._head_model = _with_given_states(model)
+        self._head_model = with_given_states(model)
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         if embedding is None or head is None or embedding.weight.shape != head.weight.shape:
             raise ValueError(f"{self._name}: its head and its embedding differ in shape")
@@ -211,8 +211,11 @@ class _Output:
         return None
 
 
-def _with_given_states(model: Any) -> Any:
-    """The causal LM without its decoder: what it does to hidden states on their way to logits, whatever that is."""
+def with_given_states(model: Any) -> Any:
+    """The causal LM without its decoder: what it does to hidden states on their way to logits, whatever that is.
+
+    They are its `inputs_embeds`, [B, T, H]; its weights are the model's own.
+    """
     head = copy.copy(model)
     head._modules = {**model._modules, model.base_model_prefix: _Given()}
     return head

@@ -1,6 +1,7 @@
 """A target made from a checkpoint, a LoRA or a GGUF file learns its answers, and what was saved opens again."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from farm.layers.cache import Rows
 from farm.sections import TargetSpec
 from farm.target import zoo
 from farm.target.finetune import FinetuneSettings, finetune
-from farm.target.load import LoadedTarget, load_target
+from farm.target.load import LoadedTarget, load_target, load_tokenizer
 from tests.farm.models import tiny_model
+from tests.farm.target.test_reference import tiny
 
 ROWS = [Prompt(i, f"{i}", ({"role": "user", "content": f"tell {i}"},), "a fox and a hen") for i in range(8)]
 SETTINGS = FinetuneSettings(steps=12, lr=1e-2, rows=4)
@@ -124,6 +126,58 @@ def test_a_gguf_file_opens_as_the_model_it_was_written_from(base: TargetSpec, gg
     plain, quantized = (forward() for forward in forwards)
     assert torch.equal(plain.argmax(dim=-1), quantized.argmax(dim=-1))
     torch.testing.assert_close(plain, quantized, atol=0.05 * float(plain.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "granite"])
+@pytest.mark.parametrize("rank", [None, 4])
+def test_what_is_trained_are_the_models_own_logits(kind: str, rank: int | None, tmp_path: Path) -> None:
+    """Soft-capped by Gemma 2, scaled by Granite: the first step's loss is that of what the model says."""
+    zoo.save(
+        tiny(kind, vocab_size=1024, max_position_embeddings=256), zoo.train_tokenizer(), tmp_path / "base"
+    )
+    spec = TargetSpec(name="base", model=str(tmp_path / "base"))
+    settings = FinetuneSettings(steps=1, rows=1, lora_rank=rank, dtype="float32")
+    loss = finetune(spec, ROWS[:1], settings, tmp_path / "made", unseen)
+    assert loss == pytest.approx(loss_of_answers(load_target(spec)), rel=1e-3)
+
+
+def test_a_row_that_is_cut_before_its_answer_is_left_out(base: TargetSpec, tmp_path: Path) -> None:
+    """A step of such rows only has no loss, and would make every weight nan."""
+    settings = FinetuneSettings(steps=2, rows=1, max_tokens=64)
+    long = Prompt(1, "1", ({"role": "user", "content": "fox " * 200},), "a hen")
+    assert math.isfinite(finetune(base, [long, ROWS[0]], settings, tmp_path / "made", unseen))
+    with pytest.raises(UserError, match="every prompt takes 64 tokens or more"):
+        finetune(base, [long], settings, tmp_path / "none", unseen)
+
+
+def test_a_base_without_a_chat_template_takes_one_and_the_target_has_it(
+    base: TargetSpec, tmp_path: Path
+) -> None:
+    tokenizer = zoo.train_tokenizer()
+    tokenizer.chat_template = None
+    zoo.save(tiny_model(vocab=1024), tokenizer, tmp_path / "base")
+    spec = TargetSpec(name="base", model=str(tmp_path / "base"))
+    with pytest.raises(UserError, match="--chat-template"):
+        finetune(spec, ROWS, SETTINGS, tmp_path / "none", unseen)
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    given = spec.model_copy(update={"chat_template": template})
+    finetune(given, ROWS, FinetuneSettings(steps=1, rows=1), tmp_path / "made", unseen)
+    assert load_tokenizer(str(tmp_path / "made")).chat_template == template
+
+
+def test_a_base_that_cannot_be_read_is_told_in_one_line(tmp_path: Path) -> None:
+    zoo.save(tiny_model(vocab=1024), zoo.train_tokenizer(), tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"not safetensors")
+    for model, said in ((str(tmp_path / "base"), "cannot be loaded"), ("org/model", "is no folder")):
+        with pytest.raises(UserError, match=said):
+            finetune(TargetSpec(name="base", model=model), ROWS, SETTINGS, tmp_path / "made", unseen)
+
+
+def test_a_lora_of_a_model_without_its_layers_is_refused_by_option(tmp_path: Path) -> None:
+    zoo.save(tiny("gpt2", vocab_size=1024, n_positions=256), zoo.train_tokenizer(), tmp_path / "base")
+    spec = TargetSpec(name="base", model=str(tmp_path / "base"))
+    with pytest.raises(UserError, match="--lora-rank: gpt2"):
+        finetune(spec, ROWS, FinetuneSettings(lora_rank=2), tmp_path / "made", unseen)
 
 
 def test_rows_without_answers_are_the_users_mistake(base: TargetSpec, tmp_path: Path) -> None:
