@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic_core import to_json
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from farm.config import Manifest, load_manifest
 from farm.errors import UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console()
+notes = Console(stderr=True)  # what is no result, where the result is for a program
 
 ManifestPath = Annotated[Path, typer.Argument(help="The family's manifest.yaml.", metavar="MANIFEST")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="a.b=value, or name=value for ${name}.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="A field of the manifest, repeatable: a.b=value, or name=value for ${name}."),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and its cost; run nothing.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document, and nothing else.")]
 StorePath = Annotated[str, typer.Option("--store", help="The store's folder or URI.")]
 MeasuredTarget = Annotated[str, typer.Option("--target", help="A target's name, or `base`.")]
 PromptsSource = Annotated[str, typer.Option("--prompts", help="JSONL, Parquet or a folder of prompts.")]
-MeasuresPath = Annotated[Path, typer.Option("--out", help="JSON file for the measures.")]
+MeasuresPath = Annotated[Path, typer.Option("--out", help="JSON file for the measures.", dir_okay=False)]
 ZOO = Path(".farm/zoo/manifest.yaml")
 SHOWN = ("tau_base_draft", "tau_adapted", "tokens_per_s_autoregressive", "speedup_adapted")
 
@@ -35,7 +42,7 @@ def mistakes_exit() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        notes.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         raise SystemExit(2) from None
 
 
@@ -57,7 +64,7 @@ def training_bars() -> Iterator[Callable[[str, int, int], None]]:
 
 
 @contextmanager
-def probing_bar() -> Iterator[Callable[[str, int, int], None]]:
+def probing_bar(shown_on: Console) -> Iterator[Callable[[str, int, int], None]]:
     """One bar over all targets, on a terminal."""
     columns = (
         TextColumn("probing {task.description:<24}"),
@@ -65,7 +72,7 @@ def probing_bar() -> Iterator[Callable[[str, int, int], None]]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    with Progress(*columns, console=shown_on, transient=True, disable=not shown_on.is_terminal) as bars:
         task = bars.add_task("the base")
 
         def show(what: str, done: int, of: int) -> None:
@@ -81,6 +88,23 @@ def load_family(manifest: Path, overrides: list[str] | None, option: str = "mani
     return load_manifest(manifest, overrides or ())
 
 
+def say(text: str, shown_on: Console = console) -> None:
+    """A line as it is: paths and reasons in it may hold square brackets, and programs read it by lines."""
+    shown_on.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def show_json(record: Any) -> None:
+    """Records, or collections of them, as they are; a figure that is not known is null."""
+    typer.echo(to_json(record, indent=1, inf_nan_mode="null").decode())
+
+
+def show_plan(table: Table, lines: Iterable[str], shown_on: Console = console) -> None:
+    """What a dry run has to say."""
+    shown_on.print(table)
+    for text in lines:
+        say(text, shown_on)
+
+
 def keep_measures(measured: Mapping[str, Any], out: Path) -> None:
     """Writes what `evaluate` measured as JSON and shows the figures that decide; the last line names the file."""
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -88,14 +112,14 @@ def keep_measures(measured: Mapping[str, Any], out: Path) -> None:
     for name in SHOWN:
         if measured.get(name) is not None:
             console.print(f"{name:<28} {measured[name]:.3f}", highlight=False)
-    console.print(out, markup=False, soft_wrap=True)
+    say(str(out))
 
 
 def show_trunk(folder: str, tau: float | None) -> None:
     """What training a trunk came to; the last line names its folder."""
     if tau is not None:
-        console.print(f"tau of the base draft on the base: {tau:.2f}", highlight=False)
-    console.print(f"trunk: {folder}", markup=False, soft_wrap=True)
+        say(f"tau of the base draft on the base: {tau:.2f}")
+    say(f"trunk: {folder}")
 
 
 def store_uri(value: str) -> str:

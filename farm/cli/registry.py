@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from farm.card import Card, parse_card
-from farm.cli.options import StorePath, app, console, store_uri
+from farm.cli.options import AsJson, StorePath, app, console, show_json, store_uri
 from farm.config import UserError
 from farm.garbage import GRACE_S, Garbage, delete_garbage, find_garbage
-from farm.registry import Registry, Version
+from farm.registry import Pointer, Registry, Version
 from farm.store import open_store
 
 if TYPE_CHECKING:
@@ -29,31 +31,38 @@ app.add_typer(registry_app, name="registry")
 
 
 @registry_app.command("list")
-def list_versions(store: StorePath = ".farm/store") -> None:
+def list_versions(store: StorePath = ".farm/store", as_json: AsJson = False) -> None:
     """Every target's versions, the live one and the canary marked."""
     registry = _open(store)
-    for name in sorted(registry.family()["targets"]):
-        pointer = registry.pointer(name)
+    pointers = {name: registry.pointer(name) for name in sorted(registry.family()["targets"])}
+    if as_json:
+        show_json([_listed(registry, name, pointer) for name, pointer in pointers.items()])
+        return
+    for name, pointer in pointers.items():
         marks = {pointer.live: " (live)"}
         if pointer.canary is not None:
             marks[pointer.canary.version] = f" (canary, {pointer.canary.share:g})"
         if pointer.rolled_back is not None:
-            marks[pointer.rolled_back.version] = f" (rolled back: {pointer.rolled_back.reason})"
+            marks[pointer.rolled_back.version] = f" (rolled back: {escape(pointer.rolled_back.reason)})"
         versions = [
             f"[bold]{v.version}{marks[v.version]}[/bold]" if v.version in marks else v.version
             for v in registry.versions(name)
         ]
-        console.print(f"{name:<24} {', '.join(versions) or 'base draft'}", highlight=False)
+        console.print(f"{name:<24} {', '.join(versions) or 'base draft'}", highlight=False, soft_wrap=True)
 
 
 @registry_app.command()
 def show(
     name: Annotated[str, typer.Argument(help="TARGET for its live version, or TARGET@VERSION.")],
     store: StorePath = ".farm/store",
+    as_json: AsJson = False,
 ) -> None:
     """A version's card: tau, what it was made of, where it fits."""
     registry = _open(store)
     version = _version(registry, name)
+    if as_json:
+        show_json(version.card)
+        return
     live = registry.live(version.target)
     is_live = live is not None and live.version == version.version
     title = f"{version.target}@{version.version}"
@@ -127,6 +136,11 @@ def gc(
 
 def _open(store: str) -> Registry:
     return Registry(open_store(store_uri(store)))
+
+
+def _listed(registry: Registry, target: str, pointer: Pointer) -> dict[str, Any]:
+    versions = [version.version for version in registry.versions(target)]
+    return {"target": target, "versions": versions, "live": pointer.live, **asdict(pointer)}
 
 
 def _version(registry: Registry, name: str) -> Version:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from farm.cli.options import keep_measures, mistakes_exit
+from farm.cli.options import keep_measures, mistakes_exit, say
 from farm.config import UserError
 
 
@@ -18,6 +18,13 @@ def test_a_mistake_is_one_unwrapped_line_on_stderr_and_exit_code_2(
         raise UserError(message)
     assert ended.value.code == 2
     assert capsys.readouterr() == ("", f"error: {message}\n")
+
+
+def test_a_line_keeps_its_brackets_and_is_not_folded(capsys: pytest.CaptureFixture[str]) -> None:
+    """Reasons name paths and shapes: read as markup, some would vanish and a closing one would end the run."""
+    text = f"alpha: refused: /data/[v2]/{'x' * 200} [/gone]"
+    say(text)
+    assert capsys.readouterr().out == f"{text}\n"
 
 
 def test_an_error_of_the_program_is_not_taken_for_a_mistake() -> None:

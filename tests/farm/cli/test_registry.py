@@ -1,5 +1,7 @@
 """`farm registry`: what a store has, what a version is made of, what is live, what can go."""
 
+import json
+
 import pytest
 from typer.testing import CliRunner
 
@@ -52,6 +54,24 @@ def test_versions_are_listed_promoted_and_rolled_back(store):
     assert "v1 (live), v2\n" in run("list", "--store", store)
     with pytest.raises(UserError, match="no version v9"):
         run("promote", "math", "v9", "--store", store)
+
+
+def test_json_of_a_store_is_its_pointers_and_of_a_version_its_card(store):
+    run("canary", "math", "v2", "--share", "0.25", "--store", store)
+    code, math = json.loads(run("list", "--json", "--store", store))
+    assert (code["target"], code["versions"], code["live"]) == ("code", [], None)
+    assert (math["versions"], math["live"], math["history"]) == (["v1", "v2"], "v1", ["v1"])
+    assert math["canary"] == {"version": "v2", "share": 0.25}
+    card = json.loads(run("show", "math@v2", "--json", "--store", store))
+    assert card == Registry(open_store(store)).version("math", "v2").card
+    assert card["evaluation"]["tau_adapted"] == 3.5
+
+
+def test_a_reason_is_listed_as_it_was_written_and_on_one_line(store):
+    run("canary", "math", "v2", "--share", "0.25", "--store", store)
+    reason = f"[/tmp/{'x' * 120}] cannot be read"
+    Registry(open_store(store)).end_canary("math", "v2", reason)
+    assert f"v1 (live), v2 (rolled back: {reason})\n" in run("list", "--store", store)
 
 
 def test_a_card_is_shown_as_a_table_for_the_live_version_or_a_named_one(store):

@@ -1,5 +1,7 @@
 """Triage of a tiny family for real: probes are kept, a misfit is refused alone, the plan prints the same line."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,19 @@ def test_the_plan_prints_the_line_of_the_probe(family: Family, store: Path, tmp_
     assert len(lines) == 2
     assert all(line in planned.output for line in lines)
     assert "guesses: no past runs" in probed.output
+
+
+def test_json_of_a_probe_is_its_verdicts_and_who_was_refused(
+    family: Family, store: Path, tmp_path: Path
+) -> None:
+    family.target("wide", hidden_size=32)
+    manifest = family.manifest("alpha", "wide", store=store)
+    path = tmp_path / "manifest.yaml"
+    path.write_text(yaml.safe_dump(dump(manifest)))
+    done = CliRunner().invoke(app, ["probe", str(path), "--prompts", "2", "--json"])
+    shown, found = json.loads(done.stdout), triage(manifest, prompts=2)
+    assert shown == json.loads(json.dumps(asdict(found)))
+    assert "hidden_size is 32" in shown["refused"]["wide"]
 
 
 def test_an_earlier_evaluation_of_the_target_stands_in_for_a_probe(family: Family, store: Path) -> None:
