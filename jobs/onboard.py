@@ -9,7 +9,7 @@ import sys
 import typer
 from rich.console import Console
 
-from farm.cli.options import DryRun, ManifestPath, Overrides, mistakes_exit
+from farm.cli.options import DryRun, ManifestPath, Overrides, mistakes_exit, say, show_plan
 from farm.config import load_manifest
 from farm.evaluate.report import terminal_table
 from farm.fleet.onboard import exit_code, onboard, plan_onboarding
@@ -27,15 +27,12 @@ def main(manifest: ManifestPath, overrides: Overrides = None, dry_run: DryRun = 
     with mistakes_exit():
         settled = load_manifest(manifest, overrides or ())
         if dry_run:
-            table, lines = plan_onboarding(settled)
-            console.print(table)
-            for text in lines:
-                console.print(text, markup=False, highlight=False, soft_wrap=True)
+            show_plan(*plan_onboarding(settled), console)
             return
         with connect():
-            report, folder = onboard(settled, say=console.print)
+            report, folder = onboard(settled, say)
     console.print(terminal_table(report))
-    console.print(f"report: {folder}/report.json", markup=False, soft_wrap=True)
+    say(f"report: {folder}/report.json")
     raise typer.Exit(exit_code(report))
 
 

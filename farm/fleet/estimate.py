@@ -5,7 +5,7 @@ they are for planning a day, not for comparing runs.
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from rich.table import Table
@@ -141,32 +141,42 @@ def estimate_target(plan: Plan, target: TargetPlan, rates: Rates) -> Estimate:
     return total + estimate_training(rows, longest, epochs, rates)
 
 
-def estimate_trunk(plan: Plan, rates: Rates) -> Estimate:
-    """What the trunk still needs."""
+def trunk_stages(plan: Plan, artifacts: Artifacts) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What the trunk runs, and what it reuses."""
+    if plan.trunk.reused:
+        return (), (TRUNK,)
+    if plan.trunk.folder is not None:
+        return ("copy",), ()
+    job = plan.trunk.answers
+    if job is not None and artifacts.find(ANSWERS, job.key) is not None:
+        return ("train",), (ANSWERS,)
+    return (ANSWERS, "train"), ()
+
+
+def estimate_trunk(plan: Plan, runs: Collection[str], rates: Rates) -> Estimate:
+    """What the trunk still needs, by the stages that it runs."""
     job = plan.trunk.answers
     if job is None or plan.trunk.reused:
         return Estimate()
     training = estimate_training(
         len(job.prompts), job.settings.max_new_tokens, plan.manifest.train_trunk.epochs, rates
     )
-    return estimate_answers(job, rates) + training
+    return training + estimate_answers(job, rates) if ANSWERS in runs else training
+
+
+def trunk_table(plan: Plan, artifacts: Artifacts) -> Table:
+    """The part of the plan that makes the trunk."""
+    rates = read_rates(plan, artifacts)
+    table = _table(rates)
+    _add_trunk(table, plan, artifacts, rates)
+    return table
 
 
 def plan_table(plan: Plan, artifacts: Artifacts) -> Table:
     """The plan for people: what each target runs, what it reuses, and what that will cost at most."""
     rates = read_rates(plan, artifacts)
-    table = Table(
-        caption="seconds from finished runs" if rates.measured else "seconds from a rough model of a CPU"
-    )
-    for heading in ("target", "runs", "reuses"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("rows", "tokens", "MiB", "seconds"):
-        table.add_column(heading, justify="right")
-    total = estimate_trunk(plan, rates)
-    if plan.trunk.reused:
-        _add(table, "trunk", (), (TRUNK,), total)
-    else:
-        _add(table, "trunk", ("copy",) if plan.trunk.folder else (ANSWERS, "train"), (), total)
+    table = _table(rates)
+    total = _add_trunk(table, plan, artifacts, rates)
     registry = Registry(artifacts.store)
     for target in plan.targets:
         cost = estimate_target(plan, target, rates)
@@ -182,6 +192,24 @@ def plan_table(plan: Plan, artifacts: Artifacts) -> Table:
     table.add_section()
     _add(table, "together", (), (), total)
     return table
+
+
+def _table(rates: Rates) -> Table:
+    table = Table(
+        caption="seconds from finished runs" if rates.measured else "seconds from a rough model of a CPU"
+    )
+    for heading in ("target", "runs", "reuses"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("rows", "tokens", "MiB", "seconds"):
+        table.add_column(heading, justify="right")
+    return table
+
+
+def _add_trunk(table: Table, plan: Plan, artifacts: Artifacts, rates: Rates) -> Estimate:
+    runs, reuses = trunk_stages(plan, artifacts)
+    cost = estimate_trunk(plan, runs, rates)
+    _add(table, "trunk", runs, reuses, cost)
+    return cost
 
 
 def _stages(plan: Plan, target: TargetPlan) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from farm.evaluate.records import Report
 from farm.evaluate.report import write_report
 from farm.evaluate.templates import with_templates
 from farm.fleet.elicit import elicit_prompts, elicitation_lines
-from farm.fleet.estimate import plan_table
+from farm.fleet.estimate import plan_table, trunk_table
 from farm.fleet.plan import make_plan
 from farm.fleet.prepare import check_targets, measure_base, prepare_trunk, skip_good_enough
 from farm.fleet.publish import family_record
@@ -32,6 +32,7 @@ from farm.fleet.stages import adapt, evaluate, regenerate_answers
 from farm.fleet.trainers import Attempts
 from farm.fleet.triage import planned_lines
 from farm.fleet.trunk import close_trunk
+from farm.fleet.trunk_plan import NO_PROMPTS
 from farm.sections import TargetSpec
 from farm.store import ObjectStore, open_store
 
@@ -104,6 +105,21 @@ def train_trunk(manifest: Manifest, say: Say) -> tuple[Path, float | None]:
     finally:
         run.board.forget()  # no target is decided here
     return run.artifacts.folder(trunk), run.tau_base_on_base
+
+
+def plan_trunk_training(manifest: Manifest) -> tuple[Table, list[str]]:
+    """What `train_trunk` would run and reuse, what that costs at most, and whose prompts there will be or will not.
+
+    Starts nothing, needs no Ray. Raises UserError where `train_trunk` would for want of prompts.
+    """
+    artifacts = Artifacts(open_store(manifest.store))
+    manifest = with_templates(manifest)
+    plan = make_plan(manifest, artifacts, _digest, stand_in=True)
+    refused = [f"{name}: refused: {reason}" for name, reason in plan.refused.items()]
+    trunk = plan.trunk
+    if trunk.answers is None and trunk.folder is None and not trunk.reused:
+        raise UserError("; ".join([NO_PROMPTS, *refused]))
+    return trunk_table(plan, artifacts), [*elicitation_lines(manifest, artifacts, _digest), *refused]
 
 
 def exit_code(report: Report) -> int:

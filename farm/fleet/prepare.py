@@ -16,6 +16,7 @@ from farm.fleet.records import TargetPlan, TrunkPlan
 from farm.fleet.run import Run
 from farm.fleet.stage_keys import CHECK, PROBE, TRUNK_FILES, check_key, probe_key
 from farm.fleet.trainers import TrainJob, train
+from farm.fleet.trunk_plan import NO_PROMPTS
 from farm.fleet.vocabulary import choose_vocabulary, token_files
 from farm.sections import ProbeSettings, TargetSpec
 from farm.store import local_copy
@@ -73,10 +74,7 @@ def prepare_trunk(run: Run) -> Artifact:
 def _train_trunk(run: Run) -> Artifact:
     job = run.trunk.answers
     if job is None:
-        raise UserError(
-            "train_trunk: there are no prompts to train a trunk on, since no target can be used; repair the targets, "
-            "or give train_trunk.prompts"
-        )
+        raise UserError(NO_PROMPTS)
     run.say(f"trunk: {len(job.prompts)} prompts to {job.spec.model}")
     failures = regenerate([job], run.store.uri, run.manifest.resources.regenerate)
     if failures:

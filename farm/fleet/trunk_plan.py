@@ -14,6 +14,11 @@ from farm.fleet.stage_keys import TRUNK_FILES, training_key
 from farm.sections import RegenerateSettings, Rows, TargetSpec
 from farm.store import local_copy
 
+NO_PROMPTS = (
+    "train_trunk: there are no prompts to train a trunk on, since no target can be used; repair the targets, "
+    "or give train_trunk.prompts"
+)
+
 
 def plan_trunk(
     manifest: Manifest,

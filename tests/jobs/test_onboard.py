@@ -41,6 +41,10 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(manifest: Path, tmp_path: P
     assert done.exit_code == 0, done.output
     assert "alpha" in done.stdout
     assert "copy" in done.stdout  # of the given trunk
+    trunk = runner.invoke(train_trunk.app, [str(manifest), "--dry-run"])
+    assert trunk.exit_code == 0, trunk.output
+    assert "copy" in trunk.stdout
+    assert "alpha" not in trunk.stdout
     assert open_store(str(tmp_path / "store")).list("") == []
 
 

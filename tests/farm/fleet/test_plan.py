@@ -13,7 +13,7 @@ from farm.artifacts import TRUNK, Artifacts, key_of
 from farm.config import Manifest, dump
 from farm.fleet.answers import ANSWERS, decode_prompts, encode_prompts, missing_shards
 from farm.fleet.chosen import SCORES_FILE, SELECT
-from farm.fleet.estimate import estimate_target, plan_table, read_rates
+from farm.fleet.estimate import estimate_target, plan_table, read_rates, trunk_table
 from farm.fleet.publish import evaluation_key
 from farm.fleet.records import Plan
 from farm.fleet.stage_keys import ADAPT, EVALUATE
@@ -128,6 +128,20 @@ def test_the_plan_says_what_is_reused_and_costs_nothing_again(tmp_path: Path) ->
     assert costs.rows == 16
     assert costs.seconds > 16 * manifest.regenerate.max_new_tokens * 0.5
     assert plan_table(plan, artifacts).row_count == 4  # trunk, two targets, together
+
+
+def test_a_trunk_whose_base_has_answered_is_only_trained(tmp_path: Path) -> None:
+    """As after a training that failed."""
+    manifest = manifest_of(tmp_path, "a")
+    artifacts = Artifacts(open_store(manifest.store))
+    plan = plan_of(manifest)
+    assert plan.trunk.answers is not None
+    before = trunk_table(plan, artifacts)
+    artifacts.finish(ANSWERS, plan.trunk.answers.key, {})
+    after = trunk_table(plan, artifacts)
+    cells = [[column._cells[0] for column in table.columns] for table in (before, after)]
+    assert [row[1:3] for row in cells] == [["answers, train", "–"], ["train", "answers"]]
+    assert [row[3] for row in cells] == ["16", "0"]
 
 
 @pytest.mark.parametrize(("evaluate", "runs"), [({"min_gain": 9.0}, "–"), ({"k": 2}, "evaluate")])
