@@ -25,7 +25,7 @@ bench_app = typer.Typer(no_args_is_help=True, help="Benchmarks; results go to a 
 app.add_typer(bench_app, name="bench")
 
 FamilyPath = Annotated[
-    Path, typer.Argument(help="A family's manifest; default: the demo's zoo.", metavar="[MANIFEST]")
+    Path, typer.Argument(help="A family's manifest; default: the demo's zoo.", metavar="MANIFEST")
 ]
 Item = TypeVar("Item")
 TABLE_WIDTH = 132  # of a benchmark's table where the terminal is narrower or says nothing

@@ -8,8 +8,10 @@ from typing import Annotated
 import typer
 
 from farm.cli.bench import FamilyPath, bench_app, family_name, run_source, show_lines, show_wide
-from farm.cli.options import ZOO, Overrides, console, load_family
+from farm.cli.options import ZOO, Overrides, console, load_family, say
 from farm.config import UserError, dump
+
+SEEDS = 3  # of `bench adapt`
 
 
 @bench_app.command("adapt")
@@ -20,9 +22,11 @@ def bench_adapt(
         list[str] | None, typer.Option(help="A target's name, repeatable; default: every full one.")
     ] = None,
     method: Annotated[list[str] | None, typer.Option(help="A method, repeatable; default: all.")] = None,
-    seeds: Annotated[int, typer.Option(help="Seeds of every way.", min=1)] = 3,
+    seeds: Annotated[
+        int | None, typer.Option(help="Seeds of every way; default: 3, with --quick 1.", min=1)
+    ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="The main methods, the first target, one seed.")
+        bool, typer.Option("--quick", help="One seed, the main methods, the first target, unless given.")
     ] = False,
     overrides: Overrides = None,
 ) -> None:
@@ -40,11 +44,12 @@ def bench_adapt(
     unknown = [name for name in method or () if name not in methods_of(every)]
     if unknown:
         raise UserError(f"--method {unknown[0]}: is none of {', '.join(methods_of(every))}")
-    names = target or [spec.name for spec in settled.targets if spec.lora is None]
+    full = [spec.name for spec in settled.targets if spec.lora is None]
+    names, num_seeds = extent(full, target, seeds, quick=quick)
     rows = kept(out, model, source)
-    for number, subject in enumerate(subjects(settled, names[:1] if quick else names)):
+    for number, subject in enumerate(subjects(settled, names)):
         chosen = method or (QUICK if quick else ())
-        todo = work(every, chosen, 1 if quick else seeds, first=number == 0)
+        todo = work(every, chosen, num_seeds, first=number == 0)
         for new in measure(subject, model, default, todo, identities(rows)):
             rows += new
             keep(out, rows, source)
@@ -58,6 +63,13 @@ def bench_adapt(
     paths = [*write(out, rows, source), out / "adapt.md"]
     paths[-1].write_text(page(rows, source["command"], source["git_sha"]))
     show_lines(paths)
+
+
+def extent(
+    full: list[str], target: list[str] | None, seeds: int | None, *, quick: bool
+) -> tuple[list[str], int]:
+    """Targets and the number of seeds: what is given counts, with `quick` too."""
+    return target or (full[:1] if quick else full), seeds or (1 if quick else SEEDS)
 
 
 @bench_app.command("packed")
@@ -81,8 +93,8 @@ def bench_packed(
     source |= {"adapt": dump(settled.adapt), "resources": dump(settled.resources.adapt)}
     count = targets or (packed.QUICK_TARGETS if quick else packed.TARGETS)
 
-    jobs = in_turn(onboarded_jobs(settled, console.print), count)
+    jobs = in_turn(onboarded_jobs(settled, say), count)
     with connect():
-        cost = measure(settled, jobs, console.print)
+        cost = measure(settled, jobs, say)
     show_wide(packed.table(cost))
     show_lines([*packed.lines(cost), packed.write(out, cost, family_name(manifest), source)])

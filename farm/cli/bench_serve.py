@@ -20,7 +20,8 @@ def bench_serve(
     quick: Annotated[bool, typer.Option("--quick", help="30 s of the closed loop instead of 120.")] = False,
     clients: Annotated[int, typer.Option(help="Clients of the closed loop.", min=1)] = 64,
     url: Annotated[
-        str | None, typer.Option(help="A running endpoint of this family; default: start one.")
+        str | None,
+        typer.Option(help="A running endpoint of this family, its key in FARM_API_KEY; default: start one."),
     ] = None,
     chaos: Annotated[
         bool,

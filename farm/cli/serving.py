@@ -31,7 +31,11 @@ app.add_typer(key_app, name="key")
 @app.command()
 def serve(
     manifest: Annotated[
-        Path | None, typer.Argument(help="Take the store and the serve section from it.")
+        Path | None,
+        typer.Argument(
+            help="The family's manifest.yaml: its store, serve and resources.serve are used.",
+            metavar="MANIFEST",
+        ),
     ] = None,
     store: Annotated[str | None, typer.Option(help="The store's folder or URI; default .farm/store.")] = None,
     overrides: Overrides = None,

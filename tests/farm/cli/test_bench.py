@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from farm.bench.operators import DTYPES
 from farm.cli.bench import family_name
+from farm.cli.bench_adapt import extent
 from farm.cli.main import app
 from farm.target import zoo
 from tests.farm.models import tiny_model
@@ -31,6 +32,13 @@ def test_a_manifest_in_the_working_directory_is_called_by_that_directory(
     (tmp_path / "own").mkdir()
     monkeypatch.chdir(tmp_path / "own")
     assert family_name(Path("manifest.yaml")) == "own"
+
+
+def test_what_is_given_counts_in_a_quick_run_too() -> None:
+    full = ["math", "code"]
+    assert extent(full, None, None, quick=False) == (full, 3)
+    assert extent(full, None, None, quick=True) == (["math"], 1)
+    assert extent(full, ["code", "lora0"], 2, quick=True) == (["code", "lora0"], 2)
 
 
 def test_operators_are_measured_at_the_sizes_of_a_manifests_base(tmp_path: Path) -> None:

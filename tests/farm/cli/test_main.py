@@ -4,9 +4,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from typing import Any
 
+import pytest
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from farm.cli.main import app
 
@@ -30,6 +33,24 @@ def test_threads_give_way_before_torch_has_read_how_long_they_spin() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     assert _last_line(environment) == "1000 False"
     assert _last_line({**environment, "GOMP_SPINCOUNT": "7"}) == "7 False"
+
+
+def test_the_version_is_that_of_the_installed_package() -> None:
+    done = CliRunner().invoke(app, ["--version"])
+    assert (done.exit_code, done.output) == (0, f"farm {version('farm')}\n")
+
+
+def test_the_help_begins_where_a_new_user_does() -> None:
+    names = list(get_command(app).commands)  # type: ignore[attr-defined]
+    wanted = ["demo", "finetune", "train-trunk", "onboard", "probe", "serve", "export", "bench"]
+    assert [name for name in names if name in wanted] == wanted
+
+
+@pytest.mark.parametrize("words", [["probe"], ["bench", "decode"], ["serve"]])
+def test_the_usage_marks_a_manifest_that_may_be_left_out_once(words: list[str]) -> None:
+    shown = CliRunner().invoke(app, [*words, "--help"]).output
+    assert "[MANIFEST]" in shown
+    assert "[[" not in shown
 
 
 def _commands(command: Any, name: str) -> Iterator[tuple[str, Any]]:
