@@ -26,6 +26,7 @@ from tests.farm.models import tiny_model, tiny_pair
 Options = dict[str, Any]
 NUM_SAMPLES, VOCAB, DEPTH, BATCH = 200_000, 4, 4, 20_000
 NUM_PENALISED = 10_000
+KNOWN = [0, 2]  # a pruned draft vocabulary
 NUM_BAD_SAMPLES = 60_000  # enough to reject every decoder below
 SAMPLING: Options = {"temperature": 0.5, "top_p": 0.98, "top_k": 3}
 PENALISED: Options = {
@@ -42,6 +43,14 @@ def small() -> Small:
     model = tiny_model(**SIZES)
     model.lm_head.weight.mul_(0.4)
     return model, TargetForward.of(model), tiny_pair(**SIZES)[1], exact_joint(model)
+
+
+@pytest.fixture(scope="module")
+def pruned() -> Draft:
+    """The draft of `small`, which knows two of four tokens."""
+    draft = tiny_pair(**SIZES)[1]
+    draft.trunk.vocabulary_C = torch.tensor(KNOWN)
+    return draft
 
 
 def sampled_counts(
@@ -128,6 +137,11 @@ def test_no_control_of_the_draft_length_changes_the_distribution(small: Small, c
     assert p_value(sampled_counts(target, draft, NUM_BAD_SAMPLES, control), joint) > 1e-4
 
 
+def test_a_pruned_draft_vocabulary_changes_no_probability(small: Small, pruned: Draft) -> None:
+    _, target, _, joint = small
+    assert p_value(sampled_counts(target, pruned, NUM_BAD_SAMPLES), joint) > 1e-4
+
+
 def raw_q(monkeypatch: pytest.MonkeyPatch) -> None:
     """The q that is reported is not the one that was drawn from."""
     real = propose_module.expand
@@ -189,6 +203,26 @@ def control_reads_what_was_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(propose_module._Chain, "extend", extend)
 
 
+def p_of_the_draft_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The target is asked for what the draft knows, as where both are pruned alike."""
+    real = chain_module.verify_sampled
+
+    def verify(drafted: Tensor, p: Tensor, *rest: Tensor) -> Verdict:
+        known = torch.zeros_like(p).index_copy(-1, torch.tensor(KNOWN), p[..., KNOWN])
+        mass = known.sum(dim=-1, keepdim=True)
+        return real(drafted, torch.where(mass > 0, known / mass, p), *rest)
+
+    monkeypatch.setattr(chain_module, "verify_sampled", verify)
+
+
+def test_the_same_test_rejects_a_target_that_is_pruned_like_its_draft(
+    small: Small, pruned: Draft, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, target, _, joint = small
+    p_of_the_draft_vocabulary(monkeypatch)
+    assert p_value(sampled_counts(target, pruned, BATCH), joint) < 1e-6
+
+
 BAD = [raw_q, no_residual, unprocessed_bonus, token_dependent_cut, control_reads_what_was_drawn]
 
 
@@ -203,27 +237,28 @@ def test_the_same_test_rejects_known_bad_decoders(
     assert p_value(sampled_counts(target, draft, NUM_BAD_SAMPLES, control), joint) < 1e-6
 
 
-def test_acceptance_at_the_first_position_is_the_overlap_of_p_and_q(
+def test_acceptance_at_each_position_is_the_overlap_of_p_and_q(
     small: Small, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Within 4 sigma of mean sum_v min(p, q)."""
+    """Within 4 sigma of mean sum_v min(p, q) where the position is reached."""
     _, target, draft, _ = small
-    overlaps: list[Tensor] = []
+    overlaps: list[list[Tensor]] = [[], []]
     real = chain_module.verify_sampled
 
     def verify(
         drafted: Tensor, p: Tensor, q: Tensor, accept: Tensor, following: Tensor, of: Tensor
     ) -> Verdict:
-        if drafted.shape[1]:
-            of_drafted = of > 0
-            overlaps.append(p[of_drafted, 0].minimum(q[of_drafted, 0]).sum(dim=-1))
-        return real(drafted, p, q, accept, following, of)
+        verdict = real(drafted, p, q, accept, following, of)
+        for index in range(drafted.shape[1]):
+            reached = (of > index) & (verdict.num_accepted_B >= index)
+            overlaps[index].append(p[reached, index].minimum(q[reached, index]).sum(dim=-1))
+        return verdict
 
     monkeypatch.setattr(chain_module, "verify_sampled", verify)
     engine = Engine(
         [Route(target, frozenset(), draft)], num_slots=BATCH, max_length=8, k=2, prefill_tokens=2 * BATCH
     )
-    engine.run(request(seed, 3) for seed in range(BATCH))
-    expected = float(torch.cat(overlaps).mean())
-    sigma = math.sqrt(expected * (1 - expected) / engine.stats.reached[0])
-    assert abs(engine.stats.alpha[0] - expected) < 4 * sigma
+    engine.run(request(seed, 4) for seed in range(BATCH))
+    for found, alpha, reached in zip(overlaps, engine.stats.alpha, engine.stats.reached, strict=True):
+        expected = float(torch.cat(found).mean())
+        assert abs(alpha - expected) < 4 * math.sqrt(expected * (1 - expected) / reached)

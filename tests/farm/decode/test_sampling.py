@@ -39,7 +39,7 @@ def test_top_k_and_top_p_keep_the_likeliest_and_renormalise() -> None:
     # The smallest set that reaches top_p: the first token has 0.64, so 0.7 needs the second as well.
     nucleus = distribution(LOGITS, batch(SamplingParams(temperature=1.0, top_p=0.7)))[0]
     torch.testing.assert_close(nucleus, top2)
-    one = distribution(LOGITS, batch(SamplingParams(temperature=1.0, top_p=1e-6)))[0]
+    one = distribution(LOGITS, batch(SamplingParams(temperature=1.0, top_p=1e-50)))[0]
     assert one.tolist() == [1.0, 0.0, 0.0, 0.0]
 
 
@@ -64,14 +64,14 @@ def test_a_token_of_probability_zero_is_never_drawn(weights: list[float], u: flo
 
 
 def filtered_by_definition(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """One row, fp64: sort, keep the first k, then the smallest set whose share reaches top_p."""
+    """One row, fp64: sort, keep the first k, the smallest set whose share reaches top_p, of it what min_p allows."""
     p, order = (logits.double() / params.temperature).softmax(-1).sort(descending=True, stable=True)
     if params.top_k:
         p[params.top_k :] = 0
     p /= p.sum()
     kept = p.cumsum(-1) - p < params.top_p if params.top_p < 1 else p > 0
     kept[0] = True
-    p = torch.where(kept, p, 0)
+    p = torch.where(kept & (p >= params.min_p * p[0]), p, 0)
     return torch.zeros_like(p).scatter_(-1, order, p / p.sum())
 
 
@@ -79,17 +79,22 @@ def filtered_by_definition(logits: torch.Tensor, params: SamplingParams) -> torc
     seed=st.integers(0, 1000),
     sharp=st.sampled_from([0.0, 0.5, 3.0]),
     settings_of=st.lists(
-        st.tuples(st.sampled_from([0, 1, 5, 300, 2000]), st.sampled_from([1.0, 0.999, 0.9, 0.3])), min_size=1
+        st.tuples(
+            st.sampled_from([0, 1, 5, 300, 2000]),
+            st.sampled_from([1.0, 0.999, 0.9, 0.3]),
+            st.sampled_from([0, 0.1]),
+        ),
+        min_size=1,
     ),
 )
 @settings(max_examples=40)
 def test_a_large_vocabulary_is_filtered_by_definition(
-    seed: int, sharp: float, settings_of: list[tuple[int, float]]
+    seed: int, sharp: float, settings_of: list[tuple[int, float, float]]
 ) -> None:
     """Rows that a few large logits decide, and rows that need the whole sort, side by side."""
     logits = torch.randn(len(settings_of), 1000, generator=torch.Generator().manual_seed(seed)) * sharp
     logits += torch.linspace(0, 1e-3, 1000)  # no ties: which of two equal tokens stays is nobody's business
-    params = [SamplingParams(temperature=0.8, top_k=top_k, top_p=top_p) for top_k, top_p in settings_of]
+    params = [SamplingParams(0.8, top_p, top_k, min_p=min_p) for top_k, top_p, min_p in settings_of]
     rows = distribution(logits, batch(*params))
     for row, logit, param in zip(rows, logits, params, strict=True):
         expected = filtered_by_definition(logit, param)

@@ -324,6 +324,16 @@ def test_tokens_of_a_tree_follow_the_targets_distribution(small: Small, tree: Tr
 
 
 @SMALL_SHAPES
+def test_trees_of_a_pruned_draft_vocabulary_change_no_probability(small: Small, tree: TreeShape) -> None:
+    """A family of three has two tokens."""
+    model, target, _ = small
+    draft = tiny_pair(**SIZES)[1]
+    draft.trunk.vocabulary_C = torch.tensor([0, 2])
+    counts = sampled_counts((model, target, draft), tree, NUM_BAD_SAMPLES, AT_HALF)
+    assert p_value(counts, exact_joint(model, AT_HALF)) > 1e-4
+
+
+@SMALL_SHAPES
 def test_penalties_bias_and_min_p_follow_each_path(small: Small, tree: TreeShape) -> None:
     counts = sampled_counts(small, tree, NUM_PENALISED, PENALISED)
     assert p_value(counts, exact_joint(small[0], PENALISED)) > 1e-4

@@ -105,14 +105,18 @@ def test_output_distribution_is_the_targets_exactly(seed: int, sharp: float, zer
     assert total_variation(output_joint(world), target_joint(world)) < 1e-12
 
 
-def test_disjoint_supports_and_equal_distributions_are_exact() -> None:
+def test_edges_of_p_and_q_are_exact() -> None:
     world = random_world(1)
     left = torch.tensor([0.7, 0.3, 0, 0], dtype=torch.float64)
     right = torch.tensor([0, 0, 0.4, 0.6], dtype=torch.float64)
     disjoint = World(dict.fromkeys(world.p, left), dict.fromkeys(world.q, right), world.raw)
     equal = World(world.p, world.p, world.raw)
     one_hot = World(dict.fromkeys(world.p, torch.eye(V).double()[2]), world.q, world.raw)
-    for case in (disjoint, equal, one_hot):
+    above, just = (torch.tensor([x, 0.3, 0.4, 0.0], dtype=torch.float64) for x in (0.1 + 0.2, 0.3))
+    rounded = World(
+        dict.fromkeys(world.p, just), dict.fromkeys(world.q, above), world.raw
+    )  # no residual is left
+    for case in (disjoint, equal, one_hot, rounded):
         assert total_variation(output_joint(case), target_joint(case)) < 1e-12
 
 
@@ -181,7 +185,12 @@ def test_enumeration_rejects_a_length_that_reads_the_probability_of_what_was_dra
 
 
 def test_padding_behind_a_short_row_is_never_accepted() -> None:
-    assert verify_greedy([[1, 2, 3]] * 3, [[1, 2, 3, 4]] * 3, [0, 1, 3]) == [0, 1, 3]
+    lengths = [0, 1, 3]
+    assert verify_greedy([[1, 2, 3]] * 3, [[1, 2, 3, 4]] * 3, lengths) == lengths
+    drafted, p = torch.tensor([[1, 2, 3]] * 3), torch.full((3, 4, 4), 0.25)
+    uniform = torch.full((3, 3), 0.5).double()
+    verdict = verify_sampled(drafted, p, p[:, :3], uniform, uniform[:, 0], torch.tensor(lengths))
+    assert verdict.num_accepted_B.tolist() == lengths
 
 
 def test_verdict_follows_the_uniform_numbers() -> None:
