@@ -176,6 +176,20 @@ def test_greedy_speculation_with_penalties_is_plain_decoding_with_them(
     assert decoded[0][0] != decoded[0][1]
 
 
+@pytest.mark.parametrize("control", ["fixed-3", "adaedl-published"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_bias_is_on_the_draft_too(control: str, temperature: float) -> None:
+    """One that drowns everything else makes target and draft agree; without it most that is drafted is refused."""
+    target, draft = tiny_pair()
+    params = SamplingParams(temperature=temperature, max_new_tokens=1 + 6 * 4, logit_bias=((7, 1e3),))
+    engine = Engine(
+        [Route(target, frozenset(), draft)], num_slots=2, max_length=64, k=3, control=make_control(control, 3)
+    )
+    for done in engine.run([Request("a", (1, 2, 3), params), Request("b", (4, 5), params)]):
+        assert done.tokens == (7,) * 25
+        assert done.stats.tau == 4.0
+
+
 def test_min_p_keeps_tokens_above_a_share_of_the_likeliest() -> None:
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
     batch = SamplingBatch.of([SamplingParams(temperature=1.0, min_p=0.25)], [0])

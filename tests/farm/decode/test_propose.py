@@ -1,4 +1,4 @@
-"""What a control is told about a draft's distributions."""
+"""Chains against the draft's own forward along them, and what a control is told about a draft's distributions."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ import torch
 from farm.decode.control import Fixed, Signal
 from farm.decode.controls import make_control
 from farm.decode.engine import Engine, Request, Route
-from farm.decode.sampling import SamplingParams
+from farm.decode.penalties import Penalties, Said
+from farm.decode.propose import chain_reader, propose
+from farm.decode.sampling import SamplingParams, distribution
 from farm.decode.tree import TreeShape
+from tests.farm.decode.penalised import penalise
 from tests.farm.decode.test_engine import NO_STOP, decode, prompts, tiny_pair
+from tests.farm.decode.test_propose_tree import VOCABULARY, World, batch_of
 
 
 class Listens(Fixed):
@@ -76,3 +80,42 @@ def test_an_expert_that_says_no_numbers_changes_no_token(how: str, pruned: bool)
     broken = decode(target, draft, requests, **options)
     assert [done.tokens for done in broken] == [done.tokens for done in decode(target, None, requests)]
     assert sum(broken[0].stats.reached) == 0
+
+
+PENALTIES: dict[str, float] = {"repetition_penalty": 1.5, "presence_penalty": 0.3, "frequency_penalty": 0.7}
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("temperatures", [(60.0, 99.0, 40.0), (60.0, 0.0, 99.0), (0.0, 0.0, 0.0)])
+@pytest.mark.parametrize("penalties", [{}, PENALTIES], ids=["plain", "penalised"])
+def test_each_drafted_token_comes_from_the_drafts_distribution_after_those_before_it(
+    penalties: dict[str, float], temperatures: tuple[float, ...], pruned: bool
+) -> None:
+    """Penalties count what was drafted, as they will in the verification; q is the distribution that was drawn from.
+
+    The draft's logits differ by hundreds: temperatures are as high, or what was drafted would have no say in any q.
+    """
+    world, limits, said = World(VOCABULARY if pruned else None), (3, 3, 2), Said([4, 9, 9], 1)
+    params = [
+        SamplingParams(temperature=temperature, seed=seed, **penalties)
+        for seed, temperature in enumerate(temperatures)
+    ]
+    batch = batch_of(*params, penalties=Penalties.of(params, [said] * 3))
+    cache = world.cache()
+    reader = chain_reader(world.draft, world.head, world.pending(cache, limits), cache, 2)
+    chain = propose(reader, 3, Fixed(3), batch)
+    assert chain.lengths == limits
+    assert chain.forwards == 3
+    for row, (one, length) in enumerate(zip(params, limits, strict=True)):
+        tokens = tuple(chain.tokens_BK[row, :length].tolist())
+        for index, token in enumerate(tokens):
+            path = tokens[:index]
+            logits = world.logits(row, path).float()
+            logits = penalise(logits, one, Said([*said.tokens, *path], 1), world.vocabulary_C)
+            q_C = distribution(logits[None], batch_of(one))[0]
+            q_V = (
+                q_C if world.vocabulary_C is None else torch.zeros(32).index_copy(0, world.vocabulary_C, q_C)
+            )
+            assert q_V[token] > 0
+            if chain.q_BKV is not None:
+                torch.testing.assert_close(chain.q_BKV[row, index], q_V, atol=1e-6, rtol=0)

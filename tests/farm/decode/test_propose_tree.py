@@ -45,16 +45,19 @@ class World:
         shape = (self.draft.config.num_kv_heads, self.draft.config.head_dim)
         return SlotCache(1, 3, 64, shape, torch.float64)
 
-    def reader(self, drafts: tuple[bool, ...] = (True,) * 3) -> TreeReader:
-        cache = self.cache()
+    def pending(self, cache: SlotCache, limits: tuple[int, ...]) -> Pending:
+        """What a draft that has read all before it, into `cache`, is to read now."""
         run_draft(self.draft, self.head, self.tokens, self.hidden, Rows([0] * 3), cache)
         starts = [read - unread for read, unread in zip(READ, UNREAD, strict=True)]
         tokens, hidden = self.tokens.clone(), self.hidden.clone()
         for row, start in enumerate(starts):
             tokens[row, : UNREAD[row]] = self.tokens[row, start : start + UNREAD[row]]
             hidden[row, : UNREAD[row]] = self.hidden[row, start : start + UNREAD[row]]
-        pending = Pending(tokens[:, :3], hidden[:, :3], Rows(starts), UNREAD, drafts)
-        return TreeReader(self.draft, self.head, pending, cache)
+        return Pending(tokens[:, :3], hidden[:, :3], Rows(starts), UNREAD, limits)
+
+    def reader(self, drafts: tuple[bool, ...] = (True,) * 3) -> TreeReader:
+        cache = self.cache()
+        return TreeReader(self.draft, self.head, self.pending(cache, drafts), cache)
 
     def logits(self, row: int, path: Path) -> Tensor:
         """The draft's logits after a path, read as a chain."""
