@@ -100,6 +100,23 @@ def test_a_mixed_batch_gives_every_target_the_tokens_it_gives_alone(
         assert [tokens for tokens in watched.drafted[request.id] if tokens] == drafted
 
 
+@pytest.mark.parametrize("by_operators", [(), (0,), (1,), (0, 1)])
+def test_checkpoints_that_name_their_choice_and_those_that_do_not_share_a_greedy_batch(
+    by_operators: tuple[int, ...],
+) -> None:
+    """In float32 the kernels say which logit is largest; without them the engine looks."""
+    forwards = [TargetForward.of(tiny_model(seed=seed)) for seed in (0, 1)]
+    for index in by_operators:
+        forwards[index]._decoder = None
+    draft = tiny_pair()[1]
+    each = [Route(forward, NO_STOP, draft, target=str(i)) for i, forward in enumerate(forwards)]
+    params, options = SamplingParams(max_new_tokens=16), {"max_length": 40, "k": 2}
+    requests = [Request(str(i), (1, 2, 3 + i), params, str(i % 2)) for i in range(4)]
+    together = Engine(each, num_slots=4, **options).run(requests)
+    alone = [Engine([each[i % 2]], num_slots=1, **options).run([r])[0] for i, r in enumerate(requests)]
+    assert [done.tokens for done in together] == [done.tokens for done in alone]
+
+
 def test_the_loras_change_what_is_decoded(routes: Family) -> None:
     """Else the test above could not tell a lost delta."""
     asked = [Request(name, (1, 2, 3), SamplingParams(max_new_tokens=16), name) for name in NAMES]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import farm.decode.verify_tree as verify_tree_module
-from farm.decode.tree import Tree, TreeShape, depths_of, static_parents
+from farm.decode.tree import FIRST_CHILD, NEXT_CHILD, Tree, TreeShape, depths_of, static_parents
 from farm.decode.verify import verify_greedy, verify_sampled
 from farm.decode.verify_tree import (
     AfterNodes,
@@ -405,6 +405,23 @@ def test_static_shapes_are_trees_within_their_sizes(width: int, depth: int, num_
     assert max(depths_of(parents)) <= depth
     depths = depths_of(parents)
     assert depths == sorted(depths)
+
+
+@given(width=st.integers(1, 4), depth=st.integers(1, 4), num_nodes=st.integers(1, 30))
+@settings(max_examples=40)
+def test_a_static_shape_has_the_nodes_that_are_reached_most_often(
+    width: int, depth: int, num_nodes: int
+) -> None:
+    """Of the whole tree, each child of a rank accepted as often as tree.py says."""
+    whole, level = [1.0], [1.0]
+    accepted = [FIRST_CHILD * NEXT_CHILD**rank for rank in range(width)]
+    for _ in range(depth):
+        level = [reach * share for reach in level for share in accepted]
+        whole += level
+    parents, found = static_parents(width, depth, num_nodes), [1.0]
+    for node in range(1, len(parents)):
+        found.append(found[parents[node]] * accepted[parents[1:node].count(parents[node])])
+    assert sorted(found) == pytest.approx(sorted(whole)[-len(found) :])
 
 
 @pytest.mark.parametrize("sizes", [{"kind": "beam"}, {"width": 0}, {"depth": 33}, {"num_nodes": 0}])
