@@ -107,6 +107,31 @@ def test_of_equal_logits_the_first_is_best() -> None:
     assert told.best_B.tolist() == [4]
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])  # with one of them all logits are below 0
+def test_what_pads_a_vocabulary_to_whole_vectors_is_no_choice(sign: float) -> None:
+    """Seven columns; the zeros behind them are more than any logit below 0."""
+    target, draft = tiny_pair()
+    weight = sign * torch.arange(1.0, 33.0)[:, None].expand(32, 32)
+    head = LeanHead(DraftHead.of(target.embedding, weight, torch.arange(3, 10)), target.head)
+    cache = SlotCache(1, 1, 40, (draft.config.num_kv_heads, draft.config.head_dim))
+    pending = Pending(TOKENS[:1], torch.ones(1, 5, 32), Rows([0]), (5,), (1,))
+    told = chain_reader(LeanDraft.of(draft), head, pending, cache, 0).told
+    assert told.best_B is not None
+    assert told.best_B.tolist() == head.token_ids(told.logits_BC.argmax(dim=-1)).tolist()
+
+
+def test_a_draft_that_says_no_numbers_proposes_known_tokens_and_ends_by_the_rule() -> None:
+    """Which is asked for tables by a largest probability that is none."""
+    fused, _ = readers(pruned=True)
+    fused._pending.hidden_BTH.fill_(torch.nan)
+    chain = fused.whole(None)
+    assert chain.tokens_BK.shape == (2, 4)
+    assert torch.isin(chain.tokens_BK, fused.head.vocabulary_C).all()
+    rule = Rule([[0.1, 0.9, 0.9]] * 2, [[1.0] * 3] * 2, [0.5] * 3, [0.5] * 3)
+    chain = fused.whole(Growth((3, 3), rule))
+    assert (chain.forwards, chain.tokens_BK.shape) == (1, (2, 0))
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("branches", [None, TREE], ids=["chain", "tree"])
 def test_a_target_from_token_ids_to_its_choice_is_its_parts(kind: str, branches: Branches | None) -> None:

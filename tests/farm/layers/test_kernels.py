@@ -97,9 +97,10 @@ def test_attention_reads_what_its_mask_shows(
     qkv = normal(b, t, g * r + 2 * g, d, dtype=dtype)
     cache = normal(b, 2 * g, s + 3, d, dtype=dtype)
     q, k, v = qkv[:, :, : g * r], cache[:, :g, :s], cache[:, g:, :s]
-    last_seen_BT = torch.tensor([[random.randrange(s) for _ in range(t)] for _ in range(b)])
-    seen_BTS = (torch.arange(s) <= last_seen_BT[..., None]) & (torch.rand(b, t, s) < 0.8)
-    seen_BTS[:, :, 0] = True
+    last_seen_BT1 = torch.tensor([[[random.randrange(s)] for _ in range(t)] for _ in range(b)])
+    first_seen_BT1 = torch.where(torch.rand(b, t, 1) < 0.5, 0, last_seen_BT1 - random.randrange(s))
+    between_BTS = (torch.arange(s) >= first_seen_BT1) & (torch.arange(s) <= last_seen_BT1)
+    seen_BTS = (between_BTS & (torch.rand(b, t, s) < 0.8)).scatter(2, last_seen_BT1, True)
     mask = fold_mask(torch.where(seen_BTS, 0.0, -torch.inf).to(dtype)[:, None], r)
     assert_close_to(
         own().attend(q, k, v, Visible(mask=mask)), attend(q.double(), k.double(), v.double(), mask.double())
