@@ -166,3 +166,10 @@ def test_held_out_rows_are_not_trained_on_and_follow_from_the_seed_alone() -> No
     assert len(held_out) == 4
     assert split_held_out(list(reversed(range(20))), settings) == (train, held_out)
     assert split_held_out(range(20), AdaptSettings()) == (list(range(20)), [])
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5])
+def test_of_the_fewest_rows_one_is_held_out_and_one_is_left_to_train_on(share: float) -> None:
+    settings = AdaptSettings(early_stop={"held_out": share})
+    assert split_held_out([7], settings) == ([7], [])
+    assert [len(part) for part in split_held_out([3, 5], settings)] == [1, 1]

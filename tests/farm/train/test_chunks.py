@@ -52,6 +52,18 @@ def test_chunks_change_neither_values_nor_gradients(
     assert max(head.rows) <= rows
 
 
+@pytest.mark.parametrize(("numbers", "rows"), [(2**26, 128), (50 * 2048, 50), (1, 1)])
+def test_a_wide_head_is_read_for_few_rows_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, numbers: int, rows: int
+) -> None:
+    """As nobody says how many: all logits of a batch at once would be gigabytes."""
+    monkeypatch.setattr("farm.train.chunks.LOGIT_NUMBERS", numbers)
+    weight, hidden = torch.zeros(2048, H), torch.zeros(150, H)
+    head = Counted(weight, weight, None)
+    position_losses(head, hidden, hidden, Wanted("kl"))
+    assert max(head.rows) == rows
+
+
 def test_a_position_that_is_left_out_spoils_nothing_by_an_infinite_gradient(
     case: tuple[Counted, Tensor, Tensor],
 ) -> None:
