@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import pytest
 from pydantic import ValidationError
@@ -271,6 +272,17 @@ def test_rows_that_were_not_looked_at_yet_cost_what_their_tokens_do() -> None:
         assert costs.verify_step(load_of(rows)) == pytest.approx(0.01 * rows)
         assert 1 / costs.plain(load_of(rows)) == pytest.approx(1.0 + 0.01 * rows)
         assert costs.seconds(took(rows, 3, 0.0, 0.0)) == pytest.approx(0.3 + 1.0 + 0.04 * rows)
+
+
+def test_rows_that_two_forwards_verify_are_not_priced_by_those_of_one() -> None:
+    costs = RoundCosts(8)
+    for _ in range(3):
+        for length in (0, 1, 4, 8):
+            costs.add(took(8, length, 0.1 * length, 1.0 + 0.2 * length))
+    assert costs.unexplored(load_of(8)) == ()
+    apart = replace(load_of(4), num_groups=2)
+    assert (costs.source(load_of(4)), costs.source(apart)) == ((8, 1), (4, 2))
+    assert costs.unexplored(apart) == (1, 4, 8)
 
 
 def test_a_tail_of_five_rows_is_no_fast_machine() -> None:

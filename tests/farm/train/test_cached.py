@@ -54,6 +54,20 @@ def test_an_expert_on_cached_positions_predicts_what_the_first_unrolled_step_doe
         torch.testing.assert_close(positions.hidden_MH[row], samples[number].features_TH[index + 1])
 
 
+@pytest.mark.parametrize("prompt_tokens", [False, True])
+def test_prompts_are_cached_where_they_are_trained_on(
+    samples: list[Sample], draft: Draft, prompt_tokens: bool
+) -> None:
+    """The very positions of whole rows, once each."""
+    weight = torch.randn(32, 16, generator=torch.Generator().manual_seed(1))
+    found = cache_positions(
+        draft.trunk, DraftHead(weight, weight, None), list(enumerate(samples)), batch_rows=4,
+        prompt_tokens=prompt_tokens,
+    )  # fmt: skip
+    expected = collate(samples, prompt_tokens=prompt_tokens).where(0)
+    assert sorted(found.at.uid_M.tolist()) == sorted(expected.uid_M.tolist())
+
+
 @pytest.mark.parametrize("form", ["cached", "unrolled", "cached-unrolled"])
 @pytest.mark.parametrize("micro_rows", [None, 1])
 def test_ranks_and_micro_batches_share_out_the_same_positions(
