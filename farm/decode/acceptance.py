@@ -81,7 +81,7 @@ class Known(dict[Kind, Acceptance]):
         rows = zip(load.kinds, load.limits, result.drafted, result.accepted, result.emitted, strict=True)
         for row, (kind, limit, drafted, accepted, emitted) in enumerate(rows):
             known = self[kind]
-            for index in range(min(drafted, accepted + 1, emitted)):
+            for index in range(min(drafted, emitted)):
                 hit = float(index < accepted)
                 known.by_position[index].add(hit, 1.0)
                 known.by_peak.add(result.signals[index][row], hit)

@@ -139,7 +139,7 @@ def test_no_control_of_the_draft_length_changes_the_distribution(small: Small, c
 
 def test_a_pruned_draft_vocabulary_changes_no_probability(small: Small, pruned: Draft) -> None:
     _, target, _, joint = small
-    assert p_value(sampled_counts(target, pruned, NUM_BAD_SAMPLES), joint) > 1e-4
+    assert p_value(sampled_counts(target, pruned, BATCH), joint) > 1e-4
 
 
 def raw_q(monkeypatch: pytest.MonkeyPatch) -> None:
