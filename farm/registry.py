@@ -37,6 +37,7 @@ class RolledBack:
 
     version: str
     reason: str
+    adapt_key: str | None = None  # of its card: the same adapter may be published again under another number
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Pointer:
 
     history: tuple[str, ...] = ()  # versions that were live, the live one last; empty: the base draft serves
     canary: Canary | None = None
-    rolled_back: RolledBack | None = None  # the last one, until another canary is tried
+    # Every version that was rolled back and that nobody has promoted or tried since, the last one last.
+    withdrawn: tuple[RolledBack, ...] = ()
     # Given up, to be deleted; they stay here for ever, so that the pointer never looks as it did before.
     retired: tuple[str, ...] = ()
     etag: str | None = None
@@ -53,6 +55,20 @@ class Pointer:
     @property
     def live(self) -> str | None:
         return self.history[-1] if self.history else None
+
+    @property
+    def rolled_back(self) -> RolledBack | None:
+        """The last of `withdrawn`."""
+        return self.withdrawn[-1] if self.withdrawn else None
+
+    def without(self, version: Version) -> tuple[RolledBack, ...]:
+        """`withdrawn` once somebody has decided otherwise of this version."""
+        adapter = version.card.get("adapt_key")
+
+        def is_same(one: RolledBack) -> bool:
+            return one.version == version.version or (adapter is not None and one.adapt_key == adapter)
+
+        return tuple(one for one in self.withdrawn if not is_same(one))
 
 
 class Registry:
@@ -100,11 +116,13 @@ class Registry:
             return Pointer()
         record = json.loads(data)
         # Records of before there were canaries, retired versions or reasons have none.
-        canary, ended = record.get("canary"), record.get("rolled_back")
+        canary, last = record.get("canary"), record.get("rolled_back")
+        # Older ones know the last that was rolled back alone.
+        withdrawn = record.get("withdrawn", [last] if last else [])
         return Pointer(
             tuple(record["history"]),
             canary and Canary(**canary),
-            ended and RolledBack(**ended),
+            tuple(RolledBack(**one) for one in withdrawn),
             tuple(record.get("retired", ())),
             etag,
         )
@@ -120,15 +138,13 @@ class Registry:
         never published, or is retired.
         """
         pointer = self.pointer(target)
-        self._of(target, version, pointer)
+        found = self._of(target, version, pointer)
         if pointer.live != expected:
             return False
         if pointer.live == version:
             return True
-        ended = pointer.rolled_back
-        if ended is not None and ended.version == version:
-            ended = None  # who promotes it has decided otherwise
-        return self._move(target, replace(pointer, history=(*pointer.history, version), rolled_back=ended))
+        withdrawn = pointer.without(found)
+        return self._move(target, replace(pointer, history=(*pointer.history, version), withdrawn=withdrawn))
 
     def start_canary(self, target: str, version: str, share: float) -> bool:
         """Try `version` on a share of the requests, or change its share; whether it did.
@@ -139,12 +155,13 @@ class Registry:
         if not 0 < share < 1:
             raise UserError(f"registry: a canary's share is between 0 and 1, not {share:g}; promote for all")
         pointer = self.pointer(target)
-        self._of(target, version, pointer)
+        found = self._of(target, version, pointer)
         if pointer.live == version:
             raise UserError(f"registry: {target}@{version} is live already; try another version")
         if pointer.canary is not None and pointer.canary.version != version:
             return False
-        return self._move(target, replace(pointer, canary=Canary(version, share), rolled_back=None))
+        withdrawn = pointer.without(found)
+        return self._move(target, replace(pointer, canary=Canary(version, share), withdrawn=withdrawn))
 
     def end_canary(self, target: str, version: str, reason: str | None = None) -> bool:
         """End the canary if it is still `version`; whether this call did. Repeating it changes nothing.
@@ -155,8 +172,8 @@ class Registry:
             pointer = self.pointer(target)
             if pointer.canary is None or pointer.canary.version != version:
                 return False
-            ended = None if reason is None else RolledBack(version, reason)
-            if self._move(target, replace(pointer, canary=None, rolled_back=ended)):
+            ended = () if reason is None else (self._rolled_back(target, version, reason),)
+            if self._move(target, replace(pointer, canary=None, withdrawn=(*pointer.withdrawn, *ended))):
                 return True
 
     def rollback(self, target: str) -> Version:
@@ -171,8 +188,9 @@ class Registry:
             raise UserError(
                 f"registry: {target} has no earlier live version to return to; promote one instead"
             )
-        ended = RolledBack(pointer.history[-1], "by hand")
-        if not self._move(target, replace(pointer, history=pointer.history[:-1], rolled_back=ended)):
+        ended = self._rolled_back(target, pointer.history[-1], "by hand")
+        withdrawn = (*pointer.without(previous), ended)
+        if not self._move(target, replace(pointer, history=pointer.history[:-1], withdrawn=withdrawn)):
             raise UserError(
                 f"registry: the live version of {target} moved meanwhile; look again, then repeat"
             )
@@ -217,6 +235,14 @@ class Registry:
         """Record what serving needs: {base, trunk_key, draft, targets: {name: {model, lora, ...}}}."""
         self.store.put(_FAMILY, json.dumps(family, indent=1, sort_keys=True).encode())
 
+    def trunk_key(self) -> str | None:
+        """Of the trunk that the family was adapted on; None before anything was onboarded into this store."""
+        try:
+            key: str | None = json.loads(self.store.get(_FAMILY)).get("trunk_key")
+        except NotFound:
+            return None
+        return key
+
     def family(self) -> dict[str, Any]:
         """The family's record; UserError if nothing was onboarded into this store."""
         try:
@@ -241,6 +267,10 @@ class Registry:
             ) from NotFound(f"{target}@{version}")
         return found
 
+    def _rolled_back(self, target: str, version: str, reason: str) -> RolledBack:
+        found = self._find(target, version)
+        return RolledBack(version, reason, None if found is None else found.card.get("adapt_key"))
+
     def _find(self, target: str, version: str) -> Version | None:
         # A folder finds "v3/" and "./v3" too, which would be another version everywhere else.
         if not _VERSION.fullmatch(version):
@@ -255,10 +285,11 @@ class Registry:
     def _move(self, target: str, to: Pointer) -> bool:
         """Write the pointer if it is still the one whose etag `to` has; what is live is not tried any more."""
         tried = None if to.canary is None or to.canary.version == to.live else asdict(to.canary)
-        ended = None if to.rolled_back is None else asdict(to.rolled_back)
+        last = to.rolled_back and {"version": to.rolled_back.version, "reason": to.rolled_back.reason}
         record = {
-            "version": to.live, "history": to.history, "canary": tried,
-            "rolled_back": ended, "retired": to.retired,
+            "version": to.live, "history": to.history, "canary": tried, "retired": to.retired,
+            "withdrawn": [asdict(one) for one in to.withdrawn],
+            "rolled_back": last,  # all that an older farm can read of them
         }  # fmt: skip
         return self.store.compare_and_swap(
             f"{_folder(target)}/live.json", json.dumps(record).encode(), to.etag

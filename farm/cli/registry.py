@@ -42,8 +42,8 @@ def list_versions(store: StorePath = ".farm/store", as_json: AsJson = False) -> 
         marks = {pointer.live: " (live)"}
         if pointer.canary is not None:
             marks[pointer.canary.version] = f" (canary, {pointer.canary.share:g})"
-        if pointer.rolled_back is not None:
-            marks[pointer.rolled_back.version] = f" (rolled back: {escape(pointer.rolled_back.reason)})"
+        for ended in pointer.withdrawn:
+            marks[ended.version] = f" (rolled back: {escape(ended.reason)})"
         versions = [
             f"[bold]{v.version}{marks[v.version]}[/bold]" if v.version in marks else v.version
             for v in registry.versions(name)

@@ -3,7 +3,7 @@
 Rests on the registry alone, so that a run that was killed between any two steps can be repeated.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from farm.evaluate.provenance import git_sha, versions
 from farm.evaluate.records import Decision
 from farm.fleet.records import Plan, TargetPlan
 from farm.fleet.stage_keys import ADAPT, EVALUATE, EXPERT_FILE, TRUNK_FILE
-from farm.registry import Registry, Version
+from farm.registry import Pointer, Registry, Version
 
 
 @dataclass(frozen=True)
@@ -70,46 +70,73 @@ def publish(
     registry: Registry, artifacts: Artifacts, plan: Plan, target: TargetPlan, evaluation: Artifact, fit: Fit
 ) -> Verdict:
     """Publish the adapter unless it is there, and promote it when the gate lets it pass."""
-    version = _published(registry, target) or _publish(registry, artifacts, plan, target, evaluation, fit)
+    # Before all else: what another run does after this look is seen below, or stops the promotion.
     pointer = registry.pointer(target.name)
-    interval, least = evaluation.manifest["row"]["gain_interval"], plan.manifest.evaluate.min_gain
-    if pointer.live == version.version:
-        return Verdict("promoted", f"live since it was promoted: gain above {least:g}", version.version)
+    opponent = opponent_of(registry, target.name, target.adapt_key, plan.trunk.key)
+    # By the key: under another name of the target, or published again, the same adapter has another number.
+    is_current = evaluation.key == evaluation_key(plan.manifest, target, opponent)
+    published = _published(registry, target)
+    if not published:
+        opponent_name = opponent.version if opponent else None
+        against = opponent_name if is_current else evaluation.manifest["opponent"]
+        published = [_publish(registry, artifacts, plan, target, evaluation, fit, against)]
+    if pointer.live in published:
+        least = plan.manifest.evaluate.min_gain
+        return Verdict("promoted", f"live since it was promoted: gain above {least:g}", pointer.live)
+    version, interval = published[-1], evaluation.manifest["row"]["gain_interval"]
+    reason = _kept(plan.manifest, pointer, published, target, interval)
+    if reason is not None:
+        return Verdict("kept", reason, version)
+    if is_current and registry.promote(target.name, version, pointer.live):
+        return Verdict("promoted", f"gain in tau is above {interval[0]:.3f} with 95 % confidence", version)
+    return Verdict("kept", "the live version moved meanwhile; run again to compare with it", version)
+
+
+def _kept(
+    manifest: Manifest,
+    pointer: Pointer,
+    published: Sequence[str],
+    target: TargetPlan,
+    interval: Any,  # as a report's row has it
+) -> str | None:
+    """Why an adapter, of which these versions are published, is not promoted; None where nothing speaks against it."""
+    least = manifest.evaluate.min_gain
     measured = interval is not None and None not in interval
     if not (measured and promotes(interval, least)):
         low = f"{interval[0]:.3f}" if measured else "unknown"
-        return Verdict(
-            "kept", f"lower bound of the gain in tau is {low}, not above {least:g}", version.version
-        )
-    ended = pointer.rolled_back
-    if ended is not None and ended.version == version.version:
-        again = f"`farm registry promote {target.name} {version.version}` makes it live all the same"
-        return Verdict(
-            "kept", f"{version.version} was rolled back ({ended.reason}); {again}", version.version
-        )
-    opponent = opponent_of(registry, target.name, target.adapt_key, plan.trunk.key)
-    beaten = evaluation.manifest["opponent"] == (opponent.version if opponent else None)
-    if beaten and registry.promote(target.name, version.version, pointer.live):
-        return Verdict(
-            "promoted", f"gain in tau is above {interval[0]:.3f} with 95 % confidence", version.version
-        )
-    return Verdict("kept", "the live version moved meanwhile; run again to compare with it", version.version)
+        return f"lower bound of the gain in tau is {low}, not above {least:g}"
+    withdrawn = (
+        one for one in pointer.withdrawn if one.version in published or one.adapt_key == target.adapt_key
+    )
+    ended = next(withdrawn, None)
+    if ended is None:
+        return None
+    version = ended.version if ended.version in published else published[-1]  # the former may be deleted
+    again = f"`farm registry promote {target.name} {version}` makes it live all the same"
+    return f"{ended.version} was rolled back ({ended.reason}); {again}"
 
 
-def _published(registry: Registry, target: TargetPlan) -> Version | None:
-    matching = [v for v in registry.versions(target.name) if v.card.get("adapt_key") == target.adapt_key]
-    return matching[-1] if matching else None
+def _published(registry: Registry, target: TargetPlan) -> list[str]:
+    """Versions that have this adapter, oldest first: two runs at once may each have published it."""
+    versions = registry.versions(target.name)
+    return [one.version for one in versions if one.card.get("adapt_key") == target.adapt_key]
 
 
 def _publish(
-    registry: Registry, artifacts: Artifacts, plan: Plan, target: TargetPlan, evaluation: Artifact, fit: Fit
-) -> Version:
+    registry: Registry,
+    artifacts: Artifacts,
+    plan: Plan,
+    target: TargetPlan,
+    evaluation: Artifact,
+    fit: Fit,
+    opponent: str | None,
+) -> str:
     adapted = artifacts.find(ADAPT, target.adapt_key)
     assert adapted is not None  # an evaluation exists only of a finished adapter
     config = {
         name: dump(getattr(plan.manifest, name)) for name in ("regenerate", "select", "adapt", "evaluate")
     }
-    return registry.publish(
+    version = registry.publish(
         target.name,
         {EXPERT_FILE: artifacts.path(adapted, EXPERT_FILE).read_bytes()},
         {
@@ -121,7 +148,7 @@ def _publish(
             "evaluate_key": evaluation.key,
             "base_digest": plan.trunk.base_digest,
             "target_digest": target.digest,
-            "opponent": evaluation.manifest["opponent"],
+            "opponent": opponent,
             "evaluation": evaluation.manifest["row"],
             "config": config,
             "config_digest": config_digest(config),
@@ -129,6 +156,7 @@ def _publish(
             "library_versions": versions(),
         },
     )
+    return version.version
 
 
 def family_record(plan: Plan, draft: Mapping[str, Any], leave_out: Collection[str]) -> dict[str, Any]:

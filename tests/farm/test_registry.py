@@ -130,6 +130,55 @@ def test_what_was_rolled_back_is_marked_until_somebody_promotes_it(registry):
     assert registry.pointer("legal").rolled_back is None
 
 
+def test_every_version_that_was_rolled_back_stays_marked_whatever_is_tried_or_rolled_back_after_it(registry):
+    """Two bad versions in a row, then a bad canary: the next onboarding may bring none of them back."""
+    for _ in range(5):
+        registry.publish("legal", {}, {})
+    for version, before in (("v1", None), ("v2", "v1"), ("v3", "v2")):
+        assert registry.promote("legal", version, before)
+    registry.rollback("legal")
+    registry.rollback("legal")
+    assert registry.start_canary("legal", "v4", 0.5)
+    assert registry.end_canary("legal", "v4", "worse")
+    assert registry.start_canary("legal", "v5", 0.5)
+    assert registry.end_canary("legal", "v5")
+    marked = registry.pointer("legal").withdrawn
+    assert marked == (RolledBack("v3", "by hand"), RolledBack("v2", "by hand"), RolledBack("v4", "worse"))
+    assert registry.start_canary("legal", "v4", 0.5)
+    assert registry.promote("legal", "v3", "v1")
+    assert registry.pointer("legal").withdrawn == (RolledBack("v2", "by hand"),)
+    assert registry.retire("legal", "v2")
+    assert registry.pointer("legal").withdrawn == (RolledBack("v2", "by hand"),)
+
+
+def test_an_adapter_that_was_rolled_back_is_known_by_its_key_until_a_version_of_it_is_promoted(registry):
+    for adapter in ("good", "bad", "bad"):
+        registry.publish("legal", {}, {"adapt_key": adapter})
+    assert registry.promote("legal", "v1", None)
+    assert registry.promote("legal", "v2", "v1")
+    registry.rollback("legal")
+    assert registry.pointer("legal").withdrawn == (RolledBack("v2", "by hand", "bad"),)
+    assert registry.retire("legal", "v2")
+    assert registry.promote("legal", "v3", "v1")
+    assert registry.pointer("legal").withdrawn == ()
+
+
+def test_a_version_that_a_rollback_makes_live_again_is_not_marked(registry):
+    for _ in range(2):
+        registry.publish("legal", {}, {})
+    for version, before in (("v1", None), ("v2", "v1"), ("v1", "v2")):
+        assert registry.promote("legal", version, before)
+    for live, marked in (("v2", "v1"), ("v1", "v2")):
+        assert registry.rollback("legal").version == live
+        assert registry.pointer("legal").withdrawn == (RolledBack(marked, "by hand"),)
+
+
+def test_a_pointer_that_knows_only_the_last_that_was_rolled_back_is_read(registry):
+    pointer = {"version": "v1", "history": ["v1"], "rolled_back": {"version": "v2", "reason": "worse"}}
+    registry.store.put("registry/legal/live.json", json.dumps(pointer).encode())
+    assert registry.pointer("legal").withdrawn == (RolledBack("v2", "worse"),)
+
+
 def test_a_retired_version_is_not_rolled_back_to(registry):
     for _ in range(2):
         registry.publish("legal", {}, {})

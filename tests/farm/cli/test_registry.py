@@ -52,6 +52,9 @@ def test_versions_are_listed_promoted_and_rolled_back(store):
     run("canary", "math", "v2", "--share", "0.5", "--store", store)
     run("canary", "math", "v2", "--end", "--store", store)
     assert "v1 (live), v2\n" in run("list", "--store", store)
+    run("canary", "math", "v2", "--share", "0.5", "--store", store)
+    Registry(open_store(store)).end_canary("math", "v2", "cannot be loaded: [/tmp/x]")
+    assert "v2 (rolled back: cannot be loaded: [/tmp/x])" in run("list", "--store", store)
     with pytest.raises(UserError, match="no version v9"):
         run("promote", "math", "v9", "--store", store)
 
