@@ -11,6 +11,7 @@ from farm.data.prompts import Prompt, first_of_equals, load_prompts, not_held_ou
 from farm.fleet.answers import AnswersJob, answers_key, settings_key
 from farm.fleet.records import TargetPlan, TrunkPlan
 from farm.fleet.stage_keys import TRUNK_FILES, training_key
+from farm.registry import Registry
 from farm.sections import RegenerateSettings, Rows, TargetSpec
 from farm.store import local_copy
 
@@ -18,6 +19,7 @@ NO_PROMPTS = (
     "train_trunk: there are no prompts to train a trunk on, since no target can be used; repair the targets, "
     "or give train_trunk.prompts"
 )
+MOST_LOST = 8  # trunks of the same settings, one after the other
 
 
 def plan_trunk(
@@ -40,12 +42,28 @@ def plan_trunk(
         return TrunkPlan(key, base, base_digest, folder, None, held_out, reused)
     # Without prompts of its own, a trunk is trained once on those of the targets known then: a target
     # that is added later must not change the trunk that all others were adapted to.
-    key = _trained_key(manifest, base_digest, [*digests, rows] if own else [])
+    key = _unless_lost(artifacts, _trained_key(manifest, base_digest, [*digests, rows] if own else []))
     reused = artifacts.find(TRUNK, key) is not None
     if not prompts and not reused and (targets or own):
         raise UserError(_all_held_out(own))
     answers = _base_answers(manifest, base, base_digest, prompts, digests) if prompts and not reused else None
     return TrunkPlan(key, base, base_digest, None, answers, held_out, reused)
+
+
+def _unless_lost(artifacts: Artifacts, key: str) -> str:
+    """`key`; once the store has lost the trunk of that key that its family was adapted on, that of the next one.
+
+    Trained again it is another trunk, perhaps on other prompts: under the same key, adapters of the lost one would be
+    found again, and fit nowhere.
+    """
+    keys = [key]
+    while len(keys) <= MOST_LOST:
+        keys.append(key_of(TRUNK, {}, [keys[-1]]))
+    present = next((one for one in keys if artifacts.find(TRUNK, one) is not None), None)
+    if present is not None:
+        return present
+    lost = Registry(artifacts.store).trunk_key()
+    return keys[keys.index(lost) + 1] if lost in keys[:-1] else key
 
 
 def _trained_key(manifest: Manifest, base_digest: str, own: Sequence[str | Rows | None]) -> str:

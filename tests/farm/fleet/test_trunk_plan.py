@@ -7,9 +7,11 @@ import pytest
 
 from farm.artifacts import TRUNK, Artifacts
 from farm.config import Manifest, UserError
+from farm.data.chat import TEXT_TEMPLATE
 from farm.fleet.plan import make_plan
 from farm.fleet.records import Plan
 from farm.fleet.stage_keys import TRUNK_FILES
+from farm.registry import Registry
 from farm.sections import TargetSpec
 from farm.store import open_store
 from farm.target import zoo
@@ -102,6 +104,60 @@ def test_a_base_without_a_template_answers_by_that_of_its_targets(tmp_path: Path
     trunk = plan_of(manifest.model_copy(update={"targets": targets})).trunk
     assert trunk.answers is not None
     assert trunk.base.chat_template == trunk.answers.spec.chat_template == template
+
+
+def test_a_template_that_targets_lend_the_base_is_no_part_of_the_trunks_key(tmp_path: Path) -> None:
+    """A target that is added, or whose tokenizer cannot be read today, would have all others adapted again."""
+    tokenizer = zoo.train_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "base")
+    manifest = manifest_of(tmp_path, "a", "b").model_copy(update={"base": str(tmp_path / "base")})
+    a, b = (
+        spec.model_copy(update={"chat_template": f"{spec.name} {{{{ messages[0].content }}}}"})
+        for spec in manifest.targets
+    )
+    plans = [
+        make_plan(
+            manifest.model_copy(update={"targets": targets}),
+            Artifacts(open_store(manifest.store)),
+            lambda spec: f"digest of {spec.model} and {spec.chat_template}",
+        )
+        for targets in ((a,), (a, b), (a, b.model_copy(update={"chat_template": "gone.jinja"})))
+    ]
+    assert [plan.trunk.base.chat_template for plan in plans] == [
+        a.chat_template,
+        TEXT_TEMPLATE,
+        a.chat_template,
+    ]
+    assert len({plan.trunk.key for plan in plans}) == 1
+    assert len({plan.targets[0].adapt_key for plan in plans}) == 1
+
+
+def test_a_trunk_that_is_trained_again_for_one_that_is_lost_is_another_one(tmp_path: Path) -> None:
+    """What was adapted on the lost one would be found again, and refused wherever it is loaded."""
+    manifest = manifest_of(tmp_path, "a")
+    artifacts = Artifacts(open_store(manifest.store))
+    plans = [plan_of(manifest)]
+    for _ in range(3):
+        key = plans[-1].trunk.key
+        artifacts.finish(TRUNK, key, {})
+        Registry(artifacts.store).put_family({"trunk_key": key, "targets": {}})
+        again = plan_of(manifest)
+        assert (again.trunk.key, again.trunk.reused) == (key, True)
+        artifacts.store.delete(f"artifacts/{TRUNK}/{key}/manifest.json")
+        plans.append(plan_of(manifest))
+    assert len({plan.trunk.key for plan in plans}) == 4
+    assert len({plan.targets[0].adapt_key for plan in plans}) == 4
+    assert len({plan.targets[0].answers.key for plan in plans}) == 1
+
+
+def test_a_trunk_that_nothing_was_adapted_on_yet_is_the_same_when_it_is_trained_again(tmp_path: Path) -> None:
+    manifest = manifest_of(tmp_path, "a")
+    artifacts, key = Artifacts(open_store(manifest.store)), plan_of(manifest).trunk.key
+    artifacts.finish(TRUNK, key, {})
+    artifacts.store.delete(f"artifacts/{TRUNK}/{key}/manifest.json")
+    Registry(artifacts.store).put_family({"trunk_key": "of other settings", "targets": {}})
+    assert plan_of(manifest).trunk.key == key
 
 
 def test_a_given_trunk_without_its_files_is_a_mistake_of_the_whole_manifest(tmp_path: Path) -> None:
