@@ -10,6 +10,7 @@ from farm.status import unfinished_runs
 from farm.store import Entry, NotFound, ObjectStore
 
 GRACE_S: Final = 7 * 86400.0
+UNDER_WAY_S: Final = 86400.0  # a run that was heard of since may be at work, however short the grace time is
 CARD, MANIFEST, CLAIM = "card.json", "manifest.json", "claim"
 
 
@@ -48,8 +49,8 @@ def find_garbage(store: ObjectStore, grace_s: float, now: float) -> list[Garbage
 
     A version's claim stays for ever, so that its number is never given again. Figures without files (checks, probes,
     evaluations) stay: they are small, and a rerun would have to measure them again. While a run is under way, which is
-    one with an undecided target that was heard of within the grace time, all outputs and checkpoints stay: what it
-    reads may be old, and nothing names it yet.
+    one with an undecided target that was heard of within the grace time or UNDER_WAY_S, all outputs and checkpoints
+    stay: what it reads may be old, and nothing names it yet.
     """
     versions = {(group.folder.split("/")[1], group.folder.split("/")[2]): group for group in _versions(store)}
     targets = {target for target, _ in versions}
@@ -63,7 +64,7 @@ def find_garbage(store: ObjectStore, grace_s: float, now: float) -> list[Garbage
     ]
     found = [_without_claim(garbage) for garbage in found]
     found = [garbage for garbage in found if garbage.keys]
-    if unfinished_runs(store, now - grace_s):
+    if unfinished_runs(store, now - max(grace_s, UNDER_WAY_S)):
         return found
     named = _named_by(store, (f"registry/{target}/{version}/{CARD}" for target, version in kept))
     named |= _named_by(store, ["registry/family.json"])

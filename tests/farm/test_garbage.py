@@ -123,6 +123,9 @@ def test_old_outputs_stay_while_a_run_that_may_read_them_is_under_way(tmp_path):
     board = StatusBoard(store, "run1")
     board.update("math", stage="adapt")
     assert found(store, after=0.0) == []
+    assert found(store, after=3600.0, grace=0.0) == [], (
+        "an hour of one stage, and somebody who keeps nothing else"
+    )
     assert found(store, after=LATER) == ["answers old-answers"]  # the run was killed long ago
     board.update("math", decision="kept")
     assert found(store, after=0.0) == ["answers old-answers"]
