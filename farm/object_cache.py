@@ -62,12 +62,14 @@ class ObjectCache:
     def fetch(self, key: str, etag: str, download: Callable[[Path], CachedObject]) -> Path:
         """The copy of object `key` as it is under `etag`; made by `download` where it is missing, old or damaged."""
         path = self.path_of(key)
-        if not self._is_whole(key, etag):
-            with self._locked(key):
-                if not self._is_whole(key, etag):
-                    self._download(key, path, download)
-        _touch(path)
-        return path
+        while True:
+            _touch(path)  # while it is checked, which may take long, nobody makes room by it
+            if not self._is_whole(key, etag):
+                with self._locked(key):
+                    if not self._is_whole(key, etag):
+                        self._download(key, path, download)
+            if _touch(path):
+                return path
 
     def _trim(self, keep: Path) -> None:
         """Remove the copies that nobody used for longest until the folder is within its bound."""
@@ -127,7 +129,10 @@ class ObjectCache:
             yield
 
 
-def _touch(path: Path) -> None:
-    """Note the use; the time of change stays, by which a digest that was computed is known to hold."""
-    stat = path.stat()
-    os.utime(path, ns=(time.time_ns(), stat.st_mtime_ns))
+def _touch(path: Path) -> bool:
+    """Note the use, where the file is there; the time of change stays, by which a computed digest is known to hold."""
+    try:
+        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+    except FileNotFoundError:
+        return False
+    return True

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from farm.checksum import bytes_sha256
+from farm import object_cache
+from farm.checksum import bytes_sha256, file_sha256
 from farm.errors import UserError
 from farm.object_cache import CachedObject, ObjectCache
 
@@ -83,6 +84,25 @@ def test_the_least_recently_used_copies_go_first_and_those_in_use_stay(tmp_path)
     for key in ("e", "f"):
         source.fetch(key)
     assert sorted(path.name for path in paths[0].parent.iterdir()) == ["c", "d", "e", "f"]  # all in use
+
+
+def test_a_copy_that_is_being_checked_is_not_taken_away_by_a_process_that_makes_room(tmp_path, monkeypatch):
+    """A large file takes a while to be hashed; it was last used long ago, and is about to be used."""
+    source, other = (Source(ObjectCache(tmp_path, "bucket", 150)) for _ in range(2))
+    old = source.fetch("a")
+    known = file_sha256(old)
+    age(old, 2 * HOURS)
+
+    def slow(path: Path) -> str:
+        if path != old:
+            return file_sha256(path)
+        if not other.downloads:
+            other.fetch("b")
+        return known  # without reading it: most file systems note only the first look after a change
+
+    monkeypatch.setattr(object_cache, "file_sha256", slow)
+    assert source.fetch("a") == old
+    assert (source.downloads, other.downloads) == (["a"], ["b"])
 
 
 def test_the_bound_holds_for_all_buckets_together(tmp_path):
