@@ -13,24 +13,22 @@ REPORTED_PACKAGES = ("farm", "torch", "transformers", "ray", "deepspeed", "datas
 def git_sha(folder: Path | None = None) -> str | None:
     """Commit of the checkout that holds `folder` (default: this file's), with "+" if it has local changes.
 
-    None outside a checkout or without git.
+    None outside a checkout, without git, and where the checkout around it does not know its files: an environment that
+    the package is installed in may lie in a project of somebody's own.
     """
     folder = folder or Path(__file__).resolve().parent
-    git = ["git", "-C", str(folder)]
     try:
-        sha = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
-        ).stdout
-        changes = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        ).stdout
+        if not _git(folder, "ls-files", "."):
+            return None
+        changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
+        return _git(folder, "rev-parse", "HEAD") + ("+" if changes else "")
     except (OSError, subprocess.SubprocessError):
         return None
-    return sha.strip() + ("+" if changes.strip() else "")
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
 
 def versions() -> dict[str, str]:
