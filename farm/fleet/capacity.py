@@ -26,10 +26,19 @@ class Capacity:
 
     def fit(self, amounts: Mapping[str, float]) -> float:
         """How often `amounts` fit into all nodes together, by their sum; infinite where nothing is asked for."""
+        # Counted in Ray's units: in floating point a tenth of a GPU fits into a whole one nine times.
         return min(
-            (self.resources.get(name, 0.0) // amount for name, amount in amounts.items() if amount > 0),
+            (
+                _units(self.resources.get(name, 0.0)) // _units(amount)
+                for name, amount in amounts.items()
+                if _units(amount) > 0
+            ),
             default=float("inf"),
         )
+
+
+def _units(amount: float) -> int:
+    return round(amount * 10_000)
 
 
 def in_cluster() -> bool:

@@ -52,6 +52,11 @@ def test_no_request_at_all_fits_any_number_of_times() -> None:
     assert Capacity(1, {"CPU": 7.0}).fit({"CPU": 2.0, "GPU": 1.0}) == 0
 
 
+def test_shares_of_a_gpu_fit_as_often_as_ray_places_them() -> None:
+    for share, times in ((0.1, 10), (0.2, 5), (0.3, 3), (0.5, 2), (1.0, 1)):
+        assert Capacity(1, {"GPU": 1.0}).fit({"GPU": share}) == times
+
+
 @pytest.mark.ray
 def test_a_manifest_for_gpus_is_taken_by_a_cluster_that_has_none_yet_and_may_start_some(
     ray_cluster: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
