@@ -35,9 +35,10 @@ def read_history(store: ObjectStore) -> tuple[Past, ...]:
     return tuple(found.values())
 
 
-def typical_cost(history: Sequence[Past], kind: str, rows: int) -> Cost | None:
-    """Seconds that adapting `rows` answers took in the median of past runs, those on this kind of target if any.
+def typical_cost(history: Sequence[Past], kind: str, rows: int, trained: int | None = None) -> Cost | None:
+    """Seconds of `rows` answers, `trained` of them adapted on (None: all), by the median of past runs.
 
+    Those on this kind of target count, if there are any.
     Training seconds are an expert's, as `Cost` has them: another tier's are brought to that by its share.
     """
     known = [past for past in history if past.rows]
@@ -45,8 +46,10 @@ def typical_cost(history: Sequence[Past], kind: str, rows: int) -> Cost | None:
     if not known:
         return None
     answers = statistics.median(past.answers_s / past.rows for past in known)
-    training = statistics.median(past.training_s / TRAINING_SHARE[past.tier] / past.rows for past in known)
-    return Cost(answers * rows, training * rows)
+    training = statistics.median(
+        past.training_s / TRAINING_SHARE[past.tier] / (past.trained or past.rows) for past in known
+    )
+    return Cost(answers * rows, training * (rows if trained is None else trained))
 
 
 def _past(report: Report, row: TargetRow) -> Past | None:
@@ -54,6 +57,8 @@ def _past(report: Report, row: TargetRow) -> Past | None:
     answers_s, training_s = row.stage_seconds.get("regenerate"), row.stage_seconds.get("adapt")
     if before is None or after is None or base is None or answers_s is None or training_s is None:
         return None
+    ended = row.finish_reasons  # of all answers, where `rows` are those that a selection has chosen
+    answered = (row.rows or 0) if ended is None else ended.stop + ended.length + ended.error
     plain, drafted = row.tokens_per_s_autoregressive, row.tokens_per_s_base_draft
     return Past(
         target=row.name,
@@ -62,7 +67,8 @@ def _past(report: Report, row: TargetRow) -> Past | None:
         tau_before=before,
         tau_after=after,
         tau_base=base,
-        rows=row.rows or 0,
+        rows=answered,
+        trained=row.rows,
         answers_s=answers_s,
         training_s=training_s,
         plain_s=1 / plain if plain else None,

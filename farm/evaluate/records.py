@@ -69,7 +69,7 @@ class TargetRow(Strict):
     alpha_adapted: tuple[Figure, ...] = ()
     finish_reasons: FinishReasons | None = None
     tier: str | None = None  # that was adapted; None: nothing was, or an older report does not say
-    rows: int | None = None  # that were regenerated
+    rows: int | None = None  # that were regenerated, or chosen of these
     faults: dict[str, int] = Field(default_factory=dict)  # of their answers, by name
     rejected: int | None = None  # answers that are not trained on because of theirs
     selected: Figure = None  # their share of all; None: all

@@ -50,6 +50,7 @@ class Past:
     training_s: float
     plain_s: float | None = None  # seconds a token without speculation, batch 1
     round_s: float | None = None  # seconds of a round with the base draft, batch 1
+    trained: int | None = None  # of `rows`, that were adapted on; None: all
 
     @property
     def recovery(self) -> float | None:

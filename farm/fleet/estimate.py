@@ -109,6 +109,20 @@ def rows_to_answer(plan: Plan, target: TargetPlan) -> int:
     return round(rows * settings.fraction) if settings.before and SELECT not in target.reused else rows
 
 
+def rows_to_train(plan: Plan, target: TargetPlan) -> int:
+    """Answers that a target is adapted on, at most: what a selection among them leaves."""
+    rows, settings = rows_to_answer(plan, target), plan.manifest.select
+    return rows if target.select_key is None or settings.before else round(rows * settings.fraction)
+
+
+def planned_epochs(plan: Plan, target: TargetPlan) -> int:
+    """Of adapting, as `adapt.epochs` or `adapt.tokens` say."""
+    settings, longest = plan.manifest.adapt, target.answers.settings.max_new_tokens
+    if settings.tokens is None:
+        return settings.epochs
+    return max(1, round(settings.tokens / max(1, rows_to_train(plan, target) * longest)))
+
+
 def estimate_answers(job: AnswersJob, rates: Rates, rows: int | None = None) -> Estimate:
     """Regenerating and capturing one target, every answer as long as it may be; `rows` of its prompts, None: all."""
     rows = len(job.prompts) if rows is None else rows
@@ -129,16 +143,10 @@ def estimate_target(plan: Plan, target: TargetPlan, rates: Rates) -> Estimate:
     total = Estimate()
     if ADAPT in target.reused:
         return total
-    settings = plan.manifest.adapt
-    rows = rows_to_answer(plan, target)
     if ANSWERS not in target.reused:
-        total += estimate_answers(target.answers, rates, rows)
-    if target.select_key is not None and not plan.manifest.select.before:
-        rows = round(rows * plan.manifest.select.fraction)
-    longest, epochs = target.answers.settings.max_new_tokens, settings.epochs
-    if settings.tokens is not None:
-        epochs = max(1, round(settings.tokens / (rows * longest)))
-    return total + estimate_training(rows, longest, epochs, rates)
+        total += estimate_answers(target.answers, rates, rows_to_answer(plan, target))
+    longest, epochs = target.answers.settings.max_new_tokens, planned_epochs(plan, target)
+    return total + estimate_training(rows_to_train(plan, target), longest, epochs, rates)
 
 
 def trunk_stages(plan: Plan, artifacts: Artifacts) -> tuple[tuple[str, ...], tuple[str, ...]]:

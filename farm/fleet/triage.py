@@ -23,7 +23,15 @@ from farm.evaluate.triage import (
     line,
     offers,
 )
-from farm.fleet.estimate import Rates, estimate_answers, estimate_training, read_rates, rows_to_answer
+from farm.fleet.estimate import (
+    Rates,
+    estimate_answers,
+    estimate_training,
+    planned_epochs,
+    read_rates,
+    rows_to_answer,
+    rows_to_train,
+)
 from farm.fleet.plan import make_plan
 from farm.fleet.records import Plan, TargetPlan, TrunkPlan
 from farm.fleet.stage_keys import ADAPT, CHECK, PROBE, check_key, probe_key
@@ -57,6 +65,8 @@ def triage(
 
     artifacts = Artifacts(open_store(manifest.store))
     plan = make_plan(with_templates(manifest), artifacts, target_digest)
+    if not plan.targets:
+        return Triage((), plan.refused, len(read_history(artifacts.store)))
     probes = _Probes(plan, artifacts, _trunk_folder(plan, artifacts), _settings(manifest, prompts))
     history, rates = read_history(artifacts.store), read_rates(plan, artifacts)
     verdicts, refused, total = [], dict(plan.refused), len(plan.targets) + 1
@@ -172,9 +182,10 @@ def _verdict(
 
 def _cost(plan: Plan, target: TargetPlan, rates: Rates, history: Sequence[Past]) -> Cost:
     """What adapting a target takes from its prompts on: as past runs did, else as the plan's estimate says."""
-    rows, settings = rows_to_answer(plan, target), plan.manifest.adapt
-    known = typical_cost(history, target.kind, rows)
+    rows, trained = rows_to_answer(plan, target), rows_to_train(plan, target)
+    known = typical_cost(history, target.kind, rows, trained)
     if known is not None:
         return known
-    training = estimate_training(rows, target.answers.settings.max_new_tokens, settings.epochs, rates)
+    longest = target.answers.settings.max_new_tokens
+    training = estimate_training(trained, longest, planned_epochs(plan, target), rates)
     return Cost(estimate_answers(target.answers, rates, rows).seconds, training.seconds)

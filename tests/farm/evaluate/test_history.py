@@ -81,6 +81,13 @@ def test_costs_are_those_of_the_same_kind_by_row(store: FileStore) -> None:
     assert typical_cost((), "full", 200) is None
 
 
+def test_answers_that_a_selection_dropped_were_paid_for_and_not_trained_on(store: FileStore) -> None:
+    put(store, "1", row("a", rows=50, finish_reasons={"stop": 180, "length": 15, "error": 5}, selected=0.25))
+    cost = typical_cost(read_history(store), "full", 400, 100)
+    assert cost is not None
+    assert (cost.answers_s, cost.training_s) == pytest.approx((20.0, 100.0))
+
+
 @pytest.mark.parametrize("tier", ["low-rank", "expert", "full"])
 def test_a_tier_that_was_measured_costs_what_it_took(store: FileStore, tier: Tier) -> None:
     """Taken for the expert's, its seconds would be multiplied by its share once more."""

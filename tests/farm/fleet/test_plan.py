@@ -185,6 +185,13 @@ def test_a_selection_changes_what_is_adapted_and_nothing_before_it(tmp_path: Pat
     assert whole > half > quarter
 
 
+def test_a_selection_that_leaves_less_than_a_row_is_planned_all_the_same(tmp_path: Path) -> None:
+    select = {"strategy": "random", "fraction": 0.01}
+    plan = plan_of(manifest_of(tmp_path, "a", select=select, adapt={"tokens": 1000}))
+    rates = read_rates(plan, Artifacts(open_store(plan.manifest.store)))
+    assert estimate_target(plan, plan.targets[0], rates).rows == 16
+
+
 def test_the_source_of_a_row_decides_its_stratum_and_so_the_selection(tmp_path: Path) -> None:
     manifest = manifest_of(tmp_path, "a", select={"strategy": "random"})
     before = plan_of(manifest).targets[0]

@@ -56,6 +56,32 @@ def test_prompts_that_leave_no_room_are_the_users_to_shorten(family: Family, sto
         triage(manifest, prompts=2)
 
 
+def test_targets_that_are_all_refused_have_their_own_reasons(family: Family, store: Path) -> None:
+    """Held-out prompts are theirs: without any, the base has none to be probed on."""
+    manifest = family.manifest("alpha", store=store)
+    moved = manifest.targets[0].model_copy(update={"prompts": str(store / "moved.jsonl")})
+    found = triage(manifest.model_copy(update={"targets": (moved,)}))
+    assert found.verdicts == ()
+    assert "moved.jsonl" in found.refused["alpha"]
+
+
+def test_a_selection_is_paid_for_by_the_answers_and_trained_on_what_it_chose(
+    family: Family, store: Path
+) -> None:
+    """Taken for 8 answers of 8, sixteen would cost twice as much, and so would training on them."""
+    manifest = family.manifest("alpha", store=store, select={"strategy": "random", "fraction": 0.5})
+    row = TargetRow(
+        name="alpha", kind="full", decision="kept", tau_base_draft=1.5, tau_adapted=3.5, rows=8, selected=0.5,
+        finish_reasons={"stop": 16}, stage_seconds={"regenerate": 8.0, "adapt": 16.0},
+        tokens_per_s_autoregressive=100.0, tokens_per_s_base_draft=100.0, adapter_version="v1",
+    )  # fmt: skip
+    opened = open_store(str(store))
+    put_report(opened, row, k=2)
+    artifacts = Artifacts(opened)
+    (line,) = planned_lines(make_plan(manifest, artifacts, target_digest), artifacts)
+    assert "adapting 24 s" in line
+
+
 def test_without_a_trunk_there_is_nothing_to_probe_with(family: Family, store: Path) -> None:
     with pytest.raises(UserError, match="train-trunk"):
         triage(family.manifest("alpha", store=store, trunk=False))
