@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import SecretStr
 
 from farm.artifacts import Artifacts
-from farm.config import UserError
+from farm.config import Refused, UserError
 from farm.fleet.answers import ANSWERS, AnswersJob, card_name, decode_prompts
 from farm.fleet.base_draft import BaseDraft
 from farm.sections import FAULTS, Dtype, TargetSpec
@@ -122,7 +122,7 @@ class RegenerateActor:
         torch.set_num_threads(config.num_threads)
         self._config = config
         self._artifacts = Artifacts(open_store(config.store))
-        self._failures: dict[str, str] = {}
+        self._failures: dict[str, tuple[str, bool]] = {}  # by target: why, and whether it is refused
         self._draft: Draft | None = None  # of the base, for all targets
         self._speculations: dict[str, Speculation] = {}  # by target: what was learned outlives its weights
         self._targets = LiveTargets(
@@ -139,14 +139,18 @@ class RegenerateActor:
         return {name: [row[name] for row in rows] for name in rows[0]}
 
     def _shard(self, name: str, shard: int, prompts: str, may_keep: int) -> dict[str, Any]:
-        loads, failure, rows, kept = self._targets.num_loads, self._failures.get(name, ""), 0, 0
+        loads, rows, kept = self._targets.num_loads, 0, 0
+        failure, refused = self._failures.get(name, ("", False))
         if not failure:
             try:
                 rows, kept = self._write(self._config.jobs[name], shard, prompts, may_keep)
+            except Refused as error:
+                failure, refused = str(error), True
+                self._failures[name] = failure, refused  # it would for the next shard too
             except Exception as error:  # noqa: BLE001 - any failure is this target's row in the report
                 failure = f"{type(error).__name__}: {error}"
                 if name not in self._targets.names or isinstance(error, UserError):
-                    self._failures[name] = failure  # it would for the next shard too
+                    self._failures[name] = failure, refused
         return {
             "target": name,
             "shard": shard,
@@ -154,6 +158,7 @@ class RegenerateActor:
             "feature_bytes": kept,
             "loads": self._targets.num_loads - loads,
             "failure": failure,
+            "refused": refused,
         }
 
     def _write(self, job: AnswersJob, shard: int, prompts: str, may_keep: int) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.util.annotations import RayDeprecationWarning
 
 from farm.artifacts import Artifacts
+from farm.config import Refused
 from farm.fleet.actors import ActorConfig, RegenerateActor
 from farm.fleet.answers import AnswersJob, encode_prompts, endpoint_key, missing_shards
 from farm.fleet.base_draft import BaseDraft
@@ -39,6 +40,12 @@ class ShardResult:
     feature_bytes: int  # that it keeps
     loads: int  # models the actor loaded for this shard, 0 or 1
     failure: str  # empty: the shard is in the store
+    refused: bool  # the user can mend it
+
+    @property
+    def error(self) -> Exception:
+        """What is wrong with the target, as its actor raised it."""
+        return Refused(self.failure) if self.refused else RuntimeError(self.failure)
 
 
 def regenerate(
@@ -47,7 +54,7 @@ def regenerate(
     resources: RegenerateResources,
     on_shard: Callable[[ShardResult], None] | None = None,
     draft: BaseDraft | None = None,
-) -> dict[str, str]:
+) -> dict[str, Exception]:
     """Write every missing shard of `jobs` into `store` (a URI); returns {target name: why it failed}.
 
     With a `draft` greedy answers are drafted by it.
@@ -58,7 +65,7 @@ def regenerate(
     if not jobs:
         return {}
     artifacts = Artifacts(open_store(store))
-    failures: dict[str, str] = {}
+    failures: dict[str, Exception] = {}
     for _ in range(MAX_PIPELINES):
         missing = _with_missing(artifacts, [job for job in jobs if job.name not in failures])
         try:
@@ -70,7 +77,7 @@ def regenerate(
         try:
             _run([job], artifacts, resources, failures, on_shard, draft)
         except Exception as error:  # noqa: BLE001 - this target's row in the report
-            failures[job.name] = describe(error)
+            failures[job.name] = error
     return failures
 
 
@@ -82,7 +89,7 @@ def _run(
     jobs: Sequence[AnswersJob],
     artifacts: Artifacts,
     resources: RegenerateResources,
-    failures: dict[str, str],
+    failures: dict[str, Exception],
     on_shard: Callable[[ShardResult], None] | None,
     draft: BaseDraft | None,
 ) -> None:
@@ -115,7 +122,7 @@ def _run(
         for row in shards.iter_rows():
             result = ShardResult(**row)
             if result.failure:
-                failures.setdefault(result.target, result.failure)
+                failures.setdefault(result.target, result.error)
             if on_shard:
                 on_shard(result)
 

@@ -66,11 +66,12 @@ def regenerate_answers(run: Run, trunk: Artifact) -> None:
     if counter.footprint.peak.total:
         run.say(counter.footprint.line())
     for target in run.remaining:
+        if target.name in failures:
+            run.fail(target.name, failures[target.name])
+            continue
         try:
-            if target.name in failures:
-                raise RuntimeError(failures[target.name])
             artifact = finish_answers(run.artifacts, target.answers)
-        except (RuntimeError, UserError, OSError) as error:
+        except (UserError, OSError) as error:
             run.fail(target.name, error)
             continue
         run.answers[target.name] = artifact

@@ -73,5 +73,5 @@ def test_a_draft_that_cannot_be_opened_fails_its_target_with_the_reason(
     (target,) = run.remaining
     nowhere = replace(draft, expert=f"{draft.expert}.gone")
     failures = regenerate([target.answers], run.store.uri, run.manifest.resources.regenerate, draft=nowhere)
-    assert "expert.safetensors.gone: not readable" in failures["alpha"]
+    assert "expert.safetensors.gone: not readable" in str(failures["alpha"])
     close_trunk(draft.revision)

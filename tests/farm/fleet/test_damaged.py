@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from farm.artifacts import Artifact, Artifacts
-from farm.config import Manifest
+from farm.config import Manifest, Refused
 from farm.data.features import shard_names
 from farm.fleet import onboard, pack_cost, selection, stages
 from farm.fleet.answers import ANSWERS, AnswersJob, card_name
@@ -80,10 +80,10 @@ def test_a_target_whose_shards_card_is_cut_is_not_answered(
     def cut() -> None:
         run.artifacts.put_file(ANSWERS, key, card_name(0), b'{"rows": ')
 
-    def regenerate(jobs: Sequence[AnswersJob], *_: object) -> dict[str, str]:
+    def regenerate(jobs: Sequence[AnswersJob], *_: object) -> dict[str, Exception]:
         asked.extend(job.name for job in jobs)
         cut()
-        return {"beta": "the test answers none"}
+        return {"beta": RuntimeError("the test answers none")}
 
     if cut_before:
         cut()
@@ -94,6 +94,19 @@ def test_a_target_whose_shards_card_is_cut_is_not_answered(
     assert run.ended["alpha"].decision == "failed"
     assert f"{card_name(0)}: is no whole card of a shard; delete it" in run.ended["alpha"].reason
     assert run.ended["beta"].reason == "RuntimeError: the test answers none"
+
+
+def test_a_target_that_an_actor_refuses_is_refused(
+    family: Family, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its endpoint serves another model, say, which shows only once it has answered."""
+    run = run_of(family.manifest("alpha", store=store))
+    failure = Refused("alpha: serves another model; correct served_as")
+    monkeypatch.setattr(stages, "regenerate", lambda *_: {"alpha": failure})
+    monkeypatch.setattr(stages.Footprint, "of", lambda *_: SimpleNamespace(peak=Held()))
+    regenerate_answers(run, prepare_trunk(run))
+    ended = run.ended["alpha"]
+    assert (ended.decision, ended.reason) == ("refused", str(failure))
 
 
 @damaged

@@ -1,5 +1,6 @@
 """The regeneration pipeline: targets clustered on actors, shards idempotent, a target that fails alone."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,8 +9,9 @@ import psutil
 import pytest
 
 from farm.artifacts import Artifacts
+from farm.config import Refused
 from farm.data.features import read_shards
-from farm.fleet.actors import LiveTargets
+from farm.fleet.actors import ActorConfig, LiveTargets, RegenerateActor
 from farm.fleet.answers import ANSWERS, feature_shards, finish_answers, missing_shards
 from farm.fleet.datasets import ShardResult, regenerate
 from farm.fleet.plan import make_plan
@@ -34,7 +36,8 @@ def test_two_targets_on_one_actor_load_once_each_and_a_corrupt_one_fails_alone(
     failures = regenerate(jobs, manifest.store, RegenerateResources(), results.append)
 
     assert list(failures) == ["torn"]
-    assert "Refused" in failures["torn"]
+    assert isinstance(failures["torn"], Refused), "the report would say that its worker died"
+    assert str(failures["torn"]).startswith("torn: ")
     done = [result for result in results if not result.failure]
     assert {result.target for result in done} == {"alpha", "beta"}
     assert sum(result.loads for result in done) == 2
@@ -50,6 +53,30 @@ def test_two_targets_on_one_actor_load_once_each_and_a_corrupt_one_fails_alone(
     assert missing_shards(artifacts, jobs[1]) == [2]
     assert regenerate(jobs[:2], manifest.store, RegenerateResources(), results.append) == {}
     assert [(result.target, result.shard) for result in results] == [("beta", 2)]
+
+
+def test_an_actor_tells_a_target_that_the_user_can_mend_from_one_that_broke(
+    family: Family, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Either fails its other shards too, and the actor does not try again."""
+    manifest = family.manifest("alpha", "beta", store=store)
+    plan = make_plan(manifest, Artifacts(open_store(manifest.store)), target_digest)
+    jobs = {target.name: target.answers for target in plan.targets}
+    torn = jobs["alpha"].spec.model_copy(update={"model": str(store / "nothing")})
+    jobs["alpha"] = replace(jobs["alpha"], spec=torn)
+    actor = RegenerateActor(ActorConfig(manifest.store, jobs, 2**30, 1, "float32"))
+
+    def breaks(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(actor._targets, "get", breaks)
+    shards = {"target": ["beta"] * 2, "shard": [0, 1], "prompts": ["[]"] * 2, "may_keep": [0, 0]}
+    broken = actor(shards)
+    monkeypatch.undo()
+    refused = actor(shards | {"target": ["alpha"] * 2})
+    assert (broken["failure"], broken["refused"]) == (["RuntimeError: out of memory"] * 2, [False] * 2)
+    assert refused["refused"] == [True] * 2
+    assert all(failure.startswith("alpha: ") for failure in refused["failure"])
 
 
 @pytest.mark.ray
