@@ -251,7 +251,7 @@ class EvaluateSettings(Strict):
     rows: Rows | None = None  # None: the last `prompts` rows
     prompts: Positive = 64
     k: ChainLength = 4
-    temperatures: tuple[float, ...] = (0.0, 1.0)
+    temperatures: tuple[Annotated[float, Field(ge=0)], ...] = Field(default=(0.0, 1.0), min_length=1)
     max_new_tokens: Positive = 64
     speed_prompts: Positive = 4
     speed_rounds: int = Field(default=5, ge=5)

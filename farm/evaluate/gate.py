@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 RESAMPLES = 10_000
+LEAST_PROMPTS = 2  # for an interval
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def gain_interval(
 
     Raises ValueError unless both drafts answered the same, at least two, prompts.
     """
-    if len(adapted) != len(live) or len(adapted) < 2:
+    if len(adapted) != len(live) or len(adapted) < LEAST_PROMPTS:
         raise ValueError(f"needs the same two or more prompts, got {len(adapted)} and {len(live)}")
     chosen_RP = _resample(len(adapted), seed)
     return _quantiles(_resampled_tau(adapted, chosen_RP) - _resampled_tau(live, chosen_RP), confidence)
@@ -50,7 +51,7 @@ def ratio_interval(
 
     Raises ValueError for fewer than two prompts.
     """
-    if len(upper) != len(lower) or len(upper) < 2:
+    if len(upper) != len(lower) or len(upper) < LEAST_PROMPTS:
         raise ValueError(f"needs two or more prompts, got {len(upper)} and {len(lower)}")
     chosen_RP = _resample(len(upper), seed)
     return _quantiles(_resampled_ratio(upper, lower, chosen_RP), confidence)

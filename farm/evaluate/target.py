@@ -18,12 +18,10 @@ from farm.draft.checkpoint import EXPERT_FILE, load_adapter, load_trunk
 from farm.draft.model import Draft
 from farm.draft.trunk import Trunk
 from farm.evaluate.bench import PromptIds, TauResult, measure_speed, measure_tau
-from farm.evaluate.gate import gain_interval, tau_of
+from farm.evaluate.gate import LEAST_PROMPTS, gain_interval, tau_of
 from farm.sections import Dtype, EvaluateSettings, TargetSpec
 from farm.store import local_copy
 from farm.target.load import LoadedTarget, load_model, open_target, placement
-
-LEAST_PROMPTS = 2  # for an interval of a gain
 
 
 @dataclass(frozen=True)

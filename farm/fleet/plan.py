@@ -10,6 +10,7 @@ from typing import Any
 from farm.artifacts import Artifacts, key_of
 from farm.config import Manifest, Refused, UserError
 from farm.data.prompts import Prompt, PromptSet, load_prompts, split_prompts
+from farm.evaluate.gate import LEAST_PROMPTS
 from farm.evaluate.templates import base_spec
 from farm.fleet.answers import ANSWERS, AnswersJob, answers_key
 from farm.fleet.chosen import (
@@ -90,6 +91,11 @@ def _plan_answers(manifest: Manifest, spec: TargetSpec, digest: str, found: Prom
         which = "held out" if split.prompts else "to adapt on"
         why = "".join(f" (row {error.row} {error.reason})" for error in split.errors[:1] if not split.prompts)
         raise Refused(f"{found.source}: no usable row {which}{why}; repair its rows")
+    if len(split.held_out) < LEAST_PROMPTS:
+        raise Refused(
+            f"{found.source}: {len(split.held_out)} usable row held out, {LEAST_PROMPTS} are needed to tell a gain "
+            "from noise; raise evaluate.prompts, widen evaluate.rows, or repair its rows"
+        )
     key = answers_key(
         spec, manifest.regenerate, "regenerate", manifest.dtype, digest, split.prompts, found.digest
     )

@@ -113,6 +113,12 @@ def test_every_mistake_is_counted_but_one_is_told(folder):
     assert "1 more" in message
 
 
+@pytest.mark.parametrize("temperatures", [[], [-0.5], [0.0, float("nan")]])
+def test_temperatures_that_nothing_can_be_measured_at_are_refused_at_once(folder, temperatures):
+    """The first one decides: without it the run would end at its gate, after everything was adapted."""
+    assert "evaluate.temperatures" in mistake(folder, tree(evaluate={"temperatures": temperatures}))
+
+
 @pytest.mark.parametrize("field", ["base", "store", "targets"])
 def test_a_missing_field_is_named(folder, field):
     content = tree()

@@ -52,6 +52,15 @@ def test_all_rows_held_out_too_refuse_the_target_with_the_reason(tmp_path: Path)
     assert why in plan_of(manifest).refused["a"]
 
 
+@pytest.mark.parametrize("evaluate", [{"prompts": 1}, {"rows": (19, None)}])
+def test_a_single_held_out_row_refuses_the_target_before_anything_is_done(
+    tmp_path: Path, evaluate: dict[str, object]
+) -> None:
+    """Its evaluation would, once the target is answered and adapted."""
+    plan = plan_of(manifest_of(tmp_path, "a", evaluate=evaluate))
+    assert "a.jsonl: 1 usable row held out, 2 are needed" in plan.refused["a"]
+
+
 def test_an_added_target_changes_no_other_key(tmp_path: Path) -> None:
     one, two = (plan_of(manifest_of(tmp_path, *names)) for names in ("a", "ab"))
     assert one.trunk.key == two.trunk.key
