@@ -18,7 +18,7 @@ from farm.target.load import check_family, load_member, open_target
 
 @dataclass(frozen=True)
 class TauOfBaseDraft:
-    """tau of the base's draft on one target, greedy; lists over draft positions 1..k, intervals are 95 % over prompts.
+    """tau of the base's draft on one target; lists over draft positions 1..k, intervals are 95 % over prompts.
 
     `alpha` is the share of the reached drafted tokens that was accepted. Seconds are those of the machine: a batch's
     over all its tokens or rounds. None where they were not asked for.
@@ -54,6 +54,7 @@ def probe(
 ) -> TauOfBaseDraft:
     """tau of the base's draft on a few of the target's prompts, or of the base's own: what retention is made of.
 
+    At the temperature at which an evaluation decides, the first of its own.
     `timed_slots` decodes the prompts with and without the draft in batches of that size, and takes the time.
     """
     loaded = open_target(target, dtype)
@@ -62,9 +63,11 @@ def probe(
     ids = encode_prompts(loaded, prompts[: settings.prompts], limits)
     if not ids:
         raise Refused(
-            f"{target.name}: no prompt leaves room for probe.max_new_tokens {settings.max_new_tokens}; lower it"
+            f"{target.name}: no prompt leaves room for an answer of {settings.max_new_tokens} tokens; lower "
+            "probe.max_new_tokens and evaluate.max_new_tokens"
         )
-    params = SamplingParams(max_new_tokens=settings.max_new_tokens)
+    temperature, longest = evaluate.temperatures[0], settings.max_new_tokens
+    params = SamplingParams(temperature, seed=evaluate.seed, max_new_tokens=longest)
     if timed_slots is None:
         return _summary(measure_tau(loaded, draft, ids, params, k=evaluate.k))
     measure_tau(loaded, draft, ids[:1], params, k=evaluate.k)  # the first call pays for allocations

@@ -42,13 +42,12 @@ def _check_endpoints(run: Run) -> None:
     """Refuse every target whose answers would come from an endpoint that cannot give them, before anything costs."""
     if run.manifest.regenerate.engine == "farm":
         return
-    key = endpoint_key(run.manifest.regenerate)
     jobs = [target.answers for target in run.remaining]
-    specs = {
-        job.name: (replace(job, prompts=job.prompts[:1]), key)
-        for job in jobs
-        if missing_shards(run.artifacts, job)
-    }
+    jobs = [job for job in jobs if missing_shards(run.artifacts, job)]
+    if not jobs:
+        return  # nor is its key needed
+    key = endpoint_key(run.manifest.regenerate)
+    specs = {job.name: (replace(job, prompts=job.prompts[:1]), key) for job in jobs}
     for outcome in run_bounded(specs, measure.check_endpoint, CHECKS_AT_ONCE):
         if outcome.error is not None:
             run.fail(outcome.name, outcome.error)
@@ -137,6 +136,8 @@ def measure_base(run: Run, trunk: Artifact) -> None:
     """tau of the base draft on the base, on prompts that the trunk never saw: what retention is a share
     of.
     """
+    if not run.trunk.held_out:
+        return  # no target can be used, each with its reason, and the trunk has no prompts of its own
     settings = run.manifest.evaluate
     like_evaluation = ProbeSettings(prompts=settings.prompts, max_new_tokens=settings.max_new_tokens)
     for tau in _probe(run, trunk, {run.trunk.base.name: (run.trunk, like_evaluation)}).values():

@@ -38,6 +38,8 @@ def probe_key(
     # What is done with a tau decides nothing about it.
     measured = dump(settings.model_copy(update={"skip_above": None}))
     config = {"settings": measured, "k": manifest.evaluate.k, "dtype": manifest.dtype}
+    if temperature := manifest.evaluate.temperatures[0]:
+        config |= {"temperature": temperature, "seed": manifest.evaluate.seed}
     if timed_slots is not None:
         config["timed_slots"] = timed_slots
     # As with the trunk: a target that is added later must not change what all others are compared with.

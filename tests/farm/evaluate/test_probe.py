@@ -15,6 +15,7 @@ from farm.decode.runner import Prefilled, Runner
 from farm.decode.scheduler import Prefill
 from farm.evaluate import bench
 from farm.evaluate.probe import check_target, probe
+from farm.evaluate.target import EvaluateTask, evaluate_target
 from farm.sections import EvaluateSettings, ProbeSettings, TargetSpec
 from farm.target import zoo
 from farm.target.load import load_target
@@ -45,6 +46,19 @@ def test_the_seconds_of_a_round_have_no_prefill_in_them(tmp_path: Path, monkeypa
     assert found.prefill_s >= SLOW_S / (4 * 8)  # one prefill of four prompts at least
     assert 0 < found.plain_s < 1
     assert 0 < found.round_s < 1
+
+
+def test_a_probe_measures_as_the_evaluation_does_whose_tau_it_is_compared_with(tmp_path: Path) -> None:
+    """Retention is a ratio of both: of a greedy tau, every target that is served at temperature 1 would keep less."""
+    family = Family(tmp_path)
+    target = family.target("alpha")
+    prompts = load_prompts(target.prompts).prompts[:4]
+    settings = EvaluateSettings(k=2, temperatures=(1.0,), max_new_tokens=32, speed_prompts=1, threads=1)
+    found = probe(
+        target, family.trunk, prompts, ProbeSettings(prompts=4, max_new_tokens=32), settings, "float32"
+    )
+    task = EvaluateTask(target, settings, str(family.trunk), None, None, prompts, "float32")
+    assert found.tau == evaluate_target(task)["tau_base_draft"]
 
 
 def peak_bytes(run: Callable[[], object]) -> int:

@@ -2,21 +2,26 @@
 
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from farm.artifacts import TRUNK, Artifact, Artifacts
 from farm.config import UserError
 from farm.draft.checkpoint import load_expert, read_config, read_tensors, split_vocabulary
-from farm.fleet import onboard
+from farm.fleet import onboard, prepare
+from farm.fleet.answers import ANSWERS
 from farm.fleet.plan import make_plan
-from farm.fleet.prepare import check_targets, prepare_trunk
+from farm.fleet.pool import Outcome
+from farm.fleet.prepare import check_targets, measure_base, prepare_trunk
 from farm.fleet.run import Run
 from farm.fleet.trainers import Attempts
 from farm.status import TargetStatus, read_status, unfinished_runs
 from farm.store import open_store
 from farm.target.load import target_digest
 from tests.farm.fleet.family import Family
+from tests.farm.fleet.test_damaged import run_of
 
 
 def _run(family: Family, store: Path, *names: str) -> Run:
@@ -106,6 +111,43 @@ def test_a_target_that_a_trunk_trained_alone_goes_without_is_named_with_the_reas
     monkeypatch.setattr(onboard, "measure_base", lambda *_: None)
     onboard.train_trunk(manifest, said.append)
     assert [line.split(": ")[:2] for line in said] == [["alpha", "refused"]]
+
+
+def _without_ray(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Arguments of the probes that would have been run."""
+    asked: list[tuple[Any, ...]] = []
+
+    def run_bounded(specs: dict[str, tuple[Any, ...]], *_: object, **__: object) -> list[Outcome]:
+        asked.extend(specs.values())
+        return [Outcome(name, value=SimpleNamespace(manifest={"tau": 2.0})) for name in specs]
+
+    monkeypatch.setattr(prepare, "run_bounded", run_bounded)
+    return asked
+
+
+def test_a_base_without_held_out_prompts_is_not_measured(
+    family: Family, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are those of the targets, which are all refused with their own reasons."""
+    asked = _without_ray(monkeypatch)
+    manifest = family.manifest("alpha", store=store)
+    moved = manifest.targets[0].model_copy(update={"prompts": str(store / "moved.jsonl")})
+    run = run_of(manifest.model_copy(update={"targets": (moved,)}))
+    measure_base(run, prepare_trunk(run))
+    assert asked == []
+
+
+def test_an_endpoint_that_has_answered_everything_is_not_asked_for_its_key(
+    family: Family, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = _without_ray(monkeypatch)
+    regenerate = {"engine": "openai", "url": "http://127.0.0.1:9/v1", "api_key_env": "ENDPOINT_KEY"}
+    run = run_of(family.manifest("alpha", store=store, regenerate=regenerate))
+    monkeypatch.delenv("ENDPOINT_KEY", raising=False)
+    run.artifacts.finish(ANSWERS, run.remaining[0].answers.key, {})
+    check_targets(run)
+    assert len(asked) == 1, "the check of the family alone"
+    assert run.ended == {}
 
 
 @pytest.mark.ray

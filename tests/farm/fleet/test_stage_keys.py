@@ -38,4 +38,6 @@ def test_what_a_probe_is_used_for_changes_no_key(tmp_path: Path) -> None:
     settings = {"prompts": 16, "max_new_tokens": 48, "skip_above": None}
     config = {"settings": settings, "k": manifest.evaluate.k, "dtype": "auto"}
     config["prompts"] = [asdict(prompt) for prompt in plan.targets[0].held_out]
+    sampled = manifest_of(tmp_path, "a", evaluate={"prompts": 4, "temperatures": (0.7, 0.0)})
+    assert probe_key(sampled, plan.targets[0], ProbeSettings(), plan.trunk.key) not in keys
     assert keys == {key_of(PROBE, config, [plan.targets[0].digest, plan.trunk.key])}, "that of older stores"
