@@ -22,8 +22,8 @@ from openai.types.chat.chat_completion_chunk import ChoiceLogprobs as ChunkLogpr
 from openai.types.chat.chat_completion_token_logprob import TopLogprob
 from openai.types.completion_choice import Logprobs
 
+from serve.errors import ErrorBody
 from serve.records import Delta, Item, Spelled, SpelledToken
-from serve.schemas import ErrorBody
 
 DONE = b"data: [DONE]\n\n"
 UNLIKELY = -9999.0  # OpenAI's value for log-probabilities below it; JSON has no infinity

@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator, Sequence
 from farm.decode.engine import FinishReason
 from farm.decode.logprobs import TokenLogprob
 from serve.detokenize import TextStream
-from serve.loop import Progress
+from serve.errors import ErrorBody, unavailable, unknown_model
+from serve.lanes import Progress
 from serve.records import Delta, Item, Spelled, SpelledToken
-from serve.schemas import ErrorBody, unavailable, unknown_model
 from serve.spelling import Spelling
 
 Mail = tuple[int, Progress]  # the choice's index, and what it got from a step

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from farm.keys import Key, KeyRing
 from farm.sections import ServeSettings
-from serve.schemas import ErrorBody, unavailable
+from serve.errors import ErrorBody, unavailable
 
 RETRY_AFTER_S = 1
 PROTECTED = "/v1/"

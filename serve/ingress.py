@@ -28,21 +28,20 @@ from starlette.types import Receive, Scope, Send
 from farm.sections import ServeSettings
 from serve import pages
 from serve.answers import ChatStyle, Head, Style, TextStyle, body, events, whole
-from serve.guard import Caller, Guard, Guarded, caller_of, refuse
-from serve.listing import Listing
-from serve.metrics import exposition
-from serve.records import Ask, Hosted, Item, ask_of, named
-from serve.request_log import request_meter
-from serve.schemas import (
+from serve.errors import (
     MAX_PROMPT_CHARS,
-    ChatRequest,
     ErrorBody,
-    TextRequest,
     mistake_in_body,
     too_large,
     unavailable,
     unknown_model,
 )
+from serve.guard import Caller, Guard, Guarded, caller_of, refuse
+from serve.listing import Listing
+from serve.metrics import exposition
+from serve.records import Ask, Hosted, Item, ask_of, named
+from serve.request_log import request_meter
+from serve.schemas import ChatRequest, TextRequest
 
 QUIET = {"enable_access_log": False}  # Serve's own line a request; serve.metrics writes a better one
 METRICS_WAIT_S = 5.0

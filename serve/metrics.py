@@ -148,7 +148,7 @@ def exposition(processes: Iterable[Iterable[Metric]]) -> bytes:
 
 
 class _Lane(Protocol):
-    """What of serve.loop.Lane is read here."""
+    """What of serve.lanes.Lane is read here."""
 
     target: str
     version: str

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from serve.schemas import ChatRequest, ErrorBody, TextRequest
+from serve.errors import ErrorBody
+from serve.schemas import ChatRequest, TextRequest
 
 SAMPLING = (
     "temperature", "top_p", "top_k", "min_p", "max_drafted",

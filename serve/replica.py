@@ -23,13 +23,14 @@ from farm.target.load import LoadedTarget
 from serve.canary import WorseTest
 from serve.choices import Choice, Mail, answer, choice_seed
 from serve.detokenize import TextStream
+from serve.errors import ErrorBody, context_exceeded, mistake_in_bias, too_many_tokens, unknown_model
 from serve.family import PLAIN, Family, ServedDraft
+from serve.lanes import Lane, Progress
 from serve.lengths import longest, shortened
-from serve.loop import EngineLoop, Lane, Progress
+from serve.loop import EngineLoop
 from serve.metrics import EngineMeter
 from serve.records import Ask, Delta, Hosted, Item
 from serve.rollout import Rollout
-from serve.schemas import ErrorBody, context_exceeded, mistake_in_bias, too_many_tokens, unknown_model
 from serve.spelling import Spelling
 
 EXPORT_S = 2.0

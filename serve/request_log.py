@@ -13,9 +13,9 @@ from typing import Any
 
 from ray.util import metrics as ray_metrics
 
+from serve.errors import ErrorBody
 from serve.metrics import REQUESTS, Meter
 from serve.records import Ask, Delta, Item
-from serve.schemas import ErrorBody
 
 CLIENT_LEFT = 499
 log = logging.getLogger("farm.requests")

@@ -14,7 +14,8 @@ from farm.store import NotFound
 from farm.target.load import LoadedTarget
 from serve.canary import WorseTest
 from serve.family import Family, ServedDraft
-from serve.loop import EngineLoop, Lane
+from serve.lanes import Lane
+from serve.loop import EngineLoop
 
 POLL_S = 2.0  # how often the registry is looked at
 VERDICT_WAIT_S = 60.0  # for the engines to come to the end of a step

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from farm.decode.logprobs import TokenLogprob
 from serve.choices import Choice, answer, choice_seed
 from serve.detokenize import TextStream
-from serve.loop import Progress
+from serve.lanes import Progress
 from serve.records import Delta
 from serve.spelling import Spelling
 from tests.serve.test_spelling import BYTE_LEVEL

@@ -15,8 +15,8 @@ from starlette.routing import Route
 from farm.errors import UserError
 from farm.keys import add_key
 from farm.sections import ServeSettings
+from serve.errors import ErrorBody
 from serve.guard import Caller, Guard, Guarded, caller_of
-from serve.schemas import ErrorBody
 
 
 async def who(request: Request) -> Response:

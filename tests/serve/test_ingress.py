@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from serve.errors import ErrorBody
 from serve.ingress import Gateway
 from serve.metrics import REQUESTS, Meter
 from serve.records import Ask, Delta, Item
 from serve.request_log import RequestMeter
-from serve.schemas import ErrorBody
 
 ASK = Ask("chatcmpl-1", "a", ({"role": "user", "content": "hi"},), "", {}, None, None, ())
 

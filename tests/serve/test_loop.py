@@ -13,7 +13,8 @@ from farm.decode.sampling import SamplingParams
 from farm.layers.dense import Dense
 from farm.target.forward import TargetForward
 from serve.canary import WorseTest
-from serve.loop import EngineLoop, Progress
+from serve.lanes import Progress
+from serve.loop import EngineLoop
 from tests.serve.family import tiny_model, tiny_tokenizer
 
 

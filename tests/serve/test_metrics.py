@@ -18,11 +18,12 @@ from farm.decode.sampling import SamplingParams
 from farm.decode.stats import DecodeStats
 from farm.evaluate.counters import parse_counters
 from farm.target.forward import TargetForward
-from serve.loop import EngineLoop, Lane, Progress
+from serve.errors import ErrorBody
+from serve.lanes import Lane, Progress
+from serve.loop import EngineLoop
 from serve.metrics import ENGINES, REQUESTS, EngineMeter, Meter, exposition, series_names
 from serve.records import Ask, Delta, Item
 from serve.request_log import RequestMeter, log
-from serve.schemas import ErrorBody
 from tests.serve.family import tiny_model, tiny_tokenizer
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -143,7 +144,7 @@ def test_versions_that_come_and_go_leave_nothing_but_their_counters():
         emitted.append(value(samples(exposition([meter.collect()])), "farm_emitted_tokens_total"))
     loop.inspect(lambda lanes, _: meter.read(lanes)).result(timeout=10)
     loop.stop(wait_s=10)
-    (engine,) = loop._engines
+    (engine,) = loop._lanes.engines
     found = samples(exposition([meter.collect()]))
     assert emitted == sorted(emitted)
     assert value(found, "farm_emitted_tokens_total") == engine.stats.emitted == sum(4 + n for n in range(7))

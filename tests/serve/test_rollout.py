@@ -20,7 +20,8 @@ from farm.registry import Pointer, Registry
 from farm.store import FileStore, open_store
 from serve.canary import WorseTest
 from serve.family import Family
-from serve.loop import EngineLoop, Lane, Progress
+from serve.lanes import Lane, Progress
+from serve.loop import EngineLoop
 from serve.replica import _describe
 from serve.rollout import Rollout
 from tests.serve.family import TRUNK_KEY, build_family, loud_expert, publish, silent_expert
