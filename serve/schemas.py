@@ -1,7 +1,8 @@
 """What clients may ask, strictly: a field that is not served is refused by name, null means absent."""
 
 import re
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -24,6 +25,7 @@ TOKEN_NAME = "[0-9]{1,9}"
 NEUTRAL: dict[str, tuple[Any, ...]] = {  # fields that are not served, with the values that ask for nothing
     "best_of": (1,),
     "echo": (False,),
+    "function_call": ("none",),
     "functions": ([],),
     "metadata": ({},),
     "modalities": (["text"],),
@@ -34,6 +36,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {  # fields that are not served, with the 
     "suffix": ("",),
     "tool_choice": ("none",),
     "tools": ([],),
+}
+
+NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {  # as other servers' answers have them
+    "annotations": ([],),
+    "tool_calls": ([],),
 }
 
 
@@ -79,27 +86,39 @@ def _cold_is_greedy(temperature: float) -> float:
 
 
 class Asked(BaseModel):
-    """A part of a request: unknown fields are refused, nulls are dropped, numbers without a fraction are integers."""
+    """A part of a request: unknown fields are refused, nulls and neutral fields dropped, 2.0 is an integer."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # as NEUTRAL
 
     @model_validator(mode="before")
     @classmethod
     def _plain(cls, fields: Any) -> Any:
         if not isinstance(fields, dict):
             return fields
-        return {name: _integral(value) for name, value in fields.items() if value is not None}
+        kept = {name: value for name, value in fields.items() if not cls._asks_nothing(name, value)}
+        return {name: _integral(value) for name, value in kept.items()}
+
+    @classmethod
+    def _asks_nothing(cls, name: str, value: Any) -> bool:
+        """`False == 0` in Python, but `best_of: true` is a mistake."""
+        neutrals = cls.neutral.get(name, ())
+        return value is None or any(
+            value == same and isinstance(value, bool) == isinstance(same, bool) for same in neutrals
+        )
 
     @classmethod
     def __get_pydantic_json_schema__(
         cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        """Says also in OpenAPI that null is as good as absent."""
+        """Says also in OpenAPI that null is as good as absent, and which values of which fields ask for nothing."""
         schema = handler(core_schema)
         fields = handler.resolve_ref_schema(schema)
         for name, field in fields["properties"].items():
             if name not in fields.get("required", ()):
                 fields["properties"][name] = {"anyOf": [field, {"type": "null"}]}
+        for name, values in cls.neutral.items():
+            fields["properties"][name] = {"enum": [*values, None], "description": "not supported"}
         return schema
 
 
@@ -125,6 +144,8 @@ class TextPart(BaseModel):
 
 
 class Message(Asked):
+    neutral = NEUTRAL_IN_MESSAGE
+
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[Text, BeforeValidator(_joined, json_schema_input_type=str | list[TextPart])]
 
@@ -140,6 +161,8 @@ class StreamOptions(Asked):
 
 class Sampling(Asked):
     """The fields that chat and text completions share, with OpenAI's defaults."""
+
+    neutral = NEUTRAL
 
     model: Text = Field(max_length=200, description="`target` or `target@version`")
     n: Int = Field(default=1, ge=1, le=MAX_CHOICES)
@@ -161,30 +184,6 @@ class Sampling(Asked):
     stream: Bool = False
     stream_options: StreamOptions = StreamOptions()
     user: Text | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_neutral_fields(cls, fields: Any) -> Any:
-        if not isinstance(fields, dict):
-            return fields
-        return {name: value for name, value in fields.items() if not _is_neutral(name, value)}
-
-    @classmethod
-    def __get_pydantic_json_schema__(
-        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
-        """Names the neutral fields too: they are accepted with these values alone."""
-        schema = super().__get_pydantic_json_schema__(core_schema, handler)
-        fields = handler.resolve_ref_schema(schema)
-        for name, values in NEUTRAL.items():
-            fields["properties"][name] = {"enum": [*values, None], "description": "not supported"}
-        return schema
-
-
-def _is_neutral(name: str, value: Any) -> bool:
-    """`False == 0` in Python, but `best_of: true` is a mistake."""
-    neutrals = NEUTRAL.get(name, ())
-    return any(value == same and isinstance(value, bool) == isinstance(same, bool) for same in neutrals)
 
 
 class ChatRequest(Sampling):
@@ -220,13 +219,32 @@ class ChatRequest(Sampling):
         return self.asked_tokens
 
 
-class TextRequest(Sampling):
-    """Body of POST /v1/completions: one prompt, as text or as token ids."""
+def _only_prompt(prompt: Any) -> Any:
+    """That of a list of one, which many clients send; whatever else is left to the validator of the field."""
+    if not (isinstance(prompt, list) and prompt and all(isinstance(one, str | list) for one in prompt)):
+        return prompt
+    if len(prompt) > 1:
+        raise ValueError(f"has {len(prompt)} prompts; send one a request")
+    return _integral(prompt[0])
 
-    prompt: (
-        Annotated[Text, Field(min_length=1)]
-        | Annotated[tuple[Annotated[Int, Field(ge=0)], ...], Field(min_length=1)]
-    )
+
+OnePrompt = (
+    Annotated[Text, Field(min_length=1)]
+    | Annotated[tuple[Annotated[Int, Field(ge=0)], ...], Field(min_length=1)]
+)
+Prompt = Annotated[
+    OnePrompt,
+    BeforeValidator(
+        _only_prompt,
+        json_schema_input_type=OnePrompt | Annotated[list[OnePrompt], Field(min_length=1, max_length=1)],
+    ),
+]
+
+
+class TextRequest(Sampling):
+    """Body of POST /v1/completions: one prompt, as text or as token ids, alone or in a list."""
+
+    prompt: Prompt
     logprobs: Int | None = Field(default=None, ge=0, le=5)
     # vLLM's and SGLang's: a choice has `prompt_token_ids` and `token_ids`, those of its end among them.
     return_token_ids: Bool = False

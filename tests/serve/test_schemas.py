@@ -39,6 +39,7 @@ def test_a_field_that_would_change_the_answer_is_refused_by_name(field):
         {"logprobs": False},
         {"tools": None},
         {"response_format": {"type": "text"}},
+        {"function_call": "none"},
     ],
 )
 def test_a_value_that_asks_for_nothing_is_accepted(field):
@@ -89,6 +90,18 @@ def test_a_temperature_that_would_overflow_logits_is_greedy():
         assert ChatRequest.model_validate({**HELLO, "temperature": tiny}).temperature == taken
 
 
+def test_a_prompt_in_a_list_of_one_is_that_prompt():
+    """LangChain's and other clients' only form."""
+    for prompt, taken in ((["hello"], "hello"), ([[5, 6.0]], (5, 6)), ([5, 6], (5, 6)), ("hello", "hello")):
+        assert TextRequest.model_validate({"model": "m", "prompt": prompt}).prompt == taken
+    for prompt in (["a", "b"], [[5], [6]], [["a"]], [[]], [""], []):
+        with pytest.raises(ValidationError) as caught:
+            TextRequest.model_validate({"model": "m", "prompt": prompt})
+        assert (mistake_in_body(caught.value.errors()).param or "").startswith("prompt")
+    with pytest.raises(ValidationError, match="has 2 prompts; send one a request"):
+        TextRequest.model_validate({"model": "m", "prompt": ["a", "b"]})
+
+
 def test_a_number_without_a_fraction_is_an_integer():
     assert ChatRequest.model_validate({**HELLO, "max_tokens": 2.0}).max_new_tokens == 2
 
@@ -112,6 +125,15 @@ def test_an_answer_of_ours_can_be_sent_back_as_the_client_library_dumps_it():
     said = {"role": "assistant", "content": "hi", "refusal": None, "audio": None, "tool_calls": None}
     request = ChatRequest.model_validate({"model": "m", "messages": [*HELLO["messages"], said]})
     assert request.messages[1].content == "hi"
+
+
+def test_an_answer_of_another_server_can_be_sent_back_unless_it_called_a_tool():
+    """OpenAI's has empty annotations, vLLM's an empty list of calls."""
+    said = {"role": "assistant", "content": "hi", "annotations": [], "tool_calls": []}
+    request = ChatRequest.model_validate({"model": "m", "messages": [*HELLO["messages"], said]})
+    assert request.messages[1].as_template_sees_it() == {"role": "assistant", "content": "hi"}
+    error = refusal({"messages": [{**said, "tool_calls": [{"id": "1"}]}]})
+    assert (error.param, error.code) == ("messages.0.tool_calls", "unsupported_parameter")
 
 
 def test_log_probabilities_are_asked_for_as_each_endpoint_does():

@@ -120,7 +120,7 @@ def test_an_answer_is_cut_before_a_stop_string(served):
 
 
 def test_text_completions_take_text_or_token_ids(served):
-    def complete(prompt: str | list[int], **fields):
+    def complete(prompt: str | list[str] | list[int], **fields):
         return served.client.completions.create(
             model="adapted", prompt=prompt, temperature=0, max_tokens=12, **fields
         )
@@ -128,6 +128,7 @@ def test_text_completions_take_text_or_token_ids(served):
     loaded = load_target(TargetSpec(name="adapted", model=str(served.root / "adapted"), prompts=""))
     text = complete("un été").choices[0].text
     assert complete(loaded.tokenizer("un été")["input_ids"]).choices[0].text == text
+    assert complete(["un été"]).choices[0].text == text
     assert "".join(chunk.choices[0].text for chunk in complete("un été", stream=True)) == text
     with pytest.raises(openai.BadRequestError, match="token ids must be"):
         complete([10**6])
