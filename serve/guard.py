@@ -109,7 +109,7 @@ class Guard:
             checked,
             allow_origins=self._settings.cors,
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", REQUEST_ID],
+            allow_headers=["*"],  # OpenAI's client in a browser sends a dozen of its own
             expose_headers=[REQUEST_ID, "Retry-After"],
         )
 

@@ -106,19 +106,22 @@ async def _on_bug(_: Request, error: Exception) -> Response:
 
 
 class EventStream(Response):
-    """Server-sent events. Serve cancels the request of a client that leaves, which ends `events` here.
+    """Server-sent events, made of `items`. Serve cancels the request of a client that leaves, which ends both here.
 
     Starlette's StreamingResponse would listen for that too, and report what Serve then raises as a bug.
     """
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], items: AsyncGenerator[Item, None]) -> None:
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         del self.headers["content-length"]
-        self._events = events
+        self._events, self._items = events, items
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async with aclosing(self._events):
+        # Closing events that were never asked for closes nothing behind them: hence the items by themselves.
+        async with aclosing(self._items), aclosing(self._events):
+            await send(
+                {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+            )
             async for event in self._events:
                 await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -223,13 +226,12 @@ class Gateway:
         items = request_meter().watch(ask, self._items(ask))
         head = Head.of(ask.id, request.model, ask.target, tells_rounds=ask.include_rounds)
         first = await anext(items)
-        if isinstance(first, ErrorBody):
-            return refuse(first)
-        if request.stream:
+        if request.stream and not isinstance(first, ErrorBody):
             usage = request.stream_options.include_usage
-            return EventStream(events(style, head, first, items, include_usage=usage))
-        complete = await whole(style, head, first, items)
-        return refuse(complete) if isinstance(complete, ErrorBody) else _json(complete)
+            return EventStream(events(style, head, first, items, include_usage=usage), items)
+        async with aclosing(items):
+            answer = first if isinstance(first, ErrorBody) else await whole(style, head, first, items)
+        return refuse(answer) if isinstance(answer, ErrorBody) else _json(answer)
 
     async def _items(self, ask: Ask) -> AsyncGenerator[Item, None]:
         """The answer's pieces; whatever goes wrong between here and the engine, or in it, is the last item."""

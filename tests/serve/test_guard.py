@@ -206,6 +206,20 @@ def test_pages_of_other_origins_are_let_in_only_where_they_are_named() -> None:
     assert "access-control-allow-origin" not in other.headers
 
 
+def test_openais_client_is_let_in_from_a_browser_with_all_the_headers_that_it_sends() -> None:
+    names = "authorization,content-type,x-stainless-arch,x-stainless-lang,x-stainless-retry-count"
+    asked = {
+        "Origin": "https://page.example",
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": names,
+    }
+    opened = Guard(ServeSettings(cors=("https://page.example",)))
+    allowed = ask(opened, "OPTIONS", headers=asked)
+    assert allowed.status_code == 200
+    assert set(names.split(",")) <= set(allowed.headers["access-control-allow-headers"].split(","))
+    assert ask(opened, "OPTIONS", headers={**asked, "Origin": "https://other.example"}).status_code == 400
+
+
 @pytest.mark.parametrize("sent", ["", "a b", "x" * 129, "<script>", "a\tb"])
 def test_a_request_id_that_does_not_belong_into_a_log_is_refused_by_name(sent: str) -> None:
     response = ask(Guard(ServeSettings()), headers={"X-Request-ID": sent})

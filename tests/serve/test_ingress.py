@@ -7,11 +7,15 @@ from typing import Any
 
 import pytest
 
+from serve import ingress
+from serve.answers import ChatStyle
 from serve.errors import ErrorBody
+from serve.guard import Caller
 from serve.ingress import Gateway
 from serve.metrics import REQUESTS, Meter
 from serve.records import Ask, Delta, Item
 from serve.request_log import RequestMeter
+from serve.schemas import ChatRequest
 
 ASK = Ask("chatcmpl-1", "a", ({"role": "user", "content": "hi"},), "", {}, None, None, ())
 
@@ -64,3 +68,26 @@ def test_what_a_replica_raises_amid_an_answer_ends_it_with_an_error_and_is_count
     assert str(error) not in last.message
     assert statuses(meter) == {"500": 1}
     assert stream.cancelled
+
+
+@pytest.mark.parametrize("num_sent", [0, 1])
+def test_a_client_that_leaves_at_the_beginning_of_a_stream_frees_its_slot_at_once(monkeypatch, num_sent):
+    """Not when whoever holds the response lets go of it; the first message is the response's status."""
+    stream, meter = Stream(ValueError("is not reached")), RequestMeter(Meter(REQUESTS))
+    monkeypatch.setattr(ingress, "request_meter", lambda: meter)
+    request = ChatRequest.model_validate({"model": "a", "messages": ASK.messages, "stream": True})
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        if len(sent) == num_sent:
+            raise asyncio.CancelledError
+        sent.append(message)
+
+    async def leave() -> None:
+        response = await gateway(stream)._answer(request, ChatStyle(), Caller(None, None, None, None, None))
+        with pytest.raises(asyncio.CancelledError):
+            await response({"type": "http"}, None, send)
+        assert stream.cancelled
+        assert statuses(meter) == {"499": 1}
+
+    asyncio.run(leave())
