@@ -9,13 +9,15 @@ from typing import Any
 
 from farm.artifacts import Artifact, Artifacts, key_of
 from farm.card import Fit, config_digest, tokenizer_digest, vocabulary_digest
-from farm.config import Manifest, dump
+from farm.config import Manifest, UserError, dump
+from farm.data.chat import read_template
 from farm.evaluate.gate import promotes
 from farm.evaluate.provenance import git_sha, versions
 from farm.evaluate.records import Decision
 from farm.fleet.records import Plan, TargetPlan
 from farm.fleet.stage_keys import ADAPT, EVALUATE, EXPERT_FILE, TRUNK_FILE
 from farm.registry import Pointer, Registry, Version
+from farm.sections import TargetSpec
 
 
 @dataclass(frozen=True)
@@ -161,15 +163,23 @@ def _publish(
 
 def family_record(plan: Plan, draft: Mapping[str, Any], leave_out: Collection[str]) -> dict[str, Any]:
     """What serving needs of this family; targets in `leave_out` are not served."""
-    fields = ("model", "lora", "revision", "chat_template")
+    fields = ("model", "lora", "revision")
     return {
         "base": plan.manifest.base,
         "dtype": plan.manifest.dtype,
         "trunk_key": plan.trunk.key,
         "draft": dict(draft),
         "targets": {
-            spec.name: {field: getattr(spec, field) for field in fields}
+            spec.name: {field: getattr(spec, field) for field in fields} | {"chat_template": _template(spec)}
             for spec in plan.manifest.targets
             if spec.name not in leave_out
         },
     }
+
+
+def _template(spec: TargetSpec) -> str | None:
+    """The template itself: its file may lie in a job's copy of the working directory, which goes with the job."""
+    try:
+        return read_template(spec.chat_template)
+    except UserError:  # the target is refused for it; a live version of it stays in the record
+        return spec.chat_template

@@ -12,13 +12,13 @@ from farm.card import Fit
 from farm.fleet import onboard
 from farm.fleet.plan import make_plan
 from farm.fleet.prepare import prepare_trunk
-from farm.fleet.publish import Verdict, evaluation_key, publish
+from farm.fleet.publish import Verdict, evaluation_key, family_record, publish
 from farm.fleet.records import Plan, TargetPlan
 from farm.fleet.stage_keys import ADAPT, EXPERT_FILE
 from farm.registry import Registry, Version
 from farm.store import open_store
 from tests.farm.fleet.family import Family
-from tests.farm.fleet.planned import digest_of, manifest_of
+from tests.farm.fleet.planned import digest_of, manifest_of, plan_of
 from tests.farm.fleet.test_damaged import run_of
 
 
@@ -35,6 +35,19 @@ def test_a_target_that_is_refused_for_its_prompts_is_served_on(family: Family, s
     assert run.registry.promote("beta", run.registry.publish("beta", {}, {}).version, None)
     onboard._put_family(run, prepare_trunk(run))
     assert list(run.registry.family()["targets"]) == ["alpha", "beta"]
+
+
+def test_what_is_served_has_the_template_itself_not_the_path_of_its_file(tmp_path: Path) -> None:
+    """In a job that file lies in a copy of the working directory, which is deleted with the job."""
+    text, file = "{{ messages[0]['content'] }}", tmp_path / "chat.jinja"
+    file.write_text(text)
+    manifest = manifest_of(tmp_path, "a", "b")
+    first, second = manifest.targets
+    first = first.model_copy(update={"chat_template": str(file)})
+    plan = plan_of(manifest.model_copy(update={"targets": (first, second)}))
+    targets = family_record(plan, {}, ())["targets"]
+    assert targets["a"] == {"model": "a", "lora": None, "revision": None, "chat_template": text}
+    assert targets["b"]["chat_template"] is None
 
 
 @dataclass(frozen=True)
