@@ -1,7 +1,8 @@
 """`python -m serve.foreground store=STORE [num_slots=8 ...]`: the endpoint in the foreground, which ends politely.
 
 Told to end (SIGTERM, or Ctrl-C), it takes no new requests, lets the open answers go on for `drain_s` seconds at most,
-and shuts Serve down; told twice, it stops at once. `serve run` would cut the open streams.
+and shuts Serve down, or its own application where Serve has others; told twice, or while it starts, it stops at once.
+`serve run` would cut the open streams.
 """
 
 import os
@@ -14,6 +15,8 @@ from types import FrameType
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from farm.errors import UserError
@@ -38,12 +41,24 @@ def drain(wait_s: float) -> int:
     return num_open
 
 
+def leave() -> None:
+    """End the application, and Serve with it unless it has others, as in a cluster where it ran before."""
+    try:
+        others = serve.status().applications.keys() - {APP}
+    except (RayError, RayServeException):  # a controller that died has none to go on with
+        others = set()
+    if others:
+        serve.delete(APP)
+    else:
+        serve.shutdown()
+
+
 def main(arguments: Sequence[str]) -> None:
     args = parse(arguments)
-    ended = threading.Event()
+    answers, ended = threading.Event(), threading.Event()
 
     def end(number: int, _frame: FrameType | None) -> None:
-        if ended.is_set():
+        if ended.is_set() or not answers.is_set():
             sys.exit(128 + number)
         ended.set()
 
@@ -52,19 +67,30 @@ def main(arguments: Sequence[str]) -> None:
     ray.init(address=os.environ.get("RAY_ADDRESS", "local"), namespace="serve")
     for number in (signal.SIGTERM, signal.SIGINT):  # after Ray has set its own
         signal.signal(number, end)
-    serve.run(build(args), name=APP, route_prefix="/")
+    application = build(args)
+    try:
+        serve.run(application, name=APP, route_prefix="/")
+    except BaseException:  # SystemExit too: a cluster would go on starting what nobody waits for
+        leave()
+        raise
+    answers.set()
     say(f"http://{args.host}:{args.port}/v1 answers")
     while not ended.wait(1.0):
         pass
     say("ending: open answers are finished, new requests get 503")
-    try:
-        left = drain(args.drain_s)
-        told = f"ended; {left} answers were cut off" if left else "ended"
-    except Exception as error:  # noqa: BLE001 - whatever keeps it from waiting, Serve is not to go on
-        told = f"ended; the open answers were not waited for: {error!r}"
-    serve.shutdown()
+    told = finish(args.drain_s)
+    leave()
     ray.shutdown()
     say(told)
+
+
+def finish(wait_s: float) -> str:
+    """Drain, and what is to be said of it."""
+    try:
+        left = drain(wait_s)
+    except Exception as error:  # noqa: BLE001 - whatever keeps it from waiting, it is not to go on
+        return f"ended; the open answers were not waited for: {error!r}"
+    return f"ended; {left} answers were cut off" if left else "ended"
 
 
 def say(line: str) -> None:

@@ -1,35 +1,92 @@
-"""The end of the endpoint in the foreground, without Serve."""
+"""The end of the endpoint in the foreground; that of one that answers is in test_secured.py."""
 
 import signal
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 
 from serve import foreground
+from tests.serve.served import free_port
 
 
 @pytest.fixture
-def handlers() -> Iterator[None]:
-    """The process's own signal handlers afterwards."""
+def ended(monkeypatch) -> Iterator[list[str]]:
+    """What of Serve and Ray was ended, neither of which runs; the process has its own signal handlers afterwards."""
+    done: list[str] = []
+    status = SimpleNamespace(applications={foreground.APP: "RUNNING"})
+    monkeypatch.setattr(foreground, "build", lambda args: args)
+    monkeypatch.setattr(foreground.ray, "init", lambda **_: None)
+    monkeypatch.setattr(foreground.serve, "run", lambda *_, **__: None)
+    monkeypatch.setattr(foreground.serve, "status", lambda: status)
+    monkeypatch.setattr(foreground.serve, "shutdown", lambda: done.append("serve"))
+    monkeypatch.setattr(foreground.ray, "shutdown", lambda: done.append("ray"))
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
+    yield done
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.usefixtures("handlers")
-def test_serve_is_shut_down_also_where_the_open_answers_cannot_be_waited_for(monkeypatch, capsys):
-    done: list[str] = []
+def test_serve_is_shut_down_also_where_the_open_answers_cannot_be_waited_for(monkeypatch, ended):
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        if line.endswith("answers"):
+            signal.raise_signal(signal.SIGTERM)
 
     def drain(wait_s: float) -> int:
         raise TimeoutError(f"no gateway answers within {wait_s:g} s")
 
+    monkeypatch.setattr(foreground, "say", say)
     monkeypatch.setattr(foreground, "drain", drain)
-    monkeypatch.setattr(foreground, "build", lambda args: args)
-    monkeypatch.setattr(foreground.ray, "init", lambda **_: None)
-    monkeypatch.setattr(foreground.serve, "run", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
-    monkeypatch.setattr(foreground.serve, "shutdown", lambda: done.append("serve"))
-    monkeypatch.setattr(foreground.ray, "shutdown", lambda: done.append("ray"))
     foreground.main(["store=nowhere", "drain_s=7"])
-    assert done == ["serve", "ray"]
-    assert "no gateway answers within 7 s" in capsys.readouterr().err
+    assert ended == ["serve", "ray"]
+    assert "no gateway answers within 7 s" in said[-1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_told_to_end_while_it_starts_it_waits_for_no_replica_and_leaves_nothing(monkeypatch, ended, number):
+    """What cannot be placed never starts: a first signal that only took note of itself would do nothing for ever."""
+
+    def never_ready(*_: object, **__: object) -> None:
+        signal.raise_signal(number)
+        raise AssertionError("it goes on starting")
+
+    monkeypatch.setattr(foreground.serve, "run", never_ready)
+    with pytest.raises(SystemExit) as caught:
+        foreground.main(["store=nowhere"])
+    assert caught.value.code == 128 + number
+    assert ended == ["serve"]
+
+
+def test_an_application_that_fails_to_start_is_not_left_in_the_cluster(monkeypatch, ended):
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("a replica cannot load its targets")
+
+    monkeypatch.setattr(foreground.serve, "run", fails)
+    with pytest.raises(RuntimeError, match="cannot load"):
+        foreground.main(["store=nowhere"])
+    assert ended == ["serve"]
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_other_applications_of_a_cluster_are_served_on():
+    from ray import serve
+
+    @serve.deployment(ray_actor_options={"num_cpus": 0})
+    class Here:
+        def __call__(self) -> str:
+            return "here"
+
+    serve.shutdown()
+    serve.start(http_options={"port": free_port()})
+    try:
+        for name in (foreground.APP, "another"):
+            serve.run(Here.bind(), name=name, route_prefix=f"/{name}")
+        foreground.leave()
+        assert set(serve.status().applications) == {"another"}
+        assert serve.get_app_handle("another").remote().result(timeout_s=10) == "here"
+    finally:
+        serve.shutdown()
