@@ -61,11 +61,13 @@ class Caller:
     def may_use(self, target: str) -> bool:
         return self.targets is None or target in self.targets
 
-    def new_tokens(self, asked: int | None, default: int | None) -> int | None | ErrorBody:
-        """The limit of an answer: what the client `asked` for if that is allowed, else the smaller default."""
+    def new_tokens(
+        self, asked: int | None, default: int | None, field: str = "max_tokens"
+    ) -> int | None | ErrorBody:
+        """The limit of an answer: what the client asked for by `field` if that is allowed, else the smaller default."""
         if asked is not None and asked > (self.max_new_tokens or asked):
-            message = f"max_tokens: {asked} is more than the {self.max_new_tokens} that are allowed here"
-            return ErrorBody(status=400, message=message, param="max_tokens", code="invalid_value")
+            message = f"{field}: {asked} is more than the {self.max_new_tokens} that are allowed here"
+            return ErrorBody(status=400, message=message, param=field, code="invalid_value")
         return asked or _least(default, self.max_new_tokens)
 
     def too_many_choices(self, asked: int) -> ErrorBody | None:

@@ -44,6 +44,7 @@ from serve.request_log import request_meter
 from serve.schemas import ChatRequest, TextRequest
 
 QUIET = {"enable_access_log": False}  # Serve's own line a request; serve.metrics writes a better one
+UNBUFFERED = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would hold pieces back
 METRICS_WAIT_S = 5.0
 STARTED = int(time.time())
 log = logging.getLogger("ray.serve")
@@ -112,7 +113,7 @@ class EventStream(Response):
     """
 
     def __init__(self, events: AsyncGenerator[bytes, None], items: AsyncGenerator[Item, None]) -> None:
-        super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        super().__init__(media_type="text/event-stream", headers=UNBUFFERED)
         del self.headers["content-length"]
         self._events, self._items = events, items
 
@@ -214,7 +215,7 @@ class Gateway:
     async def _answer(self, request: ChatRequest | TextRequest, style: Style, caller: Caller) -> Response:
         if request.num_chars > MAX_PROMPT_CHARS:
             return _counted(too_large(request.num_chars))
-        most = caller.new_tokens(request.asked_tokens, request.max_new_tokens)
+        most = caller.new_tokens(request.asked_tokens, request.max_new_tokens, request.limit_field)
         if isinstance(most, ErrorBody):
             return _counted(most)
         too_many = caller.too_many_choices(request.n)

@@ -153,6 +153,9 @@ class EngineHost:
         mistake = mistake_in_bias(ask.sampling["logit_bias"], target.forward.vocab_size)
         if mistake is not None:
             return mistake
+        if self._settings.tree is not None and ask.sampling["max_drafted"]:
+            message = "max_drafted: trees are drafted here, and it is a length of chains; leave it out, or set it to 0"
+            return ErrorBody(status=400, message=message, param="max_drafted", code="invalid_value")
         param = "messages" if ask.messages else "prompt"
         try:
             request = await asyncio.to_thread(self._request, target, ask)

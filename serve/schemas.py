@@ -185,6 +185,16 @@ class Sampling(Asked):
     stream_options: StreamOptions = StreamOptions()
     user: Text | None = None
 
+    @property
+    def asked_tokens(self) -> int | None:
+        """The limit that the client set."""
+        return self.max_tokens
+
+    @property
+    def limit_field(self) -> str:
+        """The field that it set it by."""
+        return "max_tokens"
+
 
 class ChatRequest(Sampling):
     """Body of POST /v1/chat/completions."""
@@ -211,8 +221,11 @@ class ChatRequest(Sampling):
 
     @property
     def asked_tokens(self) -> int | None:
-        """The limit that the client set."""
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def limit_field(self) -> str:
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     @property
     def max_new_tokens(self) -> int | None:
@@ -256,11 +269,6 @@ class TextRequest(Sampling):
     @property
     def num_chars(self) -> int:
         return len(self.prompt)
-
-    @property
-    def asked_tokens(self) -> int | None:
-        """The limit that the client set."""
-        return self.max_tokens
 
     @property
     def max_new_tokens(self) -> int | None:

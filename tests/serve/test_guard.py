@@ -92,6 +92,9 @@ def test_a_limit_of_tokens_is_a_refusal_when_asked_for_and_a_default_when_not() 
     refused = caller.new_tokens(11, 11)
     assert isinstance(refused, ErrorBody)
     assert (refused.status, refused.param) == (400, "max_tokens")
+    newer = caller.new_tokens(11, 11, "max_completion_tokens")
+    assert isinstance(newer, ErrorBody)
+    assert (newer.param, newer.message[:21]) == ("max_completion_tokens", "max_completion_tokens")
     assert caller.new_tokens(10, 10) == 10
     assert caller.new_tokens(None, None) == 10
     assert caller.new_tokens(None, 16) == 10

@@ -91,3 +91,12 @@ def test_a_client_that_leaves_at_the_beginning_of_a_stream_frees_its_slot_at_onc
         assert statuses(meter) == {"499": 1}
 
     asyncio.run(leave())
+
+
+def test_a_proxy_is_told_not_to_hold_the_pieces_of_a_stream_back():
+    async def nothing() -> AsyncIterator[Any]:
+        return
+        yield
+
+    headers = ingress.EventStream(nothing(), nothing()).headers
+    assert (headers["x-accel-buffering"], headers["cache-control"]) == ("no", "no-store")

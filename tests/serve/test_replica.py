@@ -63,3 +63,11 @@ def test_a_prompt_without_room_for_an_answer_is_refused_by_the_name_of_its_field
     ask = replace(ASK, prompt=prompt, messages=messages, sampling={"logit_bias": (), "logprobs": None})
     refused = asyncio.run(host(ServeSettings())._checked(target, ask))
     assert (refused.code, refused.param) == ("context_length_exceeded", param)
+
+
+def test_a_limit_of_chains_is_refused_by_its_name_where_trees_are_drafted():
+    target = SimpleNamespace(forward=SimpleNamespace(vocab_size=320))
+    ask = replace(ASK, sampling={"logit_bias": (), "logprobs": None, "max_drafted": 2})
+    trees = host(ServeSettings(tree=TREE, control="fixed"))
+    refused = asyncio.run(trees._checked(target, ask))
+    assert (refused.status, refused.param) == (400, "max_drafted")

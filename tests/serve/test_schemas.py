@@ -108,7 +108,8 @@ def test_a_number_without_a_fraction_is_an_integer():
 
 def test_the_newer_name_of_the_token_limit_wins():
     both = ChatRequest.model_validate({**HELLO, "max_tokens": 5, "max_completion_tokens": 7})
-    assert both.max_new_tokens == 7
+    assert (both.max_new_tokens, both.limit_field) == (7, "max_completion_tokens")
+    assert ChatRequest.model_validate({**HELLO, "max_tokens": 5}).limit_field == "max_tokens"
 
 
 def test_text_parts_are_joined_and_other_parts_refused():
