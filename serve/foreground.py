@@ -64,16 +64,19 @@ def main(arguments: Sequence[str]) -> None:
 
     # As for an onboarding: a cluster that is named, else an own one. Left to itself Ray would look for one that an
     # address file names, and wait for it long after it died.
-    ray.init(address=os.environ.get("RAY_ADDRESS", "local"), namespace="serve")
+    address = os.environ.get("RAY_ADDRESS", "local")
+    ray.init(address=address, namespace="serve")
     for number in (signal.SIGTERM, signal.SIGINT):  # after Ray has set its own
         signal.signal(number, end)
     application = build(args)
     try:
         serve.run(application, name=APP, route_prefix="/")
-    except BaseException:  # SystemExit too: a cluster would go on starting what nobody waits for
-        leave()
+        answers.set()
+    except BaseException:  # SystemExit too
+        # An own Ray ends with this process; a cluster would go on starting what nobody waits for.
+        if address != "local":
+            leave()
         raise
-    answers.set()
     say(f"http://{args.host}:{args.port}/v1 answers")
     while not ended.wait(1.0):
         pass

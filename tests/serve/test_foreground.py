@@ -45,29 +45,40 @@ def test_serve_is_shut_down_also_where_the_open_answers_cannot_be_waited_for(mon
     assert "no gateway answers within 7 s" in said[-1]
 
 
+@pytest.mark.parametrize(("address", "left"), [("auto", ["serve"]), (None, [])], ids=["cluster", "own"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_told_to_end_while_it_starts_it_waits_for_no_replica_and_leaves_nothing(monkeypatch, ended, number):
+def test_told_to_end_while_it_starts_it_waits_for_no_replica(monkeypatch, ended, number, address, left):
     """What cannot be placed never starts: a first signal that only took note of itself would do nothing for ever."""
 
     def never_ready(*_: object, **__: object) -> None:
         signal.raise_signal(number)
         raise AssertionError("it goes on starting")
 
+    in_ray(monkeypatch, address)
     monkeypatch.setattr(foreground.serve, "run", never_ready)
     with pytest.raises(SystemExit) as caught:
         foreground.main(["store=nowhere"])
     assert caught.value.code == 128 + number
-    assert ended == ["serve"]
+    assert ended == left
 
 
 def test_an_application_that_fails_to_start_is_not_left_in_the_cluster(monkeypatch, ended):
     def fails(*_: object, **__: object) -> None:
         raise RuntimeError("a replica cannot load its targets")
 
+    in_ray(monkeypatch, "auto")
     monkeypatch.setattr(foreground.serve, "run", fails)
     with pytest.raises(RuntimeError, match="cannot load"):
         foreground.main(["store=nowhere"])
     assert ended == ["serve"]
+
+
+def in_ray(monkeypatch, address: str | None) -> None:
+    """That of a cluster, or an own one."""
+    if address is None:
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    else:
+        monkeypatch.setenv("RAY_ADDRESS", address)
 
 
 @pytest.mark.ray
