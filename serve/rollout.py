@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from farm.decode.engine import Route
-from farm.errors import StoreUnusable, UserError, is_unusable
+from farm.errors import Denied, StoreUnusable, UserError, is_unusable
 from farm.registry import Canary, Pointer, RolledBack
 from farm.store import NotFound
 from farm.target.load import LoadedTarget
@@ -92,15 +92,29 @@ class Rollout:
 
     def poll(self) -> None:
         """One look at every pointer and at every canary's test."""
+        gone: dict[str, Exception] = {}  # by target: what the store says at once of its pointer alone
         try:
-            for followed in self._followed.values():
+            for name, followed in self._followed.items():
                 # The first that cannot be asked ends the round: each may take its time.
-                self._follow(followed)
+                try:
+                    self._follow(followed)
+                except (StoreAway, Denied) as error:
+                    gone[name] = error
         except Exception as error:  # noqa: BLE001 - whatever a store raises when it is away
             self._complain("the store", f"cannot be read, what is served stays: {error!r}")
         else:
-            self._is_over("the store")
+            self._tell(gone)
         self._judge()
+
+    def _tell(self, gone: Mapping[str, Exception]) -> None:
+        """Of pointers that are not to be had: where it is all of them, it is the store."""
+        if gone and len(gone) == len(self._followed):
+            first = next(iter(gone.values()))
+            self._complain("the store", f"cannot be read, what is served stays: {first!r}")
+            return
+        self._is_over("the store")
+        for name, error in gone.items():
+            self._complain(name, f"its pointer cannot be read, what is served stays: {error!r}")
 
     def _run(self) -> None:
         while True:

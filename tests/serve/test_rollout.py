@@ -15,7 +15,7 @@ from farm.decode.engine import Engine, Request, Route
 from farm.decode.sampling import SamplingParams
 from farm.draft.lean import LeanExpert
 from farm.draft.routed import FlatExpert
-from farm.errors import StoreUnusable
+from farm.errors import Denied, StoreUnusable
 from farm.registry import Pointer, Registry
 from farm.store import FileStore, open_store
 from serve.canary import WorseTest
@@ -187,6 +187,29 @@ def test_an_outage_is_noticed_once_a_round_and_not_taken_for_a_broken_pointer(re
     replica.rollout.poll()
     assert asked == ["a"]
     assert not any("makes no sense" in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize("what", ["gone", "denied"])
+def test_a_pointer_that_one_target_alone_lacks_keeps_no_other_from_being_followed(
+    replica, monkeypatch, caplog, what
+):
+    works = FileStore.get_with_etag
+
+    def denies(store: FileStore, key: str) -> object:
+        if key == "registry/a/live.json":
+            raise Denied("not allowed")
+        return works(store, key)
+
+    if what == "gone":
+        (FileStore(replica.root / "store").root / "registry" / "a" / "live.json").unlink()
+    else:
+        monkeypatch.setattr(FileStore, "get_with_etag", denies)
+    publish(replica.store, "b", silent_expert())
+    for _ in range(3):
+        replica.rollout.poll()
+    assert (replica.version_of("a"), replica.version_of("b")) == ("v1", "v1")
+    told = [record.message for record in caplog.records if "cannot be read" in record.message]
+    assert [line.partition(":")[0] for line in told] == ["a"]
 
 
 def test_a_target_whose_pointer_could_not_be_read_at_first_gets_the_base_draft_where_it_is_due(
