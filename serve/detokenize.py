@@ -18,25 +18,26 @@ class TextStream:
     def __init__(self, decode: Callable[[Sequence[int]], str], stops: Iterable[str] = ()) -> None:
         self._decode = decode
         self._stops = tuple(stops)
-        self._tokens: list[int] = []
-        self._start = 0  # first token of the window
-        self._read = 0  # tokens before this one have given their text
+        self._window: list[int] = []  # the last tokens
+        self._num_read = (
+            0  # of the window: these have given their text, and are what stands before the others
+        )
         self._held = ""  # text that may begin a stop string
         self._num_settled = self._num_given = 0  # characters
         self._finished = False
-        self.offsets: list[int] = []  # characters of the text before each token's own
+        self.offsets: list[int] = []  # characters of the text before each token's own, a token each
         self.stopped = False
 
     @property
     def num_tokens(self) -> int:
         """Tokens taken so far, those of a stop string among them, none after it."""
-        return len(self._tokens)
+        return len(self.offsets)
 
     @property
     def num_given(self) -> int:
         """Tokens whose text was given out, in part at least; at the end all but those of a stop string."""
         if self._finished and not self.stopped:
-            return len(self._tokens)
+            return self.num_tokens
         return bisect_left(self.offsets, self._num_given)
 
     def push(self, tokens: Iterable[int]) -> str:
@@ -45,7 +46,7 @@ class TextStream:
         for token in tokens:
             if self.stopped:
                 break
-            self._tokens.append(token)
+            self._window.append(token)
             self.offsets.append(self._num_settled)
             text += self._until_stop(self._settled())
         return text
@@ -62,16 +63,21 @@ class TextStream:
 
     def _fresh(self) -> str:
         """Text of the tokens that were not read yet."""
-        before = self._decode(self._tokens[self._start : self._read])
-        return self._decode(self._tokens[self._start :])[len(before) :]
+        before = self._decode(self._window[: self._num_read])
+        return self._decode(self._window)[len(before) :]
 
     def _settled(self) -> str:
         fresh = self._fresh()
-        waits = fresh.endswith(REPLACEMENT) and len(self._tokens) - self._read < MAX_HELD_TOKENS
-        if not fresh or waits:
-            return ""
-        self._start, self._read = self._read, len(self._tokens)
-        return fresh
+        num_held = len(self._window) - self._num_read
+        if fresh and not (fresh.endswith(REPLACEMENT) and num_held < MAX_HELD_TOKENS):
+            self._window = self._window[self._num_read :]
+            self._num_read = len(self._window)
+            return fresh
+        if (
+            num_held > MAX_HELD_TOKENS
+        ):  # tokens without any text (special ones): the window may not grow with them
+            del self._window[self._num_read]
+        return ""
 
     def _until_stop(self, fresh: str) -> str:
         self._num_settled += len(fresh)

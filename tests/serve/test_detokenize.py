@@ -1,5 +1,7 @@
 """Text that streams must be the text that the whole answer decodes to, never half a character."""
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -62,6 +64,22 @@ def test_a_long_run_of_broken_bytes_is_not_held_back_for_ever():
     stream = TextStream(TOKENIZERS[0].decode)
     broken = TOKENIZERS[0].token_to_id("Ł")  # a continuation byte that nothing began
     assert stream.push([broken] * 40)
+
+
+def test_tokens_without_any_text_cost_no_more_the_more_there_are_and_leave_the_words_around_them():
+    """Special ones, of which a request may ask for as many as it likes by a bias: its replica has one event loop."""
+    longest = 0
+
+    def decode(tokens: Sequence[int]) -> str:
+        nonlocal longest
+        longest = max(longest, len(tokens))
+        return " ".join("word" for token in tokens if token)  # 0 is special
+
+    stream = TextStream(decode)
+    text = stream.push([1, 2]) + stream.push([0] * 2000) + stream.push([3]) + stream.finish()
+    assert text == "word word word"
+    assert (stream.num_tokens, stream.num_given) == (2003, 2003)
+    assert longest < 100
 
 
 @given(
