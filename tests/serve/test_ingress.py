@@ -74,7 +74,8 @@ def test_what_a_replica_raises_amid_an_answer_ends_it_with_an_error_and_is_count
 def test_a_client_that_leaves_at_the_beginning_of_a_stream_frees_its_slot_at_once(monkeypatch, num_sent):
     """Not when whoever holds the response lets go of it; the first message is the response's status."""
     stream, meter = Stream(ValueError("is not reached")), RequestMeter(Meter(REQUESTS))
-    monkeypatch.setattr(ingress, "request_meter", lambda: meter)
+    # Serve keeps a copy of the class, with globals of its own.
+    monkeypatch.setitem(Gateway.func_or_class._answer.__globals__, "request_meter", lambda: meter)
     request = ChatRequest.model_validate({"model": "a", "messages": ASK.messages, "stream": True})
     sent: list[Any] = []
 
