@@ -19,9 +19,7 @@ class TextStream:
         self._decode = decode
         self._stops = tuple(stops)
         self._window: list[int] = []  # the last tokens
-        self._num_read = (
-            0  # of the window: these have given their text, and are what stands before the others
-        )
+        self._num_read = 0  # of the window; these have given their text, and the others are read behind them
         self._held = ""  # text that may begin a stop string
         self._num_settled = self._num_given = 0  # characters
         self._finished = False
@@ -73,9 +71,7 @@ class TextStream:
             self._window = self._window[self._num_read :]
             self._num_read = len(self._window)
             return fresh
-        if (
-            num_held > MAX_HELD_TOKENS
-        ):  # tokens without any text (special ones): the window may not grow with them
+        if num_held > MAX_HELD_TOKENS:  # special tokens have no text: the window may not grow with them
             del self._window[self._num_read]
         return ""
 
