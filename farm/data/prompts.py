@@ -178,6 +178,8 @@ def _read_dataset(source: str, path: Path) -> Iterator[Mapping[str, Any]]:
             raise UserError(
                 f"{source}: prompts must be .jsonl or .parquet, a folder or a hub id; convert the file"
             )
+        elif not path.exists() and _is_path(source):
+            raise UserError(f"{source}: there are no prompts at this path, seen from {Path.cwd()}")
         else:
             loaded = datasets.load_dataset(source, split="train")
     except UserError:
@@ -189,6 +191,12 @@ def _read_dataset(source: str, path: Path) -> Iterator[Mapping[str, Any]]:
         ) from error
     rows: Iterator[Mapping[str, Any]] = iter(loaded)
     return rows
+
+
+def _is_path(source: str) -> bool:
+    """Whether it can only be a path: a hub id is `name` or `owner/name`."""
+    path = Path(source)
+    return path.suffix in (".jsonl", ".parquet") or source.startswith((".", "/", "~")) or len(path.parts) > 2
 
 
 def _parse(row: int, record: Any, reason: str) -> Prompt | RowError:

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,16 @@ def test_a_file_that_is_no_prompts_file_is_refused_with_the_remedy(tmp_path, nam
     (tmp_path / name).write_text("nonsense")
     with pytest.raises(UserError, match=r"\.jsonl or \.parquet"):
         load_prompts(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["gone.jsonl", "gone.parquet", "./gone", "a/deep/folder"])
+def test_a_path_that_is_not_there_is_no_data_set_of_the_hub(monkeypatch, name):
+    """Asked for it, the hub answers after many attempts, and with something about repositories."""
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("the hub was asked"))
+    with pytest.raises(UserError, match=f"^{re.escape(name)}: there are no prompts at this path"):
+        load_prompts(name)
 
 
 def test_the_digest_follows_the_content_that_was_asked_for(source, tmp_path):
