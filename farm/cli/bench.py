@@ -71,7 +71,9 @@ def family_name(manifest: Path) -> str:
 @bench_app.command("decode")
 def bench_decode(  # noqa: PLR0913 - the options of a command
     manifest: FamilyPath = ZOO,
-    out: Annotated[Path, typer.Option(help="Folder of decode.json and decode.png.")] = Path("docs/bench"),
+    out: Annotated[Path, typer.Option(help="Folder of decode.json and decode.png.", file_okay=False)] = Path(
+        "docs/bench"
+    ),
     target: Annotated[
         list[str] | None, typer.Option(help="A target's name, repeatable; default: every full one.")
     ] = None,
@@ -127,7 +129,9 @@ def bench_decode(  # noqa: PLR0913 - the options of a command
 @bench_app.command("operators")
 def bench_operators(
     manifest: FamilyPath = ZOO,
-    out: Annotated[Path, typer.Option(help="Folder of operators.json.")] = Path("docs/bench"),
+    out: Annotated[Path, typer.Option(help="Folder of operators.json.", file_okay=False)] = Path(
+        "docs/bench"
+    ),
     repeats: Annotated[int, typer.Option(help="Times that both sides run in turn.", min=3)] = 20,
     overrides: Overrides = None,
 ) -> None:
@@ -144,7 +148,7 @@ def bench_operators(
 @bench_app.command("mixed")
 def bench_mixed(
     manifest: FamilyPath = ZOO,
-    out: Annotated[Path, typer.Option(help="Folder of mixed.json.")] = Path("docs/bench"),
+    out: Annotated[Path, typer.Option(help="Folder of mixed.json.", file_okay=False)] = Path("docs/bench"),
     repeats: Annotated[int, typer.Option(help="Times that all cases run in turn.", min=3)] = 5,
     overrides: Overrides = None,
 ) -> None:
@@ -164,7 +168,9 @@ def bench_mixed(
 @bench_app.command("neighbours")
 def bench_neighbours(
     manifest: FamilyPath = ZOO,
-    out: Annotated[Path, typer.Option(help="Folder of neighbours.json.")] = Path("docs/bench"),
+    out: Annotated[Path, typer.Option(help="Folder of neighbours.json.", file_okay=False)] = Path(
+        "docs/bench"
+    ),
 ) -> None:
     """Decoding and a training step beside busy processes, with the threads' spinning as set here and unset."""
     from farm.bench import neighbours

@@ -17,7 +17,9 @@ SEEDS = 3  # of `bench adapt`
 @bench_app.command("adapt")
 def bench_adapt(
     manifest: FamilyPath = ZOO,
-    out: Annotated[Path, typer.Option(help="Folder of adapt.json and its plots.")] = Path("docs/bench"),
+    out: Annotated[Path, typer.Option(help="Folder of adapt.json and its plots.", file_okay=False)] = Path(
+        "docs/bench"
+    ),
     target: Annotated[
         list[str] | None, typer.Option(help="A target's name, repeatable; default: every full one.")
     ] = None,
@@ -75,7 +77,7 @@ def extent(
 @bench_app.command("packed")
 def bench_packed(
     manifest: FamilyPath = ZOO,
-    out: Annotated[Path, typer.Option(help="Folder of packed.json.")] = Path("docs/bench"),
+    out: Annotated[Path, typer.Option(help="Folder of packed.json.", file_okay=False)] = Path("docs/bench"),
     targets: Annotated[
         int | None, typer.Option(help="Targets in the run; default: 16, with --quick 4.", min=2)
     ] = None,

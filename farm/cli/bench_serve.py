@@ -16,7 +16,9 @@ from farm.config import UserError
 @bench_app.command("serve")
 def bench_serve(
     manifest: FamilyPath = ZOO,
-    out: Annotated[Path, typer.Option(help="Folder of serve.json and serve.png.")] = Path("docs/bench"),
+    out: Annotated[Path, typer.Option(help="Folder of serve.json and serve.png.", file_okay=False)] = Path(
+        "docs/bench"
+    ),
     quick: Annotated[bool, typer.Option("--quick", help="30 s of the closed loop instead of 120.")] = False,
     clients: Annotated[int, typer.Option(help="Clients of the closed loop.", min=1)] = 64,
     url: Annotated[
