@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, Literal
 
 from fastapi import FastAPI, Request, Response
@@ -254,7 +254,8 @@ class Gateway:
             log.exception("%s failed", ask.id)
             yield ErrorBody(status=500, message=f"{ask.id} failed in the server", type="server_error")
         finally:
-            stream.cancel()  # frees the slot when the client has gone; nothing happens after the end
+            with suppress(BackPressureError):  # again, of one that was turned away
+                stream.cancel()  # frees the slot when the client has gone; nothing happens after the end
 
     async def _counted_by(self, group: str) -> list[list[Metric]]:
         """What each replica of a group has counted; those that do not answer are left out."""
