@@ -226,8 +226,8 @@ def test_a_moved_live_pointer_is_followed_without_a_restart_and_a_bad_one_is_not
 def test_more_requests_than_the_queue_takes_are_told_when_to_come_back(served):
     async def burst() -> list[httpx.Response]:
         # Long enough for all to have come before the first has ended, on a machine that does other things too.
-        fields = {"model": "adapted", "messages": HELLO, "temperature": 0, "max_tokens": 1500}
-        async with httpx.AsyncClient(timeout=120) as client:
+        fields = {"model": "adapted", "messages": HELLO, "temperature": 0, "max_tokens": 600}
+        async with httpx.AsyncClient(timeout=60) as client:
             asked = (client.post(f"{served.url}/v1/chat/completions", json=fields) for _ in range(16))
             return await asyncio.gather(*asked)
 
