@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from farm.cli.options import ZOO, Overrides, app, console, load_family
+from farm.cli.options import ZOO, Overrides, app, console, load_family, say
 from farm.config import UserError
 
 if TYPE_CHECKING:
@@ -27,8 +27,14 @@ app.add_typer(bench_app, name="bench")
 FamilyPath = Annotated[
     Path, typer.Argument(help="A family's manifest; default: the demo's zoo.", metavar="MANIFEST")
 ]
+OUT = Path("docs/bench")
 Item = TypeVar("Item")
 TABLE_WIDTH = 132  # of a benchmark's table where the terminal is narrower or says nothing
+
+
+def folder_of(files: str) -> Any:
+    """The option --out of a benchmark that writes these files: refused before it measures where it is one itself."""
+    return typer.Option(help=f"Folder of {files}.", file_okay=False)
 
 
 class OtherEngine(StrEnum):
@@ -45,7 +51,7 @@ def show_wide(shown: Table) -> None:
 def show_lines(lines: Iterable[object]) -> None:
     """A line each of what a benchmark found, or of the files that it wrote."""
     for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(str(line))
 
 
 def with_progress(rows: Iterable[Item], what: str, total: int | None = None) -> Iterable[Item]:
@@ -71,9 +77,7 @@ def family_name(manifest: Path) -> str:
 @bench_app.command("decode")
 def bench_decode(  # noqa: PLR0913 - the options of a command
     manifest: FamilyPath = ZOO,
-    out: Annotated[Path, typer.Option(help="Folder of decode.json and decode.png.", file_okay=False)] = Path(
-        "docs/bench"
-    ),
+    out: Annotated[Path, folder_of("decode.json and decode.png")] = OUT,
     target: Annotated[
         list[str] | None, typer.Option(help="A target's name, repeatable; default: every full one.")
     ] = None,
@@ -129,9 +133,7 @@ def bench_decode(  # noqa: PLR0913 - the options of a command
 @bench_app.command("operators")
 def bench_operators(
     manifest: FamilyPath = ZOO,
-    out: Annotated[Path, typer.Option(help="Folder of operators.json.", file_okay=False)] = Path(
-        "docs/bench"
-    ),
+    out: Annotated[Path, folder_of("operators.json")] = OUT,
     repeats: Annotated[int, typer.Option(help="Times that both sides run in turn.", min=3)] = 20,
     overrides: Overrides = None,
 ) -> None:
@@ -148,7 +150,7 @@ def bench_operators(
 @bench_app.command("mixed")
 def bench_mixed(
     manifest: FamilyPath = ZOO,
-    out: Annotated[Path, typer.Option(help="Folder of mixed.json.", file_okay=False)] = Path("docs/bench"),
+    out: Annotated[Path, folder_of("mixed.json")] = OUT,
     repeats: Annotated[int, typer.Option(help="Times that all cases run in turn.", min=3)] = 5,
     overrides: Overrides = None,
 ) -> None:
@@ -168,9 +170,7 @@ def bench_mixed(
 @bench_app.command("neighbours")
 def bench_neighbours(
     manifest: FamilyPath = ZOO,
-    out: Annotated[Path, typer.Option(help="Folder of neighbours.json.", file_okay=False)] = Path(
-        "docs/bench"
-    ),
+    out: Annotated[Path, folder_of("neighbours.json")] = OUT,
 ) -> None:
     """Decoding and a training step beside busy processes, with the threads' spinning as set here and unset."""
     from farm.bench import neighbours

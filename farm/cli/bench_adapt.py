@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from farm.cli.bench import FamilyPath, bench_app, family_name, run_source, show_lines, show_wide
+from farm.cli.bench import (
+    OUT,
+    FamilyPath,
+    bench_app,
+    family_name,
+    folder_of,
+    run_source,
+    show_lines,
+    show_wide,
+)
 from farm.cli.options import ZOO, Overrides, console, load_family, say
 from farm.config import UserError, dump
 
@@ -17,9 +26,7 @@ SEEDS = 3  # of `bench adapt`
 @bench_app.command("adapt")
 def bench_adapt(
     manifest: FamilyPath = ZOO,
-    out: Annotated[Path, typer.Option(help="Folder of adapt.json and its plots.", file_okay=False)] = Path(
-        "docs/bench"
-    ),
+    out: Annotated[Path, folder_of("adapt.json and its plots")] = OUT,
     target: Annotated[
         list[str] | None, typer.Option(help="A target's name, repeatable; default: every full one.")
     ] = None,
@@ -77,7 +84,7 @@ def extent(
 @bench_app.command("packed")
 def bench_packed(
     manifest: FamilyPath = ZOO,
-    out: Annotated[Path, typer.Option(help="Folder of packed.json.", file_okay=False)] = Path("docs/bench"),
+    out: Annotated[Path, folder_of("packed.json")] = OUT,
     targets: Annotated[
         int | None, typer.Option(help="Targets in the run; default: 16, with --quick 4.", min=2)
     ] = None,

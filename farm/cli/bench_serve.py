@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from farm.cli.bench import FamilyPath, bench_app, run_source, show_lines, show_wide
+from farm.cli.bench import OUT, FamilyPath, bench_app, folder_of, run_source, show_lines, show_wide
 from farm.cli.options import ZOO, Overrides, console, load_family
 from farm.config import UserError
 
@@ -16,9 +16,7 @@ from farm.config import UserError
 @bench_app.command("serve")
 def bench_serve(
     manifest: FamilyPath = ZOO,
-    out: Annotated[Path, typer.Option(help="Folder of serve.json and serve.png.", file_okay=False)] = Path(
-        "docs/bench"
-    ),
+    out: Annotated[Path, folder_of("serve.json and serve.png")] = OUT,
     quick: Annotated[bool, typer.Option("--quick", help="30 s of the closed loop instead of 120.")] = False,
     clients: Annotated[int, typer.Option(help="Clients of the closed loop.", min=1)] = 64,
     url: Annotated[

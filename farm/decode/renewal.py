@@ -54,10 +54,8 @@ class Regime:
 
     NOISE = 0.08  # standard deviation of a look, of the logarithm of a rate
     LOOKS = 8  # whose mean counts
-    CAUGHT_UP = (
-        32,
-        512,
-    )  # rounds that what is known of catching up counts as when speculation begins, and at most
+    # Rounds that what is known of catching up counts as, when speculation begins and at most.
+    CAUGHT_UP_FIRST, CAUGHT_UP_MOST = 32, 512
 
     def __init__(self, pause: int) -> None:
         self.speculates, self.rate, self.since = False, Ratio(1.0, 1.0, memory=1), 0
@@ -74,9 +72,8 @@ class Regime:
 
     def begin(self, rate: float, number: int) -> None:
         """Speculates from round `number` on, at a rate that is expected."""
-        least, most = self.CAUGHT_UP
         self.speculates, self.since, self.rate = True, number, Ratio(rate, 4 / rate, memory=64)
-        self.caught_up = Ratio(self.caught_up.value, least / rate, memory=most)
+        self.caught_up = Ratio(self.caught_up.value, self.CAUGHT_UP_FIRST / rate, self.CAUGHT_UP_MOST)
 
     def with_catching_up(self, rate: float) -> float:
         """What is left of a rate that drafting rounds have."""

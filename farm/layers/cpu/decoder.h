@@ -43,7 +43,7 @@ struct Call {
   // M (3 H + (N + 2 G) D + N D + the widest MLP) numbers; with LoRAs twice the widest MLP more, with MLPs of the rows' own
   // the widest of these more.
   T* scratch;
-  const Factors<T>* const* loras;  // [B], see add_loras; none: no row has one
+  const Factors<T>* const* loras;  // [B], see Loras; none: no row has one
   const Mlp<T>* const* own;        // [B]: an MLP of each sequence's own, behind those of the layer; none: there are none
   int64_t sequences, tokens, context;
   int64_t cache_layer, kv_sequence, kv_head, mask_sequence, mask_row;  // in numbers
@@ -70,9 +70,10 @@ void place(Thread& thread, const Decoder<T>& d, const Layer<T>& layer, const Cal
 template <class T>
 void linear_and_loras(Thread& thread, Ahead& ahead, const Call<T>& c, int64_t layer, Part part, const Task<T>& task) {
   if (!c.loras) return linear<T>(thread, task);
-  expect_loras(thread, ahead, c.loras, layer, part, c.sequences, c.tokens, task.inputs, task.outputs);
+  const Loras<T> loras = {c.loras, layer, part, c.sequences, c.tokens, task.inputs, task.outputs};
+  expect(thread, ahead, loras);
   linear<T>(thread, task, &ahead);
-  add_loras(thread, c.loras, layer, part, task.x, task.y, c.sequences, c.tokens, task.inputs, task.outputs);
+  add(thread, loras, task.x, task.y);
   if (part == kDown || part == kFc) thread.meet();
 }
 

@@ -105,47 +105,57 @@ void each_run(int64_t first, int64_t last, int64_t tokens, const Body& body) {
   }
 }
 
-// Asks for what this thread's rows are about to add to a product: their factors, each once.
+// What the sequences of a call have of their own of one product, `tokens` rows each.
 template <class T>
-void expect_loras(const Thread& thread, Ahead& ahead, const Factors<T>* const* loras, int64_t layer, Part part,
-                  int64_t sequences, int64_t tokens, int64_t inputs, int64_t outputs) {
+struct Loras {
+  const Factors<T>* const* tables;  // [B]: of each sequence's target, [layers, kParts], or none
+  int64_t layer;
+  Part part;
+  int64_t sequences, tokens, inputs, outputs;
+
+  int64_t rows() const { return sequences * tokens; }
+  const Factors<T>* of(int64_t b) const {  // none: the product stays as it is
+    const Factors<T>* own = tables[b] ? tables[b] + layer * kParts + part : nullptr;
+    return own && own->down ? own : nullptr;
+  }
+};
+
+// Asks for what this thread's rows are about to add to the product: their factors, each once.
+template <class T>
+void expect(const Thread& thread, Ahead& ahead, const Loras<T>& l) {
   ahead.clear();
-  if (!shares_rows(thread, sequences * tokens)) return;
-  const auto [first, last] = thread.share(sequences * tokens);
-  const Factors<T>* const* begin = loras + first / tokens;
-  for (const Factors<T>* const* own = begin; first < last && own <= loras + (last - 1) / tokens; own++) {
-    if (!*own || std::find(begin, own, *own) != own) continue;
-    const Factors<T>& f = (*own)[layer * kParts + part];
-    if (!f.down) continue;
-    ahead.add(f.down, inputs * f.rank * sizeof(T));
-    for (const int64_t* span = f.spans; span < f.spans + 4 * f.num_spans; span += 4)
+  if (!shares_rows(thread, l.rows())) return;
+  const auto [first, last] = thread.share(l.rows());
+  const Factors<T>* const* begin = l.tables + first / l.tokens;
+  for (int64_t b = first / l.tokens; b * l.tokens < last; b++) {
+    const Factors<T>* own = l.of(b);
+    if (!own || std::find(begin, l.tables + b, l.tables[b]) != l.tables + b) continue;
+    ahead.add(own->down, l.inputs * own->rank * sizeof(T));
+    for (const int64_t* span = own->spans; span < own->spans + 4 * own->num_spans; span += 4)
       for (int64_t r = span[0]; r < span[1]; r++)
-        ahead.add(f.up + r * outputs + span[2], (span[3] - span[2]) * sizeof(T));
+        ahead.add(own->up + r * l.outputs + span[2], (span[3] - span[2]) * sizeof(T));
   }
 }
 
-// `loras[b]` are the factors of sequence b's target, [layers, kParts], or none. Where rows are shared out threads do not
-// meet behind it: what works on the same rows, by `each`, may follow at once.
+// y += B A x. Where rows are shared out threads do not meet behind it: what works on the same rows, by `each`, may follow
+// at once.
 template <class T>
-void add_loras(Thread& thread, const Factors<T>* const* loras, int64_t layer, Part part, const T* x, T* y,
-               int64_t sequences, int64_t tokens, int64_t inputs, int64_t outputs) {
-  const auto of = [&](int64_t b) { return loras[b] ? loras[b] + layer * kParts + part : nullptr; };
+void add(Thread& thread, const Loras<T>& l, const T* x, T* y) {
   bool some = false;
-  for (int64_t b = 0; b < sequences; b++) some |= of(b) && of(b)->down;
+  for (int64_t b = 0; b < l.sequences; b++) some |= l.of(b) != nullptr;
   if (!some) return;
-  const auto add = [&](int64_t from, int64_t to, int64_t first, int64_t last) {
-    each_run(from, to, tokens, [&](int64_t b, int64_t row, int64_t count) {
-      if (const Factors<T>* own = of(b); own && own->down)
-        add_to_rows(*own, x + row * inputs, y + row * outputs, count, inputs, outputs, first, last);
+  const auto add_some = [&](int64_t from, int64_t to, int64_t first, int64_t last) {
+    each_run(from, to, l.tokens, [&](int64_t b, int64_t row, int64_t count) {
+      if (const Factors<T>* own = l.of(b))
+        add_to_rows(*own, x + row * l.inputs, y + row * l.outputs, count, l.inputs, l.outputs, first, last);
     });
   };
-  const int64_t rows = sequences * tokens;
-  if (shares_rows(thread, rows)) {
-    const auto [first, last] = thread.share(rows);
-    return add(first, last, 0, outputs);
+  if (shares_rows(thread, l.rows())) {
+    const auto [first, last] = thread.share(l.rows());
+    return add_some(first, last, 0, l.outputs);
   }
-  const auto [first, last] = thread.share((outputs + kLanes - 1) / kLanes);
-  add(0, rows, first * kLanes, std::min(last * kLanes, outputs));
+  const auto [first, last] = thread.share((l.outputs + kLanes - 1) / kLanes);
+  add_some(0, l.rows(), first * kLanes, std::min(last * kLanes, l.outputs));
   thread.meet();
 }
 
