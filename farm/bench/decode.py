@@ -30,9 +30,6 @@ MAX_DRAFTED = 8
 # No more tokens than most answers of the zoo have: behind its end a target says what nobody asked for, and no draft was
 # trained on. At least so many prompts: one alone may be easy or hard to draft.
 EQUAL_TOKENS, EQUAL_PROMPTS = 48, 8
-# An arm runs its requests again and again for so long: a small model answers all in a few hundredths of a second, in
-# which a control learns little, and any other process is half of what is measured.
-WARM_UP_S, MEASURED_S = 0.5, 0.25
 RAGGED_REQUESTS, RAGGED_SHORTEST, RAGGED_LONGEST = 64, 16, 256
 
 
@@ -59,6 +56,20 @@ class Row:
     sample_s: float | None = None
     host_s: float | None = None
     prefill_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Durations:
+    """For how long an arm runs its requests again and again before it is measured, and while it is.
+
+    A small model answers all in a few hundredths of a second, in which any other process is half of what is measured.
+    A control learns for some rounds, as a server's has: by then its looks are as far apart as they get, whether a round
+    takes half a millisecond or forty.
+    """
+
+    warm_up_s: float = 0.5
+    learning_rounds: int = 512
+    measured_s: float = 0.25
 
 
 @dataclass(frozen=True)
@@ -95,20 +106,18 @@ def measure(
     arms: Sequence[Arm],
     repeats: int,
     vllm: Mapping[str, VllmEngine] | None = None,
-    *,
-    warm_up_s: float = WARM_UP_S,
-    measured_s: float = MEASURED_S,
+    durations: Durations = Durations(),
 ) -> Iterator[Row]:
     """Warms every arm up, then runs all of them in turn, `repeats` times; `vllm` has an engine a control.
 
     Arms are warmed up on other prompts where there are so many: what a control learns there has to hold for new ones.
-    An arm answers its requests as often as takes it the seconds given, at least once.
     """
     arms = [arm for arm in arms if arm.draft != "adapted" or member.adapted is not None]
     runs = []
     for arm in arms:
         run, (task, other) = _runner(member, arm, vllm or {}), _tasks(member, arm)
-        runs.append((arm, run, task, max(1, math.ceil(measured_s / _warm_up(run, other, warm_up_s)))))
+        last_s = _warm_up(arm, run, other, durations)
+        runs.append((arm, run, task, max(1, math.ceil(durations.measured_s / last_s))))
     for repeat in range(repeats):
         for arm, run, task, count in runs:
             measured = _together([run(task) for _ in range(count)])
@@ -120,13 +129,16 @@ def measure(
             )  # fmt: skip
 
 
-def _warm_up(run: Callable[[Task], Measured], task: Task, seconds: float) -> float:
-    """Runs a task until that took so long; seconds of the last run."""
-    spent = last = run(task).seconds
-    while spent < seconds:
-        last = run(task).seconds
-        spent += last
-    return last
+def _warm_up(arm: Arm, run: Callable[[Task], Measured], task: Task, durations: Durations) -> float:
+    """Runs a task again and again; seconds of the last run."""
+    spent, learned = 0.0, 0.0
+    least = durations.learning_rounds if arm.control == "cost" else 0
+    while True:
+        last = run(task)
+        spent += last.seconds
+        learned += last.fields.get("rounds", 0) / arm.batch  # they are counted for every row
+        if spent >= durations.warm_up_s and learned >= least:
+            return last.seconds
 
 
 def _together(passes: Sequence[Measured]) -> Measured:

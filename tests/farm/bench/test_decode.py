@@ -12,7 +12,7 @@ import pytest
 
 from farm.bench import decode
 from farm.bench.arms import Arm, quick_arms, with_vllm
-from farm.bench.decode import Row, largest, measure
+from farm.bench.decode import Durations, Row, largest, measure
 from farm.bench.family import Member
 from farm.bench.floor import Floor
 from farm.bench.report import (
@@ -28,6 +28,8 @@ from farm.bench.report import (
     write,
 )
 from farm.bench.vllm_engine import VllmAnswer, VllmEngine, VllmSettings
+from farm.decode.control import RoundResult
+from farm.decode.renewal import Cost
 from farm.draft.config import DraftConfig
 from farm.draft.model import new_draft
 from farm.target.forward import TargetForward
@@ -39,7 +41,7 @@ ROW = Row(
 )
 
 
-ONCE = {"warm_up_s": 0.0, "measured_s": 0.0}
+ONCE = Durations(warm_up_s=0.0, learning_rounds=0, measured_s=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,7 @@ def test_every_arm_answers_every_request_with_as_many_tokens_as_were_asked_for(
         Arm("farm", "cost", "adapted", 8, "ragged"),
         Arm("transformers", "off", "none", 8, "ragged"),
     ]
-    rows = list(measure(member, "zoo", arms, 3, **ONCE))
+    rows = list(measure(member, "zoo", arms, 3, durations=ONCE))
     assert len(rows) == 3 * len(arms)
     assert {row.repeat for row in rows} == {0, 1, 2}
     assert all(row.tokens_per_s > 0 for row in rows)
@@ -78,8 +80,8 @@ def test_every_arm_answers_every_request_with_as_many_tokens_as_were_asked_for(
 def test_a_short_run_is_repeated_until_it_can_be_measured(member: Member) -> None:
     """Half a millisecond is the machine's mood; rounds, seconds and tau are those of all passes together."""
     arm = Arm("farm", "fixed-4", "adapted", 8)
-    (once,) = measure(member, "zoo", [arm], 1, **ONCE)
-    (often,) = measure(member, "zoo", [arm], 1, warm_up_s=0.0, measured_s=0.2)
+    (once,) = measure(member, "zoo", [arm], 1, durations=ONCE)
+    (often,) = measure(member, "zoo", [arm], 1, durations=replace(ONCE, measured_s=0.2))
     assert once.rounds
     assert often.rounds
     assert often.verify_s
@@ -91,8 +93,26 @@ def test_a_short_run_is_repeated_until_it_can_be_measured(member: Member) -> Non
     assert 0.02 < often.verify_s < tokens / often.tokens_per_s, "part of the seconds of all passes"
 
 
+def test_a_control_has_learned_for_as_many_rounds_whatever_a_round_takes(
+    member: Member, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a second is five hundred rounds of a small model and twenty of a larger one: its first steps alone."""
+    observed = []
+
+    class Counting(Cost):
+        def observe(self, result: RoundResult) -> None:
+            observed.append(result)
+            super().observe(result)
+
+    monkeypatch.setattr(decode, "make_control", lambda _name, most: Counting(most))
+    arm = Arm("farm", "cost", "adapted", 8)
+    (row,) = measure(member, "zoo", [arm], 1, durations=replace(ONCE, learning_rounds=300))
+    assert row.rounds
+    assert len(observed) - row.rounds / 8 >= 300
+
+
 def test_a_target_without_an_adapter_is_measured_without_its_arms(member: Member) -> None:
-    rows = list(measure(replace(member, adapted=None), "zoo", quick_arms()[:6], 1, **ONCE))
+    rows = list(measure(replace(member, adapted=None), "zoo", quick_arms()[:6], 1, durations=ONCE))
     assert {row.draft for row in rows} == {"none", "base"}
 
 
@@ -204,7 +224,7 @@ def test_table_plot_and_rows_are_written(
     member: Member, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decode, "EQUAL_TOKENS", 12)
-    rows = list(measure(member, "zoo", quick_arms(), 3, **ONCE))
+    rows = list(measure(member, "zoo", quick_arms(), 3, durations=ONCE))
     assert table(rows).row_count == len(quick_arms())
     json_path, picture = write(
         tmp_path / "bench", rows, {"t": Floor(10**6, 1e9)}, origin("farm bench decode")
