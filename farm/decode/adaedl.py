@@ -31,6 +31,7 @@ class AdaEDL:
 
     signal: Signal = "entropy"
     growth: Growth | None = None
+    observes: bool = True
     GAMMA, BETA_RATE, BETA_LAMBDA, EPSILON = 0.2, 0.5, 0.9, 0.01
 
     def __init__(self, max_length: int, *, published: bool = False, start: float = 0.5) -> None:

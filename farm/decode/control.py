@@ -75,14 +75,18 @@ class RoundResult:
 class Control(Protocol):
     """Asked in this order in every round: `limit`, then for each position `keep` and `more`, at last `observe`.
 
-    Where `keep` and `more` decide by the largest probabilities alone, `growth` has the same decisions for who follows
-    them without asking; it is read after `limit`. A signal of "none" says that a chain always grows to its limit.
+    `observe` is left out where `observes` is false, which is read behind the round. Where `keep` and `more` decide by
+    the largest probabilities alone, `growth` has the same decisions for who follows them without asking; it is read
+    after `limit`. A signal of "none" says that a chain always grows to its limit.
     """
 
     signal: Signal
 
     @property
     def growth(self) -> Growth | None: ...
+
+    @property
+    def observes(self) -> bool: ...
 
     def limit(self, load: Load) -> int:
         """Most tokens that this round may draft; 0 decodes plainly."""
@@ -104,6 +108,7 @@ class Fixed:
 
     signal: Signal = "none"
     growth: Growth | None = None
+    observes: bool = False
 
     def __init__(self, length: int) -> None:
         self.length = length

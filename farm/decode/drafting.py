@@ -1,4 +1,4 @@
-# B live rows, T tokens, H hidden, N slots, P positions, M = B T
+# B live rows, T tokens, H hidden, M entries of all places
 """Drafts at work beside their targets: their cache, and what they have to read.
 
 A draft reads when it is about to propose, never before: a sequence that is decoded plainly costs it nothing.
@@ -6,8 +6,10 @@ A draft reads when it is about to propose, never before: a sequence that is deco
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +28,7 @@ from farm.decode.tree_reader import TreeReader
 from farm.draft.trunk import MAX_POSITIONS
 from farm.layers.cache import Rows, SlotCache
 
-KEPT_NOTES = 64
+KEPT_ROUNDS = 64  # whose hidden states lie as they came, before they are put in place together
 READ_TOKENS = 256  # of a row that one forward reads at most when a draft has fallen behind
 
 
@@ -43,15 +45,22 @@ def buffered(capacity: int) -> int:
     return capacity + min(READ_TOKENS, capacity)
 
 
-class Note(NamedTuple):
-    """Hidden states of a round's tokens; behind what was kept is padding. Row b's first token was at `ends[b]` - 1."""
+@dataclass
+class Noted:
+    """Hidden states of a round's tokens, or of plain rounds behind each other; behind what was kept is padding.
 
-    hidden_BTH: Tensor
-    ends: Sequence[int]
+    Row b's first token stands at `starts[b]` of `places[b]`; a row whose place somebody else has since joined is void.
+    """
+
+    hidden: list[Tensor]  # of each round [B, T, H]; of more than one round T = 1
+    places: tuple[int, ...]
+    starts: list[int]
+    number: int
 
     @property
-    def rows(self) -> Rows:
-        return Rows([end - 1 for end in self.ends])
+    def width(self) -> int:
+        """T."""
+        return self.hidden[0].shape[1]
 
 
 class Drafting:
@@ -83,16 +92,21 @@ class Drafting:
         self._cache = SlotCache(1, num_slots, capacity, shape, like.dtype, like.device)
         # At position t of a slot the target's h_t. The draft has read the first `_read[slot]`, each beside x_{t+1}.
         self._read, self._capacity = [0] * num_slots, capacity
+        # Whose `capacity` entries are kept for each slot's sequence; one place more is for what nobody needs.
+        self._places = tuple(range(num_slots))
+        self._nowhere = num_slots
+        self._joined = [0] * num_slots  # the number of the first round of who has that place
+        self._number = 0  # of rounds so far
         # What rounds left and nothing has asked for yet: mostly the next proposal reads it from here.
-        self._notes: list[Note] = []
-        self._hidden_NPH = torch.zeros(
-            num_slots, capacity, like.hidden_size, dtype=like.dtype, device=like.device
-        )
+        self._notes: list[Noted] = []
+        self._goes_on = False  # whether the next round's plain tokens follow the last note's, row by row
+        size = ((num_slots + 1) * capacity, like.hidden_size)
+        self._flat_MH = torch.zeros(size, dtype=like.dtype, device=like.device)
 
     @property
     def num_bytes(self) -> int:
         """Of the cache and of what may have to be read; weights are the draft's."""
-        return self._cache.num_bytes + self._hidden_NPH.nbytes
+        return self._cache.num_bytes + self._flat_MH.nbytes
 
     def forget(self) -> None:
         """Drops what was made for targets that are hosted no more."""
@@ -100,17 +114,25 @@ class Drafting:
 
     def prefilled(self, hidden_BTH: Tensor, rows: Rows) -> None:
         """Takes note of prefilled positions; behind the real ones of a row is padding."""
-        if rows.first == 0:
-            self._notes.clear()  # sequences that decode are in the lowest slots: there are none any more
-        self._store()
-        self._keep(hidden_BTH, rows)
+        places = self._places[rows.first : rows.first + len(rows)]
+        for place in places:
+            self._joined[place] = self._number
+        self._goes_on = False
+        self._keep(hidden_BTH, self._entries(places, rows.starts, hidden_BTH.shape[1]))
         if rows.starts[0] == 0:
             self._read[rows.first : rows.first + len(rows)] = [0] * len(rows)
 
     def committed(self, hidden_BTH: Tensor, lengths: Sequence[int]) -> None:
         """Takes note of the hidden states of what a round read behind all but the last of each row's tokens."""
-        self._notes.append(Note(hidden_BTH, lengths))
-        if len(self._notes) > KEPT_NOTES:
+        self._number += 1
+        num_rows, num_tokens = hidden_BTH.shape[:2]
+        if self._goes_on and num_tokens == 1 and num_rows == len(self._notes[-1].starts):
+            self._notes[-1].hidden.append(hidden_BTH)
+        else:
+            starts = [length - 1 for length in lengths]
+            self._notes.append(Noted([hidden_BTH], self._places[:num_rows], starts, self._number))
+        self._goes_on = num_tokens == 1
+        if self._number % KEPT_ROUNDS == 0:
             self._store()
 
     def catch_up(self, load: Load, sequences: Sequence[Sequence[int]]) -> None:
@@ -159,10 +181,18 @@ class Drafting:
                 self._read[row] = end
         rows, width = Rows(starts), max(counts)
         tokens_BT = self._tokens(sequences, starts, counts)
-        if len(self._notes) == 1 and self._notes[0].rows.starts == starts and all(load.limits):
-            note = self._notes.pop()  # all that is unread, and never asked for again
-            return Pending(tokens_BT, note.hidden_BTH[:, :width], rows, counts, load.limits)
+        if all(load.limits) and self._is_all_noted(starts):
+            (hidden_BTH,) = self._notes.pop().hidden  # never asked for again
+            self._goes_on = False
+            return Pending(tokens_BT, hidden_BTH[:, :width], rows, counts, load.limits)
         return Pending(tokens_BT, self._kept(rows, width), rows, counts, load.limits)
+
+    def _is_all_noted(self, starts: Sequence[int]) -> bool:
+        """Whether the only note is of one round, which has all that rows with these starts have not read."""
+        if len(self._notes) != 1 or len(self._notes[0].hidden) != 1:
+            return False
+        note = self._notes[0]
+        return note.starts == starts and note.places == self._places[: len(starts)] and not self._void(note)
 
     def _tokens(
         self, sequences: Sequence[Sequence[int]], starts: Sequence[int], counts: Sequence[int]
@@ -173,59 +203,59 @@ class Drafting:
             [*tokens[start + 1 : start + 1 + count], *[0] * (width - count)]
             for tokens, start, count in of_rows
         ]
-        return torch.tensor(padded, dtype=torch.int64, device=self._hidden_NPH.device)
+        return self._tensor(padded)
 
     def move(self, move: Move) -> None:
-        """Copies sequences to other slots."""
-        self._store()
-        sources, destinations, length = list(move.sources), list(move.destinations), move.length
-        self._cache.move(sources, destinations, length)
-        self._hidden_NPH[destinations, :length] = self._hidden_NPH[sources, :length]
+        """Sequences change slots: what they have read is copied, what they left to read stays in its place."""
+        sources, destinations, places = list(move.sources), list(move.destinations), list(self._places)
         read = [self._read[source] for source in sources]
-        for destination, count in zip(destinations, read, strict=True):
-            self._read[destination] = count
+        if any(read):
+            self._cache.move(sources, destinations, max(read))
+        freed = [slot for slot in sources if slot not in destinations]
+        spare = [places[slot] for slot in destinations if slot not in sources]
+        for slot, place in zip(
+            [*destinations, *freed], [*(places[slot] for slot in sources), *spare], strict=True
+        ):
+            places[slot] = place
+        for slot, count in zip(destinations, read, strict=True):
+            self._read[slot] = count
+        self._places, self._goes_on = tuple(places), False
 
     def _store(self) -> None:
-        """Keeps what was noted, in the order of the rounds: each writes over the padding of the one before."""
-        for note in _joined(self._notes):
-            self._keep(note.hidden_BTH, note.rows)
-        self._notes.clear()
+        """Keeps what was noted, in the order of the rounds: each writes over the padding of the one before.
 
-    def _keep(self, hidden_BTH: Tensor, rows: Rows) -> None:
-        at_M = self._positions(rows, hidden_BTH.shape[1])
-        self._hidden_NPH.flatten(0, 1).index_copy_(0, at_M, hidden_BTH.flatten(0, 1))
+        Plain rounds have none, and go together: a draft that rests is to cost next to nothing.
+        """
+        for is_plain, run in itertools.groupby(self._notes, lambda note: note.width == 1):
+            for notes in [list(run)] if is_plain else ([note] for note in run):
+                hidden_MTH = torch.cat([hidden_BTH for note in notes for hidden_BTH in note.hidden])
+                self._keep(hidden_MTH, [entry for note in notes for entry in self._entries_of(note)])
+        self._notes.clear()
+        self._goes_on = False
+
+    def _entries_of(self, note: Noted) -> list[int]:
+        void = self._void(note)
+        places = [self._nowhere if place in void else place for place in note.places]
+        of_first = self._entries(places, note.starts, note.width)
+        return [entry + later for later in range(len(note.hidden)) for entry in of_first]
+
+    def _void(self, note: Noted) -> set[int]:
+        """Places of it that have somebody else by now."""
+        return {place for place in note.places if self._joined[place] >= note.number}
+
+    def _keep(self, hidden: Tensor, entries: list[int]) -> None:
+        self._flat_MH.index_copy_(0, self._tensor(entries), hidden.reshape(len(entries), -1))
 
     def _kept(self, rows: Rows, num_tokens: int) -> Tensor:
         """[B, T, H] hidden states from the rows' starts on."""
         self._store()
-        at_M, size = self._positions(rows, num_tokens), (len(rows.starts), num_tokens)
-        return self._hidden_NPH.flatten(0, 1).index_select(0, at_M).view(*size, -1)
+        entries = self._entries(self._places[rows.first :], rows.starts, num_tokens)
+        return self._flat_MH.index_select(0, self._tensor(entries)).view(len(rows), num_tokens, -1)
 
-    def _positions(self, rows: Rows, num_tokens: int) -> Tensor:
-        """Where in a flat buffer the rows' next `num_tokens` positions lie, [M]."""
-        device = self._hidden_NPH.device
-        slots_B1 = torch.arange(rows.first, rows.first + len(rows.starts), device=device)[:, None]
-        return (slots_B1 * self._capacity + rows.entries(num_tokens, device)).view(-1)
+    def _entries(self, places: Sequence[int], starts: Sequence[int], num_tokens: int) -> list[int]:
+        """Of `num_tokens` positions from each start on, row by row."""
+        firsts = [place * self._capacity + start for place, start in zip(places, starts, strict=False)]
+        return [first + index for first in firsts for index in range(num_tokens)]
 
-
-def _joined(notes: Sequence[Note]) -> Iterator[Note]:
-    """The notes, those of plain rounds behind each other as one: a draft that rests is to cost next to nothing."""
-    run: list[Note] = []
-    for note in notes:
-        if run and not _follows(note, run[-1]):
-            yield _one(run)
-            run = []
-        run.append(note)
-    if run:
-        yield _one(run)
-
-
-def _follows(note: Note, plain: Note) -> bool:
-    """Whether a note is that of the round behind one of a token a row."""
-    return plain.hidden_BTH.shape[1] == 1 and list(note.ends) == [end + 1 for end in plain.ends]
-
-
-def _one(run: Sequence[Note]) -> Note:
-    if len(run) == 1:
-        return run[0]
-    return Note(torch.cat([note.hidden_BTH for note in run], dim=1), run[0].ends)
+    def _tensor(self, ids: Sequence[Any]) -> Tensor:
+        return torch.tensor(ids, dtype=torch.int64, device=self._flat_MH.device)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from farm.decode.logprobs import TokenLogprob
 from farm.decode.routes import Route as Route
 from farm.decode.runner import Round, Runner, Seconds
 from farm.decode.scheduler import FinishReason as FinishReason
-from farm.decode.scheduler import LiveRequest, Move, Prefill, Scheduler, unknown_token
+from farm.decode.scheduler import LiveRequest, Prefill, Scheduler, unknown_token
 from farm.decode.scheduler import Request as Request
 from farm.decode.stats import DecodeStats
 from farm.decode.tree import TreeShape
@@ -44,8 +45,7 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...] = ()
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(NamedTuple):
     """What one step did for one request: new tokens without the stop token, and the end if it came.
 
     `logprobs` are those of `tokens` if the request asked for them. The first `num_drafted` of the tokens were drafted;
@@ -163,7 +163,7 @@ class Engine:
 
     def cancel(self, request_id: str) -> None:
         """Forgets a request, waiting or live; its slot is free for the next step."""
-        self._move(self.scheduler.cancel(request_id))
+        self.runner.regroup(self.scheduler.cancel(request_id))
         self._features.pop(request_id, None)
 
     def run(self, requests: Iterable[Request]) -> list[Completion]:
@@ -189,14 +189,15 @@ class Engine:
         live = self.scheduler.live
         if live:
             begun = time.perf_counter()
-            done = self.runner.run(live, self.runner.sampling_batch(live), self.control)
+            done = self.runner.run(live, self.control)
             said, kept = self._commit(done)
             outputs += said
             ended = time.perf_counter()
-            # What the control takes is a part of rounds, too: the last one's share stands for this one's.
-            whole_s = ended - begun - done.catch_up_s + self._observed_s
-            self.control.observe(done.result(kept, whole_s))
-            self._observed_s = time.perf_counter() - ended
+            if self.control.observes:
+                # What the control takes is a part of rounds, too: the last one's share stands for this one's.
+                whole_s = ended - begun - done.catch_up_s + self._observed_s
+                self.control.observe(done.result(kept, whole_s))
+                self._observed_s = time.perf_counter() - ended
         self.seconds.host += time.perf_counter() - started - (self.seconds.on_tensors - on_tensors)
         return outputs
 
@@ -206,7 +207,7 @@ class Engine:
             for b, (row, end) in enumerate(zip(prefill.rows, prefill.ends, strict=True)):
                 kept_TH = hidden_BTH[b, : end - prefill.start].clone()
                 self._features.setdefault(row.request.id, []).append(kept_TH)
-        self._move(self.scheduler.prefilled(prefill))
+        self.runner.regroup(self.scheduler.prefilled(prefill))
         if not first:
             return []
         slot_of = {id(row): slot for slot, row in enumerate(self.scheduler.live)}
@@ -251,7 +252,7 @@ class Engine:
             if reason is not None:
                 ended.append(slot)
         if ended:
-            self._move(self.scheduler.release(ended))
+            self.runner.regroup(self.scheduler.release(ended))
         return outputs
 
     def _complete(self, sequence: LiveRequest, reason: FinishReason) -> Completion:
@@ -260,7 +261,3 @@ class Engine:
         features = torch.cat(kept) if kept else None
         logprobs = tuple(sequence.logprobs)
         return Completion(sequence.request.id, new, reason, sequence.stats, features, logprobs)
-
-    def _move(self, move: Move | None) -> None:
-        if move is not None:
-            self.runner.move(move)

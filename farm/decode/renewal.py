@@ -3,103 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from farm.decode.acceptance import Known
 from farm.decode.control import Load, RoundResult, Signal
-from farm.decode.costs import LOOKS, Bucket, Ratio, RoundCosts, bucket_of
+from farm.decode.costs import LOOKS, PLAIN_ROUNDS, Bucket, RoundCosts, bucket_of
 from farm.decode.growth import Growing, Growth, Rule
-
-
-@dataclass
-class Trial:
-    """Rounds of some lengths in turn, whatever the rule says, to learn what they take and bring.
-
-    It belongs to loads that last alike, and waits while there are others. Rounds behind a change of kind do not count;
-    where too many of them come, it ends with what it has.
-    """
-
-    lengths: tuple[int, ...]
-    left: int
-    decides: bool = False  # at its end: whether to speculate
-    seconds: float = 0.0  # that it has taken, and what it has brought a row meanwhile
-    tokens: float = 0.0
-    wasted: int = 0
-
-    MOST_WASTED = 12
-
-    @property
-    def length(self) -> int:
-        """Of its next round."""
-        return self.lengths[self.left % len(self.lengths)]
-
-    def count(self, result: RoundResult, settled: bool) -> bool:
-        """Takes note of one of its rounds; whether it was the last."""
-        self.seconds += result.seconds + result.catch_up_s
-        self.tokens += result.tokens / result.load.num_rows
-        self.left, self.wasted = self.left - settled, self.wasted + (not settled)
-        return self.left == 0 or self.wasted > self.MOST_WASTED
-
-
-class Regime:
-    """Of loads that last alike: whether they speculate, at what rate a row, and for how many rounds more.
-
-    What is done is looked into after `left` rounds; `rest` and `watch` are the pauses before that, of plain decoding
-    and of speculation, and grow while it is confirmed. Every look says how much more drafting brings than plain
-    decoding; the mean of the last ones decides, since one alone errs by NOISE. `caught_up` is what drafts take to read
-    the prompts of requests that begin, in the seconds of rounds that draft: no round has it, plain decoding needs none.
-    """
-
-    NOISE = 0.08  # standard deviation of a look, of the logarithm of a rate
-    LOOKS = 8  # whose mean counts
-    # Rounds that what is known of catching up counts as, when speculation begins and at most.
-    CAUGHT_UP_FIRST, CAUGHT_UP_MOST = 32, 512
-
-    def __init__(self, pause: int) -> None:
-        self.speculates, self.rate, self.since = False, Ratio(1.0, 1.0, memory=1), 0
-        self.caught_up = Ratio(0.0, 1.0, memory=1)
-        self.left, self.rest, self.watch = pause, pause, pause
-        self.gain, self._looks = 0.0, 0
-
-    def look(self, gain: float) -> None:
-        """Takes note of one look: the logarithm of drafting's rate over that of plain decoding."""
-        if abs(gain - self.gain) > 3 * self.NOISE:
-            self._looks = 0  # no luck any more: something has changed
-        self._looks = min(self._looks + 1, self.LOOKS)
-        self.gain += (gain - self.gain) / self._looks
-
-    def begin(self, rate: float, number: int) -> None:
-        """Speculates from round `number` on, at a rate that is expected."""
-        self.speculates, self.since, self.rate = True, number, Ratio(rate, 4 / rate, memory=64)
-        self.caught_up = Ratio(self.caught_up.value, self.CAUGHT_UP_FIRST / rate, self.CAUGHT_UP_MOST)
-
-    def with_catching_up(self, rate: float) -> float:
-        """What is left of a rate that drafting rounds have."""
-        return rate / (1 + self.caught_up.value)
-
-
-def gain_over(plain: float, drafting: float) -> float:
-    """Logarithm of one rate over the other; no look says more than that one is eight times the other."""
-    return math.log(min(max(drafting / plain, 1 / 8), 8.0))
-
-
-class Stays:
-    """Rounds that loads of a bucket last before there are others, on average."""
-
-    def __init__(self) -> None:
-        self._rounds, self._visits, self._last = Counter[Bucket](), Counter[Bucket](), (0, 0)
-
-    def add(self, bucket: Bucket) -> None:
-        """Takes note of a round."""
-        self._rounds[bucket] += 1
-        if bucket != self._last:
-            self._visits[bucket] += 1
-            self._last = bucket
-
-    def mean(self, bucket: Bucket) -> float:
-        return self._rounds[bucket] / max(1, self._visits[bucket])
+from farm.decode.regimes import Nap, Regime, Stays, Trial, gain_over
 
 
 class Cost:
@@ -124,9 +36,12 @@ class Cost:
     SETTLE, SETTLE_PLAIN = 1, 5
     DEEP_EVERY, EXPLORE_EVERY, RULE_ROUNDS = 48, 16, 8
     FIRST_WATCH, SHORTEST_PAUSE, LONGEST_PAUSE, LONGEST_REST = 16, 96, 768, 3072
-    LOOK_SHARE = 0.01
+    LOOK_SHARE = 0.005
     # Of plain decoding's rate, what drafting has to promise for a batch of other targets than those it was begun for.
     CLEARLY = 0.9
+    AWAKE = (
+        2 * PLAIN_ROUNDS
+    )  # rounds before a look that are measured, for it to compare with; the others are not
     LEAST_STAY = 16  # rounds that loads have to last before they are explored for themselves
     # Logarithm of what speculation has to promise and to keep over plain decoding, of one row and of several: rows of a
     # batch that drafts end further apart, which no round's seconds show.
@@ -143,13 +58,23 @@ class Cost:
         self._trials: dict[Bucket, Trial] = {}
         self._asked, self._round, self._alike, self._drafted = False, 0, 0, False
         self._growing: Growing | None = None
+        self._nap: Nap | None = None
         self._rule_load, self._rule_until = Load((), ()), 0
         self._last_rule: Rule | None = None
 
+    @property
+    def observes(self) -> bool:
+        return self._nap is None
+
     def limit(self, load: Load) -> int:
+        own = bucket_of(load)
+        if self._nap is not None:
+            if self._nap.goes_on(own):
+                return 0
+            self._wake(self._nap)
         self._asked, self.growth, self._growing = True, None, None
         self._round += 1
-        own, like = bucket_of(load), self._costs.source(load)
+        like = self._costs.source(load)
         self._stays.add(own)
         trial = self._trials.get(own) or self._next_trial(load, own, like)
         if trial is not None:
@@ -157,9 +82,19 @@ class Cost:
             return self._follow(Growth.whole(load.limits, trial.length), trial.length)
         regime = self._regimes[like]
         if not regime.speculates:
+            if own in self._explored and regime.left > self.AWAKE and self._alike > self.SETTLE_PLAIN:
+                self._nap = Nap.of(own, regime.left - self.AWAKE)
             return 0
         rule = self._rule(load, regime)
         return 0 if rule is None else self._follow(Growth(load.limits, rule), self.max_length)
+
+    def _wake(self, nap: Nap) -> None:
+        """Counts the rounds that were slept."""
+        self._nap = None
+        self._round += nap.slept
+        self._alike += nap.slept
+        self._stays.add(nap.bucket, nap.slept)
+        self._regimes[nap.bucket].left -= nap.slept
 
     def _follow(self, growth: Growth, length: int) -> int:
         self.growth = growth if length else None

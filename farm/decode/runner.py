@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import itertools
-import operator
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from farm.decode.batch import Batch
 from farm.decode.buckets import Buckets
 from farm.decode.chain import ChainProposal
 from farm.decode.control import Control, Load, RoundResult
@@ -119,6 +119,7 @@ class Runner:
         self.drafting: Drafting | None = None
         self.seconds = Seconds()
         self._said: WeakKeyDictionary[LiveRequest, Said] = WeakKeyDictionary()  # of those with penalties
+        self._batch: Batch | None = None  # until a request joins or leaves
 
     def host(self, route: Route) -> None:
         """Adds a target. Raises ValueError, and leaves it out, when it does not go with those that are hosted."""
@@ -126,10 +127,12 @@ class Runner:
         if route.draft is not None and self.drafting is None:
             self.drafting = Drafting(route, self.routes, **self._sizes, steps=self.steps, tree=self.tree)
         self.routes.host(route)
+        self._batch = None
 
     def drop(self, target: str) -> None:
         """Forgets a target that no sequence needs any more."""
         self.routes.drop(target)
+        self._batch = None
         self.steps.forget()
         if all(route.draft is None for route in self.routes):
             self.drafting = None  # the next draft may be over another trunk
@@ -165,17 +168,15 @@ class Runner:
         self.seconds.prefill += time.perf_counter() - started
         return Prefilled(hidden_BTH, first, logprobs)
 
-    def run(self, rows: Sequence[LiveRequest], batch: SamplingBatch, control: Control) -> Round:
+    def run(self, rows: Sequence[LiveRequest], control: Control) -> Round:
         """One round for the sequences in slots 0..B-1: propose, verify, commit.
 
         The caches hold all tokens of a sequence but the last.
         """
+        batch, sampling = self._batch_of(rows), self.sampling_batch(rows)
         sequences = [row.tokens for row in rows]
         lengths = list(map(len, sequences))
-        targets = tuple(row.request.target for row in rows)
-        groups = self.routes.groups(targets)
-        sampled = tuple(row.request.params.temperature > 0 for row in rows)
-        load = Load(targets, self._limits(rows, targets), len(groups), sampled)
+        load = batch.load_at(lengths)
         limit = min(max(load.limits), control.limit(load)) if any(load.limits) else 0
         times = [time.perf_counter()]
         if self.drafting is not None and limit > 0:
@@ -183,19 +184,19 @@ class Runner:
         times.append(time.perf_counter())
         proposal: Proposal
         if self.drafting is not None and limit > 0:
-            proposal = self.drafting.propose(load, sequences, limit, control, batch)
+            proposal = self.drafting.propose(load, sequences, limit, control, sampling)
         else:
             proposal = ChainProposal.none(len(rows), self.device)
         times.append(time.perf_counter())
         last_B = torch.tensor([tokens[-1] for tokens in sequences], device=self.device)
-        reading = self._verify(groups, proposal.to_verify(last_B), lengths)
+        reading = self._verify(batch.groups, proposal.to_verify(last_B), lengths)
         times.append(time.perf_counter())
-        settled = proposal.settle(reading, batch)
+        settled = proposal.settle(reading, sampling)
         if settled.nodes_BT is not None:
             self.cache.keep(Rows([length - 1 for length in lengths]), settled.nodes_BT)
         logprobs = dict[int, list[TokenLogprob]]()
-        if asked := rows_that_ask([row.request.params for row in rows]):
-            logprobs = committed_logprobs(reading.logits_BTV, settled.tokens, asked, settled.nodes_BT)
+        if batch.asked:
+            logprobs = committed_logprobs(reading.logits_BTV, settled.tokens, batch.asked, settled.nodes_BT)
         times.append(time.perf_counter())
         if self.drafting is not None:
             self.drafting.committed(settled.hidden_BTH, lengths)
@@ -221,21 +222,17 @@ class Runner:
             self._said[row] = Said(row.tokens, len(row.request.prompt_ids))
         return self._said[row]
 
-    def _limits(self, rows: Sequence[LiveRequest], targets: tuple[str, ...]) -> tuple[int, ...]:
-        """Most tokens that each row may draft: the verification adds one, and a tree is drafted whole or not."""
-        if self.drafting is None:
-            return (0,) * len(rows)
-        most, limits = self.drafting.max_drafted, []
-        for row in rows:
-            own, wanted = row.request.params.max_drafted, row.most - len(row.tokens) - 1
-            if self.tree is not None and wanted:
-                wanted = most
-            limits.append(min(most, wanted) if own is None else min(most, wanted, own))
-        drafted = self.routes.drafted(targets)
-        return tuple(map(operator.mul, limits, drafted))
+    def _batch_of(self, rows: Sequence[LiveRequest]) -> Batch:
+        """The same one until a request joins or leaves."""
+        if self._batch is None:
+            self._batch = Batch.of(rows, self.routes, self._sizes["max_drafted"], self.tree is not None)
+        return self._batch
 
-    def move(self, move: Move) -> None:
-        """Copies sequences to other slots."""
+    def regroup(self, move: Move | None) -> None:
+        """Requests have joined or left: copies sequences to other slots, where some have to move."""
+        self._batch = None
+        if move is None:
+            return
         self.cache.move(list(move.sources), list(move.destinations), move.length)
         if self.drafting is not None:
             self.drafting.move(move)

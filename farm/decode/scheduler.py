@@ -36,6 +36,7 @@ class LiveRequest:
     request: Request
     tokens: list[int]
     most: int  # tokens that it ends with at the latest, the prompt's among them
+    stop_ids: frozenset[int] = frozenset()  # its target's and its own
     rounds: int = 0
     stats: DecodeStats = field(default_factory=DecodeStats)
     # Of every new token, or empty if not asked for.
@@ -163,8 +164,9 @@ class Scheduler:
 
     def _admit(self) -> LiveRequest:
         request = self._waiting.popleft()
-        ids = list(request.prompt_ids)
-        return LiveRequest(request, ids, most=min(len(ids) + request.params.max_new_tokens, self.max_length))
+        ids, params = list(request.prompt_ids), request.params
+        most = min(len(ids) + params.max_new_tokens, self.max_length)
+        return LiveRequest(request, ids, most, self._stop_ids(request.target) | params.stop_ids)
 
     def prefilled(self, prefill: Prefill) -> Move | None:
         """Takes note of a processed prefill: its sequences decode from now on, or its next chunk is due."""
@@ -181,10 +183,9 @@ class Scheduler:
         """Appends what a round committed, up to a stop token, the request's limit or the slot's end; what was kept."""
         sequence = self.live[slot]
         kept = list(tokens[: sequence.room])
-        for index, token in enumerate(kept):
-            if self._stops(sequence, token):
-                kept = kept[: index + 1]
-                break
+        if not sequence.stop_ids.isdisjoint(kept):
+            end = next(index for index, token in enumerate(kept) if token in sequence.stop_ids)
+            del kept[end + 1 :]
         sequence.tokens += kept
         sequence.rounds += 1
         return kept
@@ -192,7 +193,7 @@ class Scheduler:
     def finish_reason(self, slot: int) -> FinishReason | None:
         """Why the sequence in `slot` is at its end, or None."""
         sequence = self.live[slot]
-        if self._stops(sequence, sequence.tokens[-1]):
+        if sequence.tokens[-1] in sequence.stop_ids:
             return "stop"
         return None if sequence.room else "length"
 
@@ -223,10 +224,6 @@ class Scheduler:
             return None
         length = max(len(self.live[slot].tokens) for _, slot in pairs)
         return Move(*(tuple(column) for column in zip(*pairs, strict=True)), length)
-
-    def _stops(self, sequence: LiveRequest, token: int) -> bool:
-        request = sequence.request
-        return token in self._stop_ids(request.target) or token in request.params.stop_ids
 
     def _is_long(self, request: Request) -> bool:
         return len(request.prompt_ids) > self.prefill_tokens

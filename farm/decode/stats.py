@@ -2,49 +2,86 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 # Nothing was drafted; the request ended before a drafted token could fail; a token was rejected; all were accepted.
 RoundEnd = Literal["undrafted", "stopped", "rejected", "accepted"]
 ROUND_ENDS: tuple[RoundEnd, ...] = get_args(RoundEnd)
 
 
+class Outcome(NamedTuple):
+    """Of one row in one round: tokens drafted and accepted of it, and tokens committed, cut at a stop."""
+
+    drafted: int
+    accepted: int
+    emitted: int
+
+    @property
+    def end(self) -> RoundEnd:
+        """Why the round gave no more."""
+        if self.drafted == 0:
+            return "undrafted"
+        if self.emitted <= self.accepted:
+            return "stopped"
+        return "rejected" if self.accepted < self.drafted else "accepted"
+
+    @property
+    def num_accepted(self) -> int:
+        """Positions that were accepted before the cut."""
+        return min(self.accepted, self.emitted)
+
+    @property
+    def num_reached(self) -> int:
+        """Positions that were verified before the cut: tokens cut off by a stop count as not reached."""
+        return self.num_accepted + (self.accepted < min(self.drafted, self.emitted))
+
+
 @dataclass
 class DecodeStats:
-    """Counts of verification rounds; they add up over requests.
+    """How often verification rounds had which outcome; they add up over requests.
 
-    A round is one target forward after the prefill. `emitted` counts the tokens it committed, cut at a stop;
-    `reached[i]` and `accepted[i]` count drafted position i before the cut; `ended` counts why a round gave no more.
+    A round is one target forward after the prefill. A count a row and round is all that is done while decoding: what
+    the counts say by position is worked out where it is read.
     """
 
-    rounds: int = 0
-    emitted: int = 0
-    reached: list[int] = field(default_factory=list)
-    accepted: list[int] = field(default_factory=list)
-    ended: dict[RoundEnd, int] = field(default_factory=lambda: dict.fromkeys(ROUND_ENDS, 0))
+    outcomes: Counter[tuple[int, int, int]] = field(default_factory=Counter)
 
     def count(self, num_drafted: int, num_accepted: int, num_emitted: int) -> None:
-        """Adds one round; tokens cut off by a stop count as not reached."""
-        self._widen(num_drafted)
-        self.rounds += 1
-        self.emitted += num_emitted
-        self.ended[_end(num_drafted, num_accepted, num_emitted)] += 1
-        for i in range(min(num_accepted, num_emitted)):
-            self.reached[i] += 1
-            self.accepted[i] += 1
-        if num_accepted < min(num_drafted, num_emitted):
-            self.reached[num_accepted] += 1
+        """Adds one round."""
+        self.outcomes[num_drafted, num_accepted, num_emitted] += 1
 
     def add(self, other: DecodeStats) -> None:
-        self._widen(len(other.reached))
-        self.rounds += other.rounds
-        self.emitted += other.emitted
-        for reason, count in other.ended.items():
-            self.ended[reason] += count
-        for i, (reached, accepted) in enumerate(zip(other.reached, other.accepted, strict=True)):
-            self.reached[i] += reached
-            self.accepted[i] += accepted
+        self.outcomes.update(other.outcomes)
+
+    @property
+    def rounds(self) -> int:
+        return self.outcomes.total()
+
+    @property
+    def emitted(self) -> int:
+        """Tokens that all rounds committed."""
+        return sum(count * outcome.emitted for outcome, count in self._counted())
+
+    @property
+    def reached(self) -> list[int]:
+        """Rounds in which drafted position i was verified, before the cut."""
+        return self._by_position((outcome.num_reached, count) for outcome, count in self._counted())
+
+    @property
+    def accepted(self) -> list[int]:
+        """Rounds in which drafted position i was accepted, before the cut."""
+        return self._by_position((outcome.num_accepted, count) for outcome, count in self._counted())
+
+    @property
+    def ended(self) -> dict[RoundEnd, int]:
+        """Rounds by why they gave no more."""
+        ends = dict.fromkeys(ROUND_ENDS, 0)
+        for outcome, count in self._counted():
+            ends[outcome.end] += count
+        return ends
 
     @property
     def tau(self) -> float:
@@ -54,7 +91,8 @@ class DecodeStats:
     @property
     def survival(self) -> list[float]:
         """Share of rounds in which drafted position i was reached and accepted."""
-        return [count / self.rounds if self.rounds else float("nan") for count in self.accepted]
+        rounds = self.rounds
+        return [count / rounds if rounds else float("nan") for count in self.accepted]
 
     @property
     def alpha(self) -> list[float]:
@@ -62,15 +100,14 @@ class DecodeStats:
         pairs = zip(self.accepted, self.reached, strict=True)
         return [accepted / reached if reached else float("nan") for accepted, reached in pairs]
 
-    def _widen(self, num_drafted: int) -> None:
-        while len(self.reached) < num_drafted:
-            self.reached.append(0)
-            self.accepted.append(0)
+    def _counted(self) -> Iterable[tuple[Outcome, int]]:
+        # A copy: who reads may be another thread than the one that decodes.
+        return [(Outcome(*outcome), count) for outcome, count in list(self.outcomes.items())]
 
-
-def _end(num_drafted: int, num_accepted: int, num_emitted: int) -> RoundEnd:
-    if num_drafted == 0:
-        return "undrafted"
-    if num_emitted <= num_accepted:
-        return "stopped"
-    return "rejected" if num_accepted < num_drafted else "accepted"
+    def _by_position(self, lengths: Iterable[tuple[int, int]]) -> list[int]:
+        """From how many positions rounds had, and how many rounds, to rounds by position."""
+        positions = [0] * max((drafted for drafted, _, _ in list(self.outcomes)), default=0)
+        for length, count in lengths:
+            for i in range(length):
+                positions[i] += count
+        return positions

@@ -28,7 +28,7 @@ from farm.bench.report import (
     write,
 )
 from farm.bench.vllm_engine import VllmAnswer, VllmEngine, VllmSettings
-from farm.decode.control import RoundResult
+from farm.decode.control import Load
 from farm.decode.renewal import Cost
 from farm.draft.config import DraftConfig
 from farm.draft.model import new_draft
@@ -97,18 +97,18 @@ def test_a_control_has_learned_for_as_many_rounds_whatever_a_round_takes(
     member: Member, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half a second is five hundred rounds of a small model and twenty of a larger one: its first steps alone."""
-    observed = []
+    asked = []
 
     class Counting(Cost):
-        def observe(self, result: RoundResult) -> None:
-            observed.append(result)
-            super().observe(result)
+        def limit(self, load: Load) -> int:
+            asked.append(load)
+            return super().limit(load)
 
     monkeypatch.setattr(decode, "make_control", lambda _name, most: Counting(most))
     arm = Arm("farm", "cost", "adapted", 8)
     (row,) = measure(member, "zoo", [arm], 1, durations=replace(ONCE, learning_rounds=300))
     assert row.rounds
-    assert len(observed) - row.rounds / 8 >= 300
+    assert len(asked) - row.rounds / 8 >= 300
 
 
 def test_a_target_without_an_adapter_is_measured_without_its_arms(member: Member) -> None:

@@ -120,7 +120,8 @@ class Player:
         for one, n in zip(live, emitted, strict=True):
             one.left -= n
             one.unread = n if limit else one.unread + n
-        control.observe(result)
+        if control.observes:
+            control.observe(result)
 
     def _chain(
         self, live: list[Answer], load: Load, limit: int

@@ -72,6 +72,7 @@ class Slow(Fixed):
     """Thinks for a while before and after each round."""
 
     PAUSE_S = 0.02
+    observes = True
 
     def __init__(self, length: int) -> None:
         super().__init__(length)
@@ -130,6 +131,8 @@ def test_no_row_drafts_more_than_its_answer_has_room_for() -> None:
     drafted: list[tuple[int, ...]] = []
 
     class Seen(Fixed):
+        observes = True
+
         def observe(self, result: RoundResult) -> None:
             drafted.append(result.drafted)
 

@@ -27,6 +27,8 @@ SETTINGS = RegenerateSettings(max_new_tokens=40, batch_rows=4, greedy_share=0.6)
 class Watched(Fixed):
     """Drafts as many tokens as it can, and keeps what every round came to."""
 
+    observes = True
+
     def __init__(self) -> None:
         super().__init__(MOST_DRAFTED)
         self.rounds: list[RoundResult] = []

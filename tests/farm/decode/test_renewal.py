@@ -2,13 +2,15 @@
 
 import math
 import statistics
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
 from farm.decode.acceptance import Known
 from farm.decode.control import Control, Fixed, Load, RoundResult
-from farm.decode.renewal import Cost, Regime, Stays, Trial, gain_over
+from farm.decode.regimes import Regime, Stays, Trial, gain_over
+from farm.decode.renewal import Cost
 from tests.farm.decode import machine as made_up
 from tests.farm.decode.machine import (
     BUSY,
@@ -116,6 +118,48 @@ def test_a_tail_is_not_explored_for_its_own_sake() -> None:
     few = [drafted for rows, drafted in player.play(4 * MEASURED).drafted if rows <= 4]
     assert sum(drafted == made_up.MOST_DRAFTED for drafted in few) < 0.02 * len(few)
     assert set(player.control._explored) == {(8, 1)}
+
+
+def test_a_draft_that_rests_is_asked_about_next_to_nothing_and_looked_into_all_the_same() -> None:
+    """Watching rounds of plain decoding cost 2 % of them where a round takes a third of a millisecond."""
+    control = Cost(made_up.MOST_DRAFTED)
+    player = Player(control, BUSY, EQUAL, Draftable(0.3), seed=1)
+    player.play(WARM)
+    watched = 0
+
+    def counted(result: RoundResult, observe: Callable[[RoundResult], None] = control.observe) -> None:
+        nonlocal watched
+        watched += 1
+        observe(result)
+
+    control.observe = counted  # type: ignore[method-assign]
+    drafted = player.play(4 * MEASURED).drafted
+    looks = sum(length > 0 for _, length in drafted)
+    assert 0 < looks < 0.02 * len(drafted)
+    assert watched < 0.1 * len(drafted)
+
+
+@pytest.mark.parametrize("every", [1, 10, 1000])
+def test_a_pause_is_as_long_whether_or_not_other_loads_come_between(every: int) -> None:
+    """Rounds that a control sleeps through count, whenever something wakes it."""
+    control, load, other = Cost(8), Load(("",) * 8, (8,) * 8), Load(("",), (8,))
+    for _ in range(3):  # pauses; the first is behind exploration
+        while (limit := control.limit(load)) or (8, 1) in control._trials:
+            control.observe(_round_of(load, limit))
+        pause, rounds = control._regimes[8, 1].left, 0
+        while control.limit(load) == 0:
+            rounds += 1
+            if control.observes:
+                control.observe(_round_of(load, 0))
+            if rounds % every == 0:
+                control.observe(_round_of(other, control.limit(other)))
+        assert rounds == pause - 1
+
+
+def _round_of(load: Load, length: int) -> RoundResult:
+    rows = load.num_rows
+    signals = [[0.5] * rows for _ in range(length)]
+    return RoundResult(load, (length,) * rows, (0,) * rows, (1,) * rows, length, 0.05 * length, 1.0, signals)
 
 
 def test_loads_that_come_for_a_round_or_two_stay_that_long() -> None:
