@@ -66,8 +66,8 @@ class Known(dict[Kind, Acceptance]):
 
     def teaches(self, load: Load, number: int) -> bool:
         """Whether a round of that number is learned from: its outcome has no say, which would bias what is known."""
-        return number % self.EVERY == 0 or any(
-            self[kind].rounds < self.NEW_ROUNDS for kind in set(load.kinds)
+        return is_one_in(self.EVERY, number) or any(
+            self[kind].rounds < self.NEW_ROUNDS for kind in load.distinct
         )
 
     def learn(self, result: RoundResult) -> None:
@@ -76,7 +76,7 @@ class Known(dict[Kind, Acceptance]):
         Acceptance by position has to hold before a distribution is known, and the likely ones alone are verified.
         """
         load, forwards = result.load, len(result.signals)
-        for kind in set(load.kinds):
+        for kind in load.distinct:
             self[kind].rounds += 1
         rows = zip(load.kinds, load.limits, result.drafted, result.accepted, result.emitted, strict=True)
         for row, (kind, limit, drafted, accepted, emitted) in enumerate(rows):
@@ -91,8 +91,19 @@ class Known(dict[Kind, Acceptance]):
     def mean_survival(self, load: Load) -> list[float]:
         """Over the rows of a round; beyond its limit a row accepts nothing."""
         total = [0.0] * self._max_length
-        survival_of = {kind: self[kind].mean_survival() for kind in set(load.kinds)}
+        survival_of = {kind: self[kind].mean_survival() for kind in load.distinct}
         for (kind, limit), rows in Counter(zip(load.kinds, load.limits, strict=True)).items():
             for index, survival in enumerate(survival_of[kind][:limit]):
                 total[index] += rows * survival
         return [survival / load.num_rows for survival in total]
+
+
+def is_one_in(every: int, number: int) -> bool:
+    """Whether a round of that number is one of so many, as if by chance: in step with no rhythm that rounds may have.
+
+    The mixing is that of splitmix32, whose bits pass for random ones.
+    """
+    mixed = number * 0x9E3779B9 & 0xFFFFFFFF
+    mixed = (mixed ^ mixed >> 16) * 0x21F0AAAD & 0xFFFFFFFF
+    mixed = (mixed ^ mixed >> 15) * 0x735A2D97 & 0xFFFFFFFF
+    return (mixed ^ mixed >> 15) % every == 0

@@ -42,6 +42,11 @@ class Load:
         """Of each row."""
         return tuple(zip(self.targets, self.sampled or (False,) * len(self.targets), strict=True))
 
+    @functools.cached_property
+    def distinct(self) -> frozenset[Kind]:
+        """Kinds that there are."""
+        return frozenset(self.kinds)
+
 
 @dataclass(frozen=True)
 class RoundResult:

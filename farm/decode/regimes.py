@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from farm.decode.control import RoundResult
+from farm.decode.control import Load, RoundResult
 from farm.decode.costs import Bucket, Ratio
 
 
@@ -101,24 +101,17 @@ class Stays:
 
 @dataclass
 class Nap:
-    """Plain rounds of one kind of load that the control has no part in, while a draft rests."""
+    """Rounds that the control has no part in: plain ones of a bucket, or those of one load that draft by one rule."""
 
     bucket: Bucket
     rounds: int
-    left: int
+    load: Load | None = None  # that drafts; None: any of the bucket decode plainly
+    slept: int = 0
 
-    @classmethod
-    def of(cls, bucket: Bucket, rounds: int) -> Nap:
-        return cls(bucket, rounds, rounds)
-
-    @property
-    def slept(self) -> int:
-        """Rounds so far."""
-        return self.rounds - self.left
-
-    def goes_on(self, bucket: Bucket) -> bool:
+    def goes_on(self, load: Load, bucket: Bucket) -> bool:
         """Whether the next round is one of them; then it is counted."""
-        if not self.left or bucket != self.bucket:
+        alike = bucket == self.bucket and (self.load is None or load is self.load or load == self.load)
+        if self.slept >= self.rounds or not alike:
             return False
-        self.left -= 1
+        self.slept += 1
         return True

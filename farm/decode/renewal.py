@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 
 from farm.decode.acceptance import Known
-from farm.decode.control import Load, RoundResult, Signal
+from farm.decode.control import Kind, Load, RoundResult, Signal
 from farm.decode.costs import LOOKS, PLAIN_ROUNDS, Bucket, RoundCosts, bucket_of
 from farm.decode.growth import Growing, Growth, Rule
 from farm.decode.regimes import Nap, Regime, Stays, Trial, gain_over
@@ -34,14 +34,14 @@ class Cost:
     # Those before them, which pay for the change: the first plain rounds behind drafting ones are slower,
     # and each brings little.
     SETTLE, SETTLE_PLAIN = 1, 5
-    DEEP_EVERY, EXPLORE_EVERY, RULE_ROUNDS = 48, 16, 8
+    DEEP_EVERY, EXPLORE_EVERY = 48, 16
+    RULE_ROUNDS = 8  # that a rule holds for
     FIRST_WATCH, SHORTEST_PAUSE, LONGEST_PAUSE, LONGEST_REST = 16, 96, 768, 3072
     LOOK_SHARE = 0.005
     # Of plain decoding's rate, what drafting has to promise for a batch of other targets than those it was begun for.
     CLEARLY = 0.9
-    AWAKE = (
-        2 * PLAIN_ROUNDS
-    )  # rounds before a look that are measured, for it to compare with; the others are not
+    ATTENTIVE = 64  # rounds of speculation that are all observed; of later ones those are that teach
+    AWAKE = 2 * PLAIN_ROUNDS  # rounds before a look that are measured, for it to compare with
     LEAST_STAY = 16  # rounds that loads have to last before they are explored for themselves
     # Logarithm of what speculation has to promise and to keep over plain decoding, of one row and of several: rows of a
     # batch that drafts end further apart, which no round's seconds show.
@@ -56,23 +56,27 @@ class Cost:
         self._explored: set[Bucket] = set()
         self._stays = Stays()
         self._trials: dict[Bucket, Trial] = {}
-        self._asked, self._round, self._alike, self._drafted = False, 0, 0, False
+        self._asked, self._attends, self._drafted = False, True, False
+        self._round, self._alike, self._deep_at, self._doubted_at = 0, 0, 0, 0
         self._growing: Growing | None = None
         self._nap: Nap | None = None
-        self._rule_load, self._rule_until = Load((), ()), 0
+        # Kinds, groups and, where nothing pays, limits that it was worked out for.
+        self._rule_of: tuple[tuple[Kind, ...], int, tuple[int, ...]] = ((), 0, ())
+        self._rule_until = 0
         self._last_rule: Rule | None = None
 
     @property
     def observes(self) -> bool:
-        return self._nap is None
+        return self._attends
 
     def limit(self, load: Load) -> int:
-        own = bucket_of(load)
-        if self._nap is not None:
-            if self._nap.goes_on(own):
-                return 0
-            self._wake(self._nap)
-        self._asked, self.growth, self._growing = True, None, None
+        own, nap = bucket_of(load), self._nap
+        if nap is not None:
+            if nap.goes_on(load, own):
+                self._attends, self._growing = False, None
+                return 0 if nap.load is None else self.max_length
+            self._wake(nap)
+        self._asked, self._attends, self.growth, self._growing = True, True, None, None
         self._round += 1
         like = self._costs.source(load)
         self._stays.add(own)
@@ -81,12 +85,29 @@ class Cost:
             self._trials[own] = trial
             return self._follow(Growth.whole(load.limits, trial.length), trial.length)
         regime = self._regimes[like]
-        if not regime.speculates:
-            if own in self._explored and regime.left > self.AWAKE and self._alike > self.SETTLE_PLAIN:
-                self._nap = Nap.of(own, regime.left - self.AWAKE)
-            return 0
-        rule = self._rule(load, regime)
+        rule = self._rule(load, regime) if regime.speculates else None
+        self._rest_from(load, own, regime, drafts=rule is not None)
         return 0 if rule is None else self._follow(Growth(load.limits, rule), self.max_length)
+
+    def _rest_from(self, load: Load, own: Bucket, regime: Regime, *, drafts: bool) -> None:
+        """Leaves the rounds that follow to themselves where nothing new is to be learned of them.
+
+        Of plain ones those before the next look are observed, of those that draft the ones that teach.
+        """
+        used_to = self._alike > (self.SETTLE if drafts else self.SETTLE_PLAIN)
+        if own not in self._explored or drafts != self._drafted or drafts != regime.speculates or not used_to:
+            return
+        if not drafts and regime.left > self.AWAKE:
+            self._attends, self._nap = False, Nap(own, regime.left - self.AWAKE)
+        if drafts and self._is_known(regime):
+            self._attends = self._known.teaches(load, self._round)
+            self._alike += not self._attends
+            rounds = next(n for n in itertools.count() if self._known.teaches(load, self._round + n + 1))
+            self._nap = Nap(own, min(rounds, regime.left - 1), load)
+
+    def _is_known(self, regime: Regime) -> bool:
+        """Whether it has speculated for long."""
+        return self._round > regime.since + self.ATTENTIVE
 
     def _wake(self, nap: Nap) -> None:
         """Counts the rounds that were slept."""
@@ -112,7 +133,8 @@ class Cost:
             if regime.speculates:
                 self._costs.forget_plain(load)
             return Trial(lengths, self.LOOK, decides=True)
-        if regime.speculates and self._round % self.DEEP_EVERY == 0:
+        if regime.speculates and self._round >= self._deep_at:
+            self._deep_at = self._round + self.DEEP_EVERY
             return Trial((min(self.max_length, 2 + 2 * self._best(load)[0]),), 1)
         return None
 
@@ -133,8 +155,9 @@ class Cost:
 
     def _disappoints(self, load: Load, regime: Regime) -> bool:
         """Whether speculation brings far less than plain decoding did when it was last seen; looked at now and then."""
-        if not regime.speculates or (self._round - regime.since) % self.RULE_ROUNDS:
+        if not regime.speculates or self._round < self._doubted_at:
             return False
+        self._doubted_at = self._round + self.RULE_ROUNDS
         return self._gain_of(load, regime) < -2 * regime.NOISE
 
     def _gain_of(self, load: Load, regime: Regime) -> float:
@@ -181,8 +204,8 @@ class Cost:
         None where nothing pays by far: the targets of this batch are drafted worse than those that the regime is known
         by. At other limits something may.
         """
-        same = load if self._last_rule is None else replace(load, limits=self._rule_load.limits)
-        if self._round < self._rule_until and same == self._rule_load:
+        of = (load.kinds, load.num_groups, load.limits if self._last_rule is None else ())
+        if self._round < self._rule_until and of == self._rule_of:
             return self._last_rule
         costs, verify = self._costs, self._costs.verify_step(load)
         # Plain decoding's rate as it lies below speculation's by all looks: that of the last few rounds errs by more.
@@ -192,14 +215,18 @@ class Cost:
         self._last_rule = None
         if promised > self.CLEARLY * plain:
             rate = load.num_rows * max(plain, promised)
-            of_rows = [self._known[kind] for kind in load.kinds]
+            known = {kind: self._known[kind] for kind in load.kinds}
+            accepted = {kind: one.by_peak.table() for kind, one in known.items()}
+            expected = {kind: [ratio.value for ratio in one.by_position] for kind, one in known.items()}
             self._last_rule = Rule(
-                [one.by_peak.table() for one in of_rows],
-                [[ratio.value for ratio in one.by_position] for one in of_rows],
+                [accepted[kind] for kind in load.kinds],
+                [expected[kind] for kind in load.kinds],
                 [rate * verify] * self.max_length,
                 [rate * (costs.draft_step(load) + verify)] * self.max_length,
             )  # fmt: skip
-        self._rule_load, self._rule_until = load, self._round + self.RULE_ROUNDS
+        limits = load.limits if self._last_rule is None else ()
+        self._rule_of = (load.kinds, load.num_groups, limits)
+        self._rule_until = self._round + self.RULE_ROUNDS
         return self._last_rule
 
     def keep(self, index: int, signal_B: Sequence[float]) -> list[bool]:

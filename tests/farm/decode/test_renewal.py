@@ -1,7 +1,9 @@
 """`cost` beside plain decoding and the best fixed length, on a made-up engine (machine.py)."""
 
+import itertools
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -79,7 +81,8 @@ def test_cost_is_near_the_best_fixed_length_and_plain_decoding(
         statistics.mean(rate_of(make(), machine, work, alpha, seed) for seed in seeds)
         for make in (lambda: Fixed(0), lambda: Fixed(length), lambda: Cost(made_up.MOST_DRAFTED))
     )
-    assert best / plain == pytest.approx(gain, abs=0.02)
+    # The grid was made with SEEDS; the gain of others differs from it by what both err by.
+    assert best / plain == pytest.approx(gain, abs=0.02 if seeds is SEEDS else 0.04)
     assert cost >= 0.95 * max(best, plain)
     assert cost >= 0.97 * plain
 
@@ -208,7 +211,12 @@ def test_whether_a_round_teaches_is_known_before_its_outcome() -> None:
     for number in range(Known.NEW_ROUNDS):
         assert known.teaches(load, number)
         known.learn(RoundResult(load, (1, 1), (1, 0), (2, 1), 1, 0.1, 1.0, [[0.5, 0.5]]))
-    assert [known.teaches(load, number) for number in range(8)] == [True, False, False, False] * 2
+    taught = [number for number in range(40_000) if known.teaches(load, number)]
+    assert len(taught) == pytest.approx(10_000, rel=0.03)
+    assert max(after - before for before, after in itertools.pairwise(taught)) <= 48
+    for beat in range(2, 65):  # rounds may be alike in a rhythm, as where requests end together
+        in_step = Counter(number % beat for number in taught)
+        assert min(in_step[phase] for phase in range(beat)) > 0.6 * len(taught) / beat, beat
     assert known.teaches(Load(("a", "b"), (8, 8)), 1)
 
 
