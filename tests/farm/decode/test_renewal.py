@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import random
 import statistics
 from collections import Counter
 from collections.abc import Callable
@@ -140,6 +141,27 @@ def test_a_draft_that_rests_is_asked_about_next_to_nothing_and_looked_into_all_t
     looks = sum(length > 0 for _, length in drafted)
     assert 0 < looks < 0.02 * len(drafted)
     assert watched < 0.1 * len(drafted)
+
+
+def test_rounds_that_nobody_observes_draft_as_those_that_teach() -> None:
+    """Most are: a control takes a tenth of a round of one row. Rows survive anew in each."""
+    control, load, rng = Cost(8), Load(("",) * 2, (8,) * 2), random.Random(0)
+    lengths: dict[bool, list[int]] = {True: [], False: []}
+    for _ in range(3000):
+        limit, length = control.limit(load), 0
+        while length < limit and (not length or control.more(length)) and control.keep(length, [0.9] * 2)[0]:
+            length += 1
+        accepted = tuple(next((i for i in range(length) if rng.random() > 0.9), length) for _ in range(2))
+        lengths[control.observes].append(length)
+        if control.observes:
+            emitted, signals = tuple(num + 1 for num in accepted), [[0.9] * 2] * length
+            result = RoundResult(
+                load, (length,) * 2, accepted, emitted, length, 0.1 * length, 1 + 0.1 * length, signals
+            )
+            control.observe(result)
+    assert len(lengths[False]) > 1500
+    assert statistics.mean(lengths[False]) > 4
+    assert statistics.mean(lengths[False]) == pytest.approx(statistics.mean(lengths[True][-300:]), abs=0.7)
 
 
 @pytest.mark.parametrize("every", [1, 10, 1000])
