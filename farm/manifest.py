@@ -175,7 +175,7 @@ class PathResolver:
             return value  # organisation/name on the hub
         path = self._absolute(value, field)
         if must_exist and not path.exists():
-            raise UserError(f"{field}: {path} does not exist; give the path of a checkpoint")
+            raise UserError(f"{field}: {path} does not exist; give the path of a checkpoint{_or_here(value)}")
         return str(path)
 
     def _absolute(self, value: str, field: str) -> Path:
@@ -197,9 +197,8 @@ class PathResolver:
         if path.exists():
             return str(path)
         if path.suffix in {".json", ".jsonl", ".parquet"} or not _HUB_DATASET.match(value):
-            raise UserError(
-                f"{field}: {path} does not exist; give a .jsonl or .parquet file, a folder or a hub id"
-            )
+            wanted = "give a .jsonl or .parquet file, a folder or a hub id"
+            raise UserError(f"{field}: {path} does not exist; {wanted}{_or_here(value)}")
         return value
 
     def _template(self, value: str | None, field: str) -> str | None:
@@ -209,3 +208,11 @@ class PathResolver:
         if not path.is_file():
             raise UserError(f"{field}: {path} does not exist; give a jinja file or the template's text")
         return str(path)
+
+
+def _or_here(value: str) -> str:
+    """What else a path may have meant that counts from the manifest's folder, and is not there."""
+    here = Path(value).absolute()
+    return (
+        f"; if {here} is meant, write that: paths count from the manifest's folder" if here.exists() else ""
+    )
