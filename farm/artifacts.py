@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import secrets
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -21,7 +22,13 @@ TRUNK: Final = "trunk"  # the one stage whose output other parts than the fleet 
 class Artifact:
     stage: str
     key: str
-    manifest: dict[str, Any]  # what the stage wrote, plus "files": {name: {"bytes", "sha256"}}
+    # What the stage wrote, plus "files": {name: {"bytes", "sha256"}}, and "folder" where they lie in one of their own.
+    manifest: dict[str, Any]
+
+    @property
+    def place(self) -> str:
+        """Where its files are: below this prefix of the store's keys."""
+        return _place(self.stage, self.key, self.manifest.get("folder"))
 
 
 def key_of(stage: str, config: Mapping[str, Any] | BaseModel, inputs: Sequence[str]) -> str:
@@ -34,7 +41,11 @@ def key_of(stage: str, config: Mapping[str, Any] | BaseModel, inputs: Sequence[s
 
 
 class Artifacts:
-    """The artifacts of a store, under `artifacts/<stage>/<key>/`."""
+    """The artifacts of a store, under `artifacts/<stage>/<key>/`.
+
+    Several runs may make the same one at once, and end in different bytes. What one process makes, it writes whole;
+    what many processes make piece by piece has pieces of names of their own, of which the manifest lists some.
+    """
 
     def __init__(self, store: ObjectStore) -> None:
         self.store = store
@@ -50,10 +61,31 @@ class Artifacts:
         if not self._is_finished(stage, key):
             self.store.put(_name(stage, key, name), data)
 
-    def copy_file(self, stage: str, key: str, path: Path) -> None:
-        """`put_file` with a file and its own name, read in chunks: weights need not fit into memory."""
-        if not self._is_finished(stage, key):
-            self.store.put_file(_name(stage, key, path.name), path)
+    def put_once(self, stage: str, key: str, name: str, data: bytes) -> bool:
+        """`put_file` unless there is such a file already; whether this call wrote it."""
+        return not self._is_finished(stage, key) and self.store.put_if_absent(_name(stage, key, name), data)
+
+    def write(
+        self, stage: str, key: str, files: Mapping[str, bytes | Path], manifest: Mapping[str, Any]
+    ) -> Artifact:
+        """Make the artifact exist with these files, given as bytes or read in chunks; who is second gets the first's.
+
+        Files lie in a folder of their own, so that nobody who writes the same artifact mixes others with them.
+        """
+        if found := self.find(stage, key):
+            return found
+        folder = secrets.token_hex(4)
+        place = _place(stage, key, folder)
+        for name, content in files.items():
+            if isinstance(content, Path):
+                self.store.put_file(f"{place}/{name}", content)
+            else:
+                self.store.put(f"{place}/{name}", content)
+        finished = self._finish(stage, key, {**manifest, "folder": folder}, place, files)
+        if finished.place != place:
+            for name in files:
+                self.store.delete(f"{place}/{name}")
+        return finished
 
     def path(self, artifact: Artifact, name: str) -> Path:
         """A local, read-only copy of one of the artifact's files; UserError if it is not what was written."""
@@ -73,7 +105,7 @@ class Artifacts:
 
         UserError if a file in a folder is gone or was cut; an object of S3 is checked where it is read.
         """
-        where = self.store.location(_name(artifact.stage, artifact.key, name))
+        where = self.store.location(f"{artifact.place}/{name}")
         if not where.startswith(S3_SCHEME):
             self._uncut(artifact, name)
         return where
@@ -82,17 +114,17 @@ class Artifacts:
         """Where any node finds the folder of the artifact's files: for `farm.store.local_copy`."""
         for name in artifact.manifest["files"]:
             self.location(artifact, name)
-        return self.store.location(f"artifacts/{artifact.stage}/{artifact.key}")
+        return self.store.location(artifact.place)
 
     def _is_finished(self, stage: str, key: str) -> bool:
         return self.store.exists(_name(stage, key, _MANIFEST))
 
     def _uncut(self, artifact: Artifact, name: str) -> Path:
-        key = _name(artifact.stage, artifact.key, name)
+        key = f"{artifact.place}/{name}"
         try:
             path = self.store.local_path(key)
         except NotFound as error:
-            where = self.store.location(f"artifacts/{artifact.stage}/{artifact.key}")
+            where = self.store.location(_place(artifact.stage, artifact.key))
             raise UserError(
                 f"{self.store.uri}/{key}: is gone; delete what is left in {where}, then run again"
             ) from error
@@ -100,7 +132,7 @@ class Artifacts:
         if found != expected:
             raise UserError(
                 f"{path}: has {found} bytes, was written with {expected}; "
-                f"delete {path.parent}, then run again"
+                f"delete {self.store.location(_place(artifact.stage, artifact.key))}, then run again"
             )
         return path
 
@@ -110,11 +142,23 @@ class Artifacts:
         names = (name.removeprefix(prefix) for name in self.store.list(prefix))
         return [name for name in names if name != _MANIFEST]
 
-    def finish(self, stage: str, key: str, manifest: Mapping[str, Any]) -> Artifact:
-        """Make the artifact exist, with a list of its files; who finishes second gets the first one's."""
+    def finish(
+        self, stage: str, key: str, manifest: Mapping[str, Any], names: Collection[str] | None = None
+    ) -> Artifact:
+        """Make the artifact exist with the files that were put, or those of `names` that were.
+
+        Who finishes second gets the first one's.
+        """
+        present = self.files(stage, key)
+        kept = present if names is None else [name for name in present if name in names]
+        return self._finish(stage, key, manifest, _place(stage, key), kept)
+
+    def _finish(
+        self, stage: str, key: str, manifest: Mapping[str, Any], place: str, names: Iterable[str]
+    ) -> Artifact:
         files = {}
-        for name in self.files(stage, key):
-            num_bytes, sha256 = self.store.digest(_name(stage, key, name))
+        for name in names:
+            num_bytes, sha256 = self.store.digest(f"{place}/{name}")
             files[name] = {"bytes": num_bytes, "sha256": sha256}
         whole = {**manifest, "files": files}
         data = json.dumps(whole, indent=1, sort_keys=True).encode()
@@ -124,5 +168,9 @@ class Artifacts:
         return finished
 
 
+def _place(stage: str, key: str, folder: str | None = None) -> str:
+    return f"artifacts/{stage}/{key}/{folder}" if folder else f"artifacts/{stage}/{key}"
+
+
 def _name(stage: str, key: str, name: str) -> str:
-    return f"artifacts/{stage}/{key}/{name}"
+    return f"{_place(stage, key)}/{name}"

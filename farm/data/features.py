@@ -87,9 +87,10 @@ class Sample:
         return any(trainable(end - start) for start, end in self.said)
 
 
-def shard_names(number: int) -> tuple[str, str]:
-    """File names of tokens and features of a shard."""
-    return f"tokens-{number:05d}.parquet", f"features-{number:05d}.safetensors"
+def shard_names(number: int, writer: str = "") -> tuple[str, str]:
+    """File names of tokens and features of a shard, of a `writer` beside whom others may write the same one."""
+    mark = f"-{writer}" if writer else ""
+    return f"tokens-{number:05d}{mark}.parquet", f"features-{number:05d}{mark}.safetensors"
 
 
 def write_shard(
@@ -99,13 +100,14 @@ def write_shard(
     shard_no: int,
     answers: Sequence[Answer],
     feature_bytes: int | None = None,
+    writer: str = "",
 ) -> int:
-    """Writes both files of a shard, each atomically; writing the same shard again does no harm.
+    """Writes both files of a shard, each atomically; who may not be alone with it names itself as a `writer`.
 
     The features of the first rows are kept, as many as fit into `feature_bytes` (None: all), but none of rejected
     ones; returns their bytes.
     """
-    tokens_name, features_name = shard_names(shard_no)
+    tokens_name, features_name = shard_names(shard_no, writer)
     columns = (
         "row", "id", "prompt_ids", "answer_ids", "turns", "finish_reason", "seed", "temperature", "error",
         "fault", "rejected", "digest",

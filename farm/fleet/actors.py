@@ -1,7 +1,7 @@
 """The body of a regeneration actor: several targets in one process, one shard of one of them at a time."""
 
 import gc
-import json
+import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ from pydantic import SecretStr
 
 from farm.artifacts import Artifacts
 from farm.config import Refused, UserError
-from farm.fleet.answers import ANSWERS, AnswersJob, card_name, decode_prompts
+from farm.fleet.answers import ANSWERS, AnswersJob, decode_prompts, put_card
 from farm.fleet.base_draft import BaseDraft
 from farm.sections import FAULTS, Dtype, TargetSpec
 from farm.store import open_store
@@ -110,7 +110,7 @@ class RegenerateActor:
 
     A target that cannot be loaded gives rows with a `failure`, for that target only. A shard's files are
     written whole and its card last, so that running a shard twice, or being killed in the middle, does no
-    harm.
+    harm. Of two runs that write the same shard, the one whose card is there first has written it.
     """
 
     def __init__(self, config: ActorConfig) -> None:
@@ -163,7 +163,7 @@ class RegenerateActor:
 
     def _write(self, job: AnswersJob, shard: int, prompts: str, may_keep: int) -> tuple[int, int]:
         """The rows of the shard and the bytes of the features that it keeps."""
-        from farm.data.features import Answer, write_shard
+        from farm.data.features import Answer, shard_names, write_shard
         from farm.data.rejects import digest_of
         from farm.decode.endpoint import Endpoint
         from farm.decode.regenerate import prefill_rows, regenerate_rows
@@ -177,7 +177,8 @@ class RegenerateActor:
             endpoint = Endpoint.of(job.spec, job.settings, self._config.key) if elsewhere else None
             answers = regenerate_rows(target, rows, job.settings, endpoint, self._speculation(target))
         answers = [answer.judged(job.settings.reject) for answer in answers]
-        kept = write_shard(self._artifacts, ANSWERS, job.key, shard, answers, may_keep)
+        writer = secrets.token_hex(4)  # another run may answer the same prompts meanwhile
+        kept = write_shard(self._artifacts, ANSWERS, job.key, shard, answers, may_keep, writer)
 
         def usable(one: Answer) -> bool:
             return one.finish_reason != "error" and not one.rejected
@@ -193,8 +194,10 @@ class RegenerateActor:
             "feature_bytes": kept,
             "first_error": next((answer.error for answer in answers if answer.error), None),
             "seconds": time.monotonic() - started,
+            "files": shard_names(shard, writer),
         }
-        self._artifacts.put_file(ANSWERS, job.key, card_name(shard), json.dumps(card).encode())
+        if not put_card(self._artifacts, job.key, shard, card):
+            kept = 0
         return len(answers), kept
 
     def _speculation(self, target: "LoadedTarget") -> "Speculation | None":

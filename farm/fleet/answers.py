@@ -2,7 +2,7 @@
 finished.
 
 Needs neither Ray nor torch. A shard is two files of `farm.data.features` and a card that is written after
-them.
+them, names them, and is never replaced.
 """
 
 import json
@@ -114,6 +114,18 @@ def card_name(shard: int) -> str:
     return f"shard-{shard:05d}.json"
 
 
+def put_card(artifacts: Artifacts, key: str, shard: int, card: Mapping[str, Any]) -> bool:
+    """Finish a shard with the two `files` that its card names; if another run was faster, they are deleted.
+
+    Returns whether these are the shard's files.
+    """
+    if artifacts.put_once(ANSWERS, key, card_name(shard), json.dumps(card).encode()):
+        return True
+    for name in card["files"]:
+        artifacts.store.delete(f"artifacts/{ANSWERS}/{key}/{name}")
+    return False
+
+
 def missing_shards(artifacts: Artifacts, job: AnswersJob) -> list[int]:
     """Numbers of the shards that are not finished yet; none for a finished artifact."""
     if artifacts.find(ANSWERS, job.key):
@@ -160,20 +172,30 @@ def finish_answers(artifacts: Artifacts, job: AnswersJob) -> Artifact:
             f"{job.name}: none of its {sums['rows']} answers can be trained on ({why}); "
             "read a few, raise regenerate.max_new_tokens, or name fewer faults in regenerate.reject"
         )
-    return artifacts.finish(
-        ANSWERS,
-        job.key,
-        {
-            "target": job.name,
-            **sums,
-            "finish_reasons": dict(reasons),
-            "faults": dict(faults),
-            "first_error": first_error,
-            "settings": dump(job.settings),
-            "mode": job.mode,
-            **job.source,
-        },
-    )
+    made = {
+        "target": job.name,
+        **sums,
+        "finish_reasons": dict(reasons),
+        "faults": dict(faults),
+        "first_error": first_error,
+        "settings": dump(job.settings),
+        "mode": job.mode,
+        **job.source,
+    }
+    return artifacts.finish(ANSWERS, job.key, made, _files(cards))
+
+
+def _files(cards: Sequence[Mapping[str, Any]]) -> set[str]:
+    """What shards consist of: of two runs that wrote one, the files of the one whose card it is."""
+    names = {card_name(number) for number in range(len(cards))}
+    for number, card in enumerate(cards):
+        names.update(card.get("files", _unmarked(number)))
+    return names
+
+
+def _unmarked(shard: int) -> tuple[str, str]:
+    """The files of a shard whose card is older than names of writers."""
+    return f"tokens-{shard:05d}.parquet", f"features-{shard:05d}.safetensors"
 
 
 def _card(artifacts: Artifacts, job: AnswersJob, number: int) -> dict[str, Any]:

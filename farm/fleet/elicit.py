@@ -95,7 +95,7 @@ def elicit(
         for row, text in enumerate(found.prompts)
     ]
     artifacts = Artifacts(open_store(store))
-    artifacts.put_file(PROMPTS, key, PROMPTS_FILE, "".join(f"{line}\n" for line in lines).encode())
+    files = {PROMPTS_FILE: "".join(f"{line}\n" for line in lines).encode()}
     manifest = {
         "target": spec.name,
         "prompts": len(lines),
@@ -103,4 +103,4 @@ def elicit(
         "source": "chat template" if opening.end else "BOS token",
         "seconds": time.monotonic() - started,
     }
-    return artifacts.finish(PROMPTS, key, manifest)
+    return artifacts.write(PROMPTS, key, files, manifest)

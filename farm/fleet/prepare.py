@@ -57,9 +57,8 @@ def prepare_trunk(run: Run) -> Artifact:
     """The trunk's artifact: found, copied from the given folder, or trained on the base's own answers."""
     found = run.artifacts.find(TRUNK, run.trunk.key)
     if found is None and run.trunk.folder is not None:
-        for name in TRUNK_FILES:
-            run.artifacts.copy_file(TRUNK, run.trunk.key, run.trunk.folder / name)
-        found = run.artifacts.finish(TRUNK, run.trunk.key, {"copied_from": str(run.trunk.folder)})
+        files = {name: run.trunk.folder / name for name in TRUNK_FILES}
+        found = run.artifacts.write(TRUNK, run.trunk.key, files, {"copied_from": str(run.trunk.folder)})
     if found is None:
         for target in run.remaining:
             run.board.update(target.name, stage="trunk")

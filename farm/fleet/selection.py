@@ -116,10 +116,10 @@ def write_selection(
     }
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns), buffer)
-    artifacts.put_file(SELECT, key, SCORES_FILE, buffer.getvalue())
-    return artifacts.finish(
+    return artifacts.write(
         SELECT,
         key,
+        {SCORES_FILE: buffer.getvalue()},
         {
             "target": task.target.name,
             "settings": dump(task.settings),

@@ -179,12 +179,12 @@ def publish_fitted(job: TrainJob, folder: Path, fitted: Mapping[str, Any], secon
     Its manifest says both what the target took in all, `seconds`, and where the training loop's time went.
     """
     artifacts = Artifacts(open_store(job.store))
-    for name in (EXPERT_FILE,) if job.stage == ADAPT else TRUNK_FILES:
-        artifacts.copy_file(job.stage, job.key, folder / name)
-    artifacts.put_file(job.stage, job.key, CURVE_FILE, json.dumps(fitted["curve"]).encode())
+    names = (EXPERT_FILE,) if job.stage == ADAPT else TRUNK_FILES
+    files: dict[str, bytes | Path] = {name: folder / name for name in names}
+    files[CURVE_FILE] = json.dumps(fitted["curve"]).encode()
     rest = {name: value for name, value in fitted.items() if name not in ("curve", "seconds")}
     took = {"seconds": seconds, "loop_seconds": fitted["seconds"]}
-    return artifacts.finish(job.stage, job.key, {**job.record, **rest, **took})
+    return artifacts.write(job.stage, job.key, files, {**job.record, **rest, **took})
 
 
 def trainer(like: TrainJob, worker: Callable[[Any], Any], config: dict[str, Any], run_name: str) -> Any:

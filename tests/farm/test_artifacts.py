@@ -55,15 +55,14 @@ def test_an_artifact_exists_only_when_it_is_finished(artifacts):
     assert artifacts.path(finished, "tokens-0").read_bytes() == b"abc"
 
 
-def test_a_file_is_copied_under_its_own_name_without_being_held_in_memory(artifacts, tmp_path):
+def test_a_file_is_copied_without_being_held_in_memory(artifacts, tmp_path):
     source, num_bytes = tmp_path / "weights", 64 * 2**20
     with source.open("wb") as file:
         file.truncate(num_bytes)
     tracemalloc.start()
-    artifacts.copy_file("adapt", "k", source)
+    finished = artifacts.write("adapt", "k", {source.name: source}, {})
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    finished = artifacts.finish("adapt", "k", {})
     assert finished.manifest["files"]["weights"]["bytes"] == num_bytes
     assert most < num_bytes / 8
 
@@ -73,17 +72,55 @@ def test_who_finishes_second_gets_what_the_first_one_finished(artifacts):
     assert artifacts.finish("probe", "k", {"tau": 3.0}) == first
 
 
-@pytest.mark.parametrize("action", ["put_file", "copy_file"])
-def test_a_second_run_of_a_key_leaves_the_finished_files_as_their_manifest_says(artifacts, tmp_path, action):
+@pytest.mark.parametrize("action", ["put_file", "write"])
+def test_a_second_run_of_a_key_leaves_the_finished_files_as_their_manifest_says(artifacts, action):
     """Two runs of one training end in different weights: the manifest is the first one's."""
     for data in (b"first", b"other"):
-        (tmp_path / "weights").write_bytes(data)
-        if action == "copy_file":
-            artifacts.copy_file("adapt", "k", tmp_path / "weights")
+        if action == "write":
+            finished = artifacts.write("adapt", "k", {"weights": data}, {})
         else:
             artifacts.put_file("adapt", "k", "weights", data)
-        finished = artifacts.finish("adapt", "k", {})
+            finished = artifacts.finish("adapt", "k", {})
     assert artifacts.path(finished, "weights").read_bytes() == b"first"
+
+
+class Overtaken(FileStore):
+    """While one run writes its `at`-th object, another one writes the same artifact to its end."""
+
+    at, calls = 0, 0
+
+    def put(self, key, data):
+        self._overtake()
+        return super().put(key, data)
+
+    def put_if_absent(self, key, data):
+        self._overtake()
+        return super().put_if_absent(key, data)
+
+    def _overtake(self):
+        self.calls += 1
+        if self.calls == self.at:
+            Artifacts(FileStore(self.root)).write("trunk", "k", dict.fromkeys("ab", b"other run"), {"by": 2})
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_of_two_runs_that_write_one_artifact_at_once_it_is_wholly_the_first_ones(tmp_path, at):
+    """A trunk and an expert of two trainings do not fit, nor do files of one and the manifest of the other."""
+    store = Overtaken(tmp_path)
+    store.at, artifacts = at, Artifacts(store)
+    found = artifacts.write("trunk", "k", dict.fromkeys("ab", b"run"), {"by": 1})
+    assert found == artifacts.find("trunk", "k")
+    assert found.manifest["by"] == 2
+    assert [path.read_bytes() for path in sorted(artifacts.folder(found).iterdir())] == [b"other run"] * 2
+    assert artifacts.path(found, "a").read_bytes() == b"other run"
+    assert len(store.list("artifacts/trunk/k/")) == 3, "the second run's files serve nobody"
+
+
+def test_a_file_that_is_put_once_is_never_replaced(artifacts):
+    assert artifacts.put_once("answers", "k", "card", b"first")
+    assert not artifacts.put_once("answers", "k", "card", b"other")
+    assert artifacts.path(artifacts.finish("answers", "k", {}), "card").read_bytes() == b"first"
+    assert not artifacts.put_once("answers", "k", "late", b"")
 
 
 def test_artifacts_whose_keys_share_a_beginning_do_not_mix_their_files(artifacts):

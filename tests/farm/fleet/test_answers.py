@@ -1,15 +1,25 @@
 """A finished answers artifact: what its shards' cards add up to, and when there is nothing to train on."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from farm.artifacts import Artifacts
 from farm.config import Refused
+from farm.data.features import Answer, local_shards, read_shards, shard_names, write_shard
 from farm.data.prompts import Prompt
-from farm.fleet.answers import ANSWERS, AnswersJob, card_name, finish_answers
+from farm.fleet.answers import (
+    ANSWERS,
+    AnswersJob,
+    card_name,
+    feature_shards,
+    finish_answers,
+    put_card,
+)
 from farm.sections import RegenerateSettings, TargetSpec
 from farm.store import open_store
 
@@ -20,15 +30,48 @@ def job(reject: tuple[str, ...] = ("loop", "duplicate")) -> AnswersJob:
     return AnswersJob(TargetSpec(name="math", model="m"), settings, "key", prompts)
 
 
+WHOLE = {
+    "rows": 2, "finish_reasons": {"stop": 2, "length": 0, "error": 0}, "faults": {}, "rejected": 0, "digests": [],
+    "answer_tokens": 10, "feature_bytes": 0, "first_error": None, "seconds": 1.0,
+}  # fmt: skip
+
+
 def write_cards(root: Path, *cards: dict[str, Any]) -> Artifacts:
     artifacts = Artifacts(open_store(root.as_uri()))
-    whole = {
-        "rows": 2, "finish_reasons": {"stop": 2, "length": 0, "error": 0}, "faults": {}, "rejected": 0, "digests": [],
-        "answer_tokens": 10, "feature_bytes": 0, "first_error": None, "seconds": 1.0,
-    }  # fmt: skip
     for number, card in enumerate(cards):
-        artifacts.put_file(ANSWERS, "key", card_name(number), json.dumps(whole | card).encode())
+        artifacts.put_file(ANSWERS, "key", card_name(number), json.dumps(WHOLE | card).encode())
     return artifacts
+
+
+def answer(text: int) -> Answer:
+    return Answer(0, "a", (1, 2), (text,) * text, "stop", 0, 0.0, torch.full((1 + text, 4), float(text)))
+
+
+def test_of_two_runs_that_write_a_shard_at_once_it_has_the_files_and_the_card_of_one(tmp_path: Path) -> None:
+    """Their tokens may differ by rounding; the slower one even ends after the shard was finished."""
+    artifacts = write_cards(tmp_path)
+    cards = {writer: WHOLE | {"files": shard_names(0, writer)} for writer in ("one", "two", "late")}
+    write_shard(artifacts, ANSWERS, "key", 0, [answer(3)], writer="one")
+    write_shard(artifacts, ANSWERS, "key", 0, [answer(5)], writer="two")
+    assert put_card(artifacts, "key", 0, cards["two"])
+    assert not put_card(artifacts, "key", 0, cards["one"])
+    artifacts.put_file(
+        ANSWERS, "key", shard_names(0, "killed")[1], b"of a run that was killed before its card"
+    )
+    finished = finish_answers(artifacts, replace(job(), prompts=job().prompts[:2]))
+    write_shard(artifacts, ANSWERS, "key", 0, [answer(7)], writer="late")
+    assert not put_card(artifacts, "key", 0, cards["late"])
+    (sample,) = read_shards(local_shards(feature_shards(finished, artifacts)))
+    assert sample.tokens_T.tolist() == [1, 2, 5, 5, 5, 5, 5]
+    assert sample.features_TH.unique().tolist() == [5.0]
+    assert len(artifacts.files(ANSWERS, "key")) == 3 + 1  # and what the killed one left
+
+
+def test_shards_of_a_store_from_before_writers_had_names_are_found(tmp_path: Path) -> None:
+    artifacts = write_cards(tmp_path, {})
+    write_shard(artifacts, ANSWERS, "key", 0, [answer(3)])
+    finished = finish_answers(artifacts, replace(job(), prompts=job().prompts[:2]))
+    assert len(read_shards(local_shards(feature_shards(finished, artifacts)))) == 1
 
 
 def test_equal_answers_of_two_shards_are_counted_once(tmp_path: Path) -> None:

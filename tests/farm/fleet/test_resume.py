@@ -63,8 +63,10 @@ def driver(folder: Path, manifest: Manifest, address: str) -> "subprocess.Popen[
 
 def ids_of(artifacts: Artifacts, job: AnswersJob) -> Counter[str]:
     """How often each row's id is in the tokens of a job."""
-    folder = Path(artifacts.location(finish_answers(artifacts, job), "tokens-00000.parquet")).parent
-    return Counter(name for path in folder.glob("tokens-*") for name in pq.read_table(path)["id"].to_pylist())
+    finished = finish_answers(artifacts, job)
+    names = [name for name in finished.manifest["files"] if name.startswith("tokens-")]
+    tables = [pq.read_table(artifacts.path(finished, name)) for name in names]
+    return Counter(name for table in tables for name in table["id"].to_pylist())
 
 
 def wait_for_shards(
