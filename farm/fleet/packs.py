@@ -97,8 +97,10 @@ def fit_runs(
 def pack_worker(config: dict[Any, Any]) -> dict[str, str]:
     """The body of one training worker: tracebacks of targets that failed, by name. Rank 0 publishes the others."""
     import torch
-    from ray.train import get_checkpoint, get_context
+    from ray.train import get_context
+    from ray.train.collective import broadcast_from_rank_zero
 
+    from farm.fleet.checkpoints import resumed
     from farm.fleet.trunk import borrow_trunk
     from farm.train.packed import fit_packed
 
@@ -127,13 +129,16 @@ def pack_worker(config: dict[Any, Any]) -> dict[str, str]:
                 fitted = {**asdict(result), "metrics": dict(metrics)}
                 publish_fitted(jobs[name], Path(folder), fitted, time.monotonic() - begun[name])
 
-    checkpoint = get_checkpoint()
-    with tempfile.TemporaryDirectory() as folder:
-        resume = Path(checkpoint.to_directory(folder)) if checkpoint else None
+    def done(name: str) -> bool:
+        # Another run may publish the target between the looks of two workers, who have to keep step.
+        said: bool = broadcast_from_rank_zero(first and _is_done(jobs[name]))
+        return said
+
+    with resumed(config["start"]) as resume:
         assert like.trunk is not None  # targets are adapted over one
         with borrow_trunk(*like.trunk) as trunk:
             packed = fit_packed(
-                [job.task for job in pack.jobs], trunk, done=lambda name: _is_done(jobs[name]),
+                [job.task for job in pack.jobs], trunk, done=done,
                 report=report, started=started, finished=finished, resume=resume,
             )  # fmt: skip
     return dict(packed.failures)
@@ -143,21 +148,24 @@ def drive(pack: PackJob) -> dict[str, str]:
     """Runs until every target is published or has failed; the tracebacks of the latter by name."""
     from ray.train import TrainingFailedError
 
+    from farm.fleet.checkpoints import discard, folder_name
+
     failures: dict[str, str] = {}
     store = open_store(pack.jobs[0].store)
     while left := [job for job in pack.jobs if job.name not in failures and not _is_done(job)]:
         # With the finished ones, which workers pass over: a driver that is started again finds its run by their keys.
         rest = PackJob(tuple(job for job in pack.jobs if job.name not in failures))
-        at = f"train/{rest.run_name}.at"  # the target that the run is with
+        like = rest.jobs[0]
+        at = f"train/{folder_name(rest.run_name, like.own)}.at"  # the target that the run is with
         try:
-            result = trainer(left[0], pack_worker, {"pack": rest, "at": at}, rest.run_name).fit()
+            result = trainer(like, pack_worker, {"pack": rest, "at": at}, rest.run_name).fit()
         except TrainingFailedError as error:
             name = store.get(at).decode() if store.exists(at) else left[0].name
             failures[name] = str(error)
         else:
             missing = {job.name: "its run ended without it" for job in left if not _is_done(job)}
             failures |= missing | result.return_value
-            result.filesystem.delete_dir(result.path)  # optimizer states of finished targets serve nobody
+            discard(result)
         store.delete(at)
     return failures
 

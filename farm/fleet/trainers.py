@@ -7,11 +7,12 @@ because dead runs leave actors behind in a process that lives on.
 import hashlib
 import json
 import os
+import secrets
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -56,6 +57,8 @@ class TrainJob:
     at_once: int = 1  # runs side by side
     # Run id and targets on whose records its steps are shown.
     shown_as: tuple[str, tuple[str, ...]] | None = None
+    # Marks the run's folder. It travels with the job, so that a driver that is started again finds it.
+    own: str = field(default_factory=lambda: secrets.token_hex(4))
 
     @property
     def num_threads(self) -> int:
@@ -64,7 +67,7 @@ class TrainJob:
 
     @property
     def run_name(self) -> str:
-        """Ray Train resumes a run of the same name, so the name holds everything that decides the result.
+        """A run goes on from one of the same name, so the name holds everything that decides the result.
 
         A trunk's key may leave its prompts out, and so does not say on which answers its checkpoints were trained.
         """
@@ -92,17 +95,16 @@ class PackJob:
 def train_worker(config: dict[Any, Any]) -> Any:
     """The body of one training worker; rank 0's return value becomes the run's."""
     import torch
-    from ray.train import get_checkpoint
 
+    from farm.fleet.checkpoints import resumed
     from farm.fleet.trunk import borrow_trunk
     from farm.train.loop import fit
 
     job: TrainJob = config["job"]
-    task, trunk_file, checkpoint = job.task, job.trunk, get_checkpoint()
+    task, trunk_file = job.task, job.trunk
     torch.set_num_threads(job.num_threads)
     options = {"report": report_checkpoint, "steps_done": steps_shown(job)}
-    with tempfile.TemporaryDirectory() as folder:
-        resume = Path(checkpoint.to_directory(folder)) if checkpoint else None
+    with resumed(config["start"]) as resume:
         if trunk_file is None:
             result = fit(task, trunk=None, resume=resume, **options)
         else:
@@ -163,13 +165,15 @@ def train(job: TrainJob | PackJob) -> Artifact | dict[str, str]:
     found = artifacts.find(job.stage, job.key)
     if found:
         return found
+    from farm.fleet.checkpoints import discard
+
     started = time.monotonic()
     result = trainer(job, train_worker, {"job": job}, job.run_name).fit()
     assert result.checkpoint is not None  # the last report of `fit` always saves
     with result.checkpoint.as_directory() as folder:
         fitted = {**result.return_value, "metrics": result.metrics}
         finished = publish_fitted(job, Path(folder), fitted, time.monotonic() - started)
-    result.filesystem.delete_dir(result.path)  # optimizer states of a finished run serve nobody
+    discard(result)
     return finished
 
 
@@ -188,10 +192,16 @@ def publish_fitted(job: TrainJob, folder: Path, fitted: Mapping[str, Any], secon
 
 
 def trainer(like: TrainJob, worker: Callable[[Any], Any], config: dict[str, Any], run_name: str) -> Any:
-    """A run of `worker` with the resources and attempts of `like`."""
+    """A run of `worker` with the resources and attempts of `like`, in the folder of `like.own`.
+
+    `config` gets a `start`, see `farm.fleet.checkpoints`.
+    """
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    from farm.fleet.checkpoints import folder_name, take_over
+
+    start = take_over(open_store(like.store), run_name, like.own)
     resources, on_gpu = like.resources, like.resources.gpus_per_worker > 0
     variables = {RUN_VARIABLE: run_name}
     if not on_gpu:
@@ -199,12 +209,12 @@ def trainer(like: TrainJob, worker: Callable[[Any], Any], config: dict[str, Any]
     each = {"CPU": 1.0, **({"GPU": resources.gpus_per_worker} if on_gpu else {})}
     return TorchTrainer(
         worker,
-        train_loop_config=config,
+        train_loop_config={**config, "start": start},
         scaling_config=ScalingConfig(
             num_workers=resources.workers, use_gpu=on_gpu, resources_per_worker=each
         ),
         run_config=RunConfig(
-            name=run_name,
+            name=folder_name(run_name, like.own),
             storage_path=f"{like.store}/train",
             failure_config=FailureConfig(max_failures=like.attempts.worker),
             checkpoint_config=CheckpointConfig(num_to_keep=2),

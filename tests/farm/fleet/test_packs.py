@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import ray
 import torch
+from pyarrow.fs import LocalFileSystem
 from ray.train import WorkerGroupError
 from safetensors.torch import load_file
 
@@ -16,7 +17,7 @@ from farm.draft.checkpoint import EXPERT_FILE, TRUNK_FILE
 from farm.fleet.packs import SMALL_BYTES, divide, drive, in_runs, jobs_of
 from farm.fleet.pool import TargetFailed, describe
 from farm.fleet.stage_keys import ADAPT
-from farm.fleet.trainers import Attempts, PackJob, TrainJob, train
+from farm.fleet.trainers import Attempts, PackJob, TrainJob, train, trainer
 from farm.resources import AdaptResources
 from farm.store import open_store
 from farm.train.loop import FitTask
@@ -76,7 +77,7 @@ class Trained:
     """Stands for Ray Train in `drive`: a run does to the store what `ends` says of its targets, in turn."""
 
     def __init__(self, folder: Path, *ends: str) -> None:
-        self.store = open_store(folder.as_uri())
+        self.store, self._folder = open_store(folder.as_uri()), folder / "run"
         self.names: list[str] = []
         self._ends, self._failed = dict(zip("abc", ends, strict=True)), {}
 
@@ -104,8 +105,8 @@ class Trained:
             if how == "dies":
                 raise KeyboardInterrupt
             artifacts.finish(ADAPT, job.key, {})
-        filesystem = SimpleNamespace(delete_dir=lambda path: None)
-        return SimpleNamespace(return_value={}, filesystem=filesystem, path="")
+        self._folder.mkdir()
+        return SimpleNamespace(return_value={}, filesystem=LocalFileSystem(), path=str(self._folder))
 
 
 def test_a_run_that_a_target_takes_with_it_goes_on_without_it_and_keeps_the_whole_reason(
@@ -171,3 +172,30 @@ def test_packed_targets_equal_their_solo_runs_and_bad_ones_stop_no_other(
         for key, value in load_file(artifacts.path(found, EXPERT_FILE)).items():
             torch.testing.assert_close(value, expected[key], atol=1e-6, rtol=1e-5)
     assert not list((tmp_path / "store" / "train").glob("pack-*"))
+
+
+@pytest.mark.ray
+def test_workers_keep_step_where_another_run_publishes_a_target_between_their_looks(
+    ray_cluster: object, task: FitTask, tmp_path: Path
+) -> None:
+    def worker(config: dict[str, Any]) -> dict[str, str]:
+        from ray.train import get_context
+
+        from farm.fleet import packs
+
+        packs._is_done = lambda _job: get_context().get_world_rank() == 1  # whose look is the later one
+        return packs.pack_worker(config)
+
+    job = TrainJob(
+        name="t", stage=ADAPT, key="key", task=task, store=(tmp_path / "store").as_uri(),
+        trunk=("in step", str(Path(str(task.expert)).with_name(TRUNK_FILE))), resources=AdaptResources(workers=2),
+        attempts=Attempts(worker=0), record={},
+    )  # fmt: skip
+
+    @ray.remote(num_cpus=0, max_calls=1)
+    def drive_it() -> Any:
+        config = {"pack": PackJob((job,)), "at": "train/in-step.at"}
+        return trainer(job, worker, config, "in-step").fit().return_value
+
+    assert ray.get(drive_it.remote()) == {}
+    assert Artifacts(open_store(job.store)).find(ADAPT, "key") is not None
