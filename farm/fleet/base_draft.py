@@ -38,9 +38,8 @@ class BaseDraft:
         """
         from farm.draft.checkpoint import build_trunk, load_adapter
         from farm.draft.model import Draft
-        from farm.fleet.trunk import ensure_trunk, open_trunk
+        from farm.fleet.trunk import open_trunk
 
-        ensure_trunk(self.revision, self.trunk)
-        state, _ = open_trunk(self.revision)
+        state, _ = open_trunk(self.revision, self.trunk)
         draft = Draft(build_trunk(self.config, state), *load_adapter(self.config, local_copy(self.expert)))
         return draft.to(like.device, like.dtype).requires_grad_(False)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import ray
 import torch
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, ObjectLostError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -90,11 +90,25 @@ def ensure_trunk(revision: str, path: Path | str) -> str:
     raise AssertionError("unreachable")
 
 
-def open_trunk(revision: str) -> tuple[dict[str, Tensor], str]:
+def open_trunk(revision: str, path: Path | str | None = None) -> tuple[dict[str, Tensor], str]:
     """Map the trunk `revision` into this process without a copy; its tensors, and their sha256 when put.
 
-    Raises ValueError when no actor holds that revision (`ensure_trunk` was not called on this cluster).
+    With `path`, a revision that no actor holds is put first, so that whoever closes it early stops nobody. Raises
+    ValueError without, when no actor holds it (`ensure_trunk` was not called on this cluster).
     """
+    if path is None:
+        return _mapped(revision)
+    for attempt in range(OPEN_ATTEMPTS):
+        ensure_trunk(revision, path)
+        try:
+            return _mapped(revision)
+        except (ValueError, ActorDiedError, ObjectLostError):  # another run closed it in between
+            if attempt == OPEN_ATTEMPTS - 1:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _mapped(revision: str) -> tuple[dict[str, Tensor], str]:
     actor = ray.get_actor(_actor_name(revision), namespace=NAMESPACE)
     refs, digest = ray.get(actor.ref.remote())
     return {name: unpack(packed) for name, packed in ray.get(refs[0]).items()}, digest
@@ -104,12 +118,9 @@ def open_trunk(revision: str) -> tuple[dict[str, Tensor], str]:
 def borrow_trunk(revision: str, path: Path | str | None = None) -> Iterator[dict[str, Tensor]]:
     """`open_trunk` with the pages hashed on entry and exit; TrunkChanged when they are not what was put.
 
-    With `path`, a revision that no actor holds is put first, so that whoever closes it early stops nobody.
     The exit check is skipped when the body raises, so that the body's own error is the one seen.
     """
-    if path is not None:
-        ensure_trunk(revision, path)
-    state, digest = open_trunk(revision)
+    state, digest = open_trunk(revision, path)
     _check(revision, state, digest, "before")
     yield state
     _check(revision, state, digest, "after")

@@ -91,3 +91,21 @@ def test_two_workers_map_the_same_pages_and_a_write_is_caught(revision: str) -> 
     assert "after the work" in ray.get(readers[0].write_while_borrowed.remote())
     # The pages are shared, so the write of one worker reaches the other, whose check refuses to begin.
     assert "before the work" in ray.get(readers[1].write_while_borrowed.remote())
+
+
+@pytest.mark.ray
+def test_a_trunk_that_another_run_puts_away_between_two_looks_is_put_again(
+    revision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[bool] = []
+
+    def put_and_closed(name: str, path: Path | str) -> str:
+        digest = ensure_trunk(name, path)
+        if not closed:
+            closed.append(close_trunk(name))
+        return digest
+
+    monkeypatch.setattr("farm.fleet.trunk.ensure_trunk", put_and_closed)
+    with borrow_trunk(revision, tmp_path / "trunk.safetensors") as state:
+        assert closed == [True]
+        assert state.keys() == {"fc.weight", "attention.weight"}
