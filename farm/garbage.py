@@ -50,7 +50,8 @@ def find_garbage(store: ObjectStore, grace_s: float, now: float) -> list[Garbage
     A version's claim stays for ever, so that its number is never given again. Figures without files (checks, probes,
     evaluations) stay: they are small, and a rerun would have to measure them again. While a run is under way, which is
     one with an undecided target that was heard of within the grace time or UNDER_WAY_S, all outputs and checkpoints
-    stay: what it reads may be old, and nothing names it yet.
+    stay: what it reads may be old, and nothing names it yet. What a writer has not finished may be finished yet for
+    UNDER_WAY_S, however short the grace time is.
     """
     versions = {(group.folder.split("/")[1], group.folder.split("/")[2]): group for group in _versions(store)}
     targets = {target for target, _ in versions}
@@ -64,11 +65,19 @@ def find_garbage(store: ObjectStore, grace_s: float, now: float) -> list[Garbage
     ]
     found = [_without_claim(garbage) for garbage in found]
     found = [garbage for garbage in found if garbage.keys]
+    found += _unfinished(store, max(grace_s, UNDER_WAY_S), now)
     if unfinished_runs(store, now - max(grace_s, UNDER_WAY_S)):
         return found
     named = _named_by(store, (f"registry/{target}/{version}/{CARD}" for target, version in kept))
     named |= _named_by(store, ["registry/family.json"])
     return [*found, *_outputs(store, named, grace_s, now), *_checkpoints(store, grace_s, now)]
+
+
+def _unfinished(store: ObjectStore, grace_s: float, now: float) -> Iterator[Garbage]:
+    for entry in store.unfinished():
+        if now - entry.modified >= grace_s:
+            folder = entry.key.rpartition("/")[0]
+            yield Garbage(f"unfinished file in {folder}", (entry.key,), entry.num_bytes, now - entry.modified)
 
 
 def delete_garbage(store: ObjectStore, garbage: Garbage) -> bool:
@@ -95,11 +104,25 @@ def _outputs(store: ObjectStore, named: set[str], grace_s: float, now: float) ->
         kept.add(key)
         manifests = [f"{group.folder}/{MANIFEST}" for group in groups if group.folder.endswith(f"/{key}")]
         waiting |= _named_by(store, manifests) - kept
-    return [
+    gone = [
         group.garbage(" ".join(group.folder.split("/")[1:]), MANIFEST, now)
         for group in groups
         if group.folder.split("/")[2] not in kept and group.names != {MANIFEST}
     ]
+    finished = (group for group in groups if group.folder.split("/")[2] in kept and MANIFEST in group.names)
+    return [*gone, *_strays(store, finished, grace_s, now)]
+
+
+def _strays(store: ObjectStore, groups: Iterable[_Group], grace_s: float, now: float) -> Iterator[Garbage]:
+    """Files beside those that an output's manifest lists: of a run that wrote the same one, and was killed."""
+    for group in groups:
+        manifest = _read(store, f"{group.folder}/{MANIFEST}")
+        place = f"{group.folder}/{manifest['folder']}" if "folder" in manifest else group.folder
+        listed = {f"{group.folder}/{MANIFEST}", *(f"{place}/{name}" for name in manifest.get("files", ()))}
+        old = (entry for entry in group.entries if now - entry.modified >= grace_s)
+        strays = _Group(group.folder, tuple(entry for entry in old if entry.key not in listed))
+        if manifest and strays.entries:
+            yield strays.garbage(f"strays of {' '.join(group.folder.split('/')[1:])}", "", now)
 
 
 def _checkpoints(store: ObjectStore, grace_s: float, now: float) -> list[Garbage]:

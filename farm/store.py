@@ -5,7 +5,7 @@ import hashlib
 import os
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -88,9 +88,13 @@ class ObjectStore(ABC):
     def entries(self, prefix: str) -> list[Entry]:
         """The objects whose keys start with `prefix`, sorted by key; an empty prefix means every object."""
 
+    def unfinished(self) -> list[Entry]:
+        """What writers have not finished, those that were killed among them: `delete` takes its keys, nothing else."""
+        return []
+
     @abstractmethod
     def delete(self, key: str) -> None:
-        """Remove an object; nothing happens if it is absent."""
+        """Remove an object, or what is `unfinished`; nothing happens if it is absent."""
 
     @abstractmethod
     def local_path(self, key: str) -> Path:
@@ -181,16 +185,16 @@ class FileStore(ObjectStore):
         if prefix:
             self._path(prefix)
         folder = self.root.joinpath(*PurePosixPath(prefix).parts[: None if prefix.endswith("/") else -1])
-        paths = {self._key(path): path for path in folder.rglob("*") if _is_object(path)}
-        found = []
-        for key in sorted(key for key in paths if key.startswith(prefix)):
-            with suppress(FileNotFoundError):  # deleted meanwhile
-                stat = paths[key].stat()
-                found.append(Entry(key, stat.st_size, stat.st_mtime))
-        return found
+        found = self._entries(path for path in folder.rglob("*") if _is_object(path))
+        return [entry for entry in found if entry.key.startswith(prefix)]
+
+    def unfinished(self) -> list[Entry]:
+        return self._entries(self.root.rglob(f"{_TEMPORARY}*"))
 
     def delete(self, key: str) -> None:
-        self._path(key).unlink(missing_ok=True)
+        parts = check_key(key)
+        path = self.root.joinpath(*parts) if parts[-1].startswith(_TEMPORARY) else self._path(key)
+        path.unlink(missing_ok=True)
 
     def local_path(self, key: str) -> Path:
         path = self._path(key)
@@ -204,6 +208,14 @@ class FileStore(ObjectStore):
     def digest(self, key: str) -> tuple[int, str]:
         path = self.local_path(key)
         return path.stat().st_size, file_sha256(path)
+
+    def _entries(self, paths: Iterable[Path]) -> list[Entry]:
+        found = []
+        for path in sorted(paths, key=self._key):
+            with suppress(FileNotFoundError):  # deleted meanwhile
+                stat = path.stat()
+                found.append(Entry(self._key(path), stat.st_size, stat.st_mtime))
+        return found
 
     def _key(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()

@@ -12,6 +12,7 @@ from farm.garbage import delete_garbage, find_garbage
 from farm.registry import Registry
 from farm.status import StatusBoard
 from farm.store import FileStore, ObjectStore, open_store
+from tests.farm.killed import run_until
 
 DAY = 86400.0
 LATER = 30 * DAY  # after everything was written
@@ -105,6 +106,50 @@ def test_outputs_that_a_kept_card_the_family_or_a_kept_output_names_stay(store):
         assert artifacts.path(kept, "data").read_bytes() == b"y" * 1000
     assert artifacts.find("probe", "probe1") is not None
     assert not store.list("artifacts/answers/half/")
+
+
+def test_what_a_killed_writer_left_in_a_folder_goes_once_nobody_can_be_writing_it(tmp_path):
+    store = FileStore(tmp_path)
+    finish(store, TRUNK, "trunk1")
+    Registry(store).put_family({"trunk_key": "trunk1"})
+    run_until("written", KILLED_WRITER, str(tmp_path))
+    (left,) = tmp_path.rglob(".tmp-*")
+    StatusBoard(store, "run1").update("math", stage="adapt")  # which is none of its business
+    assert found(store, after=3600.0, grace=0.0) == []
+    assert found(store, after=2 * DAY) == []
+    assert found(store, after=LATER) == ["unfinished file in artifacts/trunk/trunk1"]
+    collect(store)
+    assert not left.exists()
+    assert Artifacts(store).find(TRUNK, "trunk1") is not None
+
+
+# Ends between the two steps of a write: all bytes are on disk, under a name that is not theirs.
+KILLED_WRITER = """
+import sys, time
+from pathlib import Path
+from farm.store import FileStore
+Path.replace = lambda *_: (print("written", flush=True), time.sleep(60))
+FileStore(Path(sys.argv[1])).put("artifacts/trunk/trunk1/weights", b"w" * 1000)
+"""
+
+
+def test_files_of_a_run_that_was_killed_beside_another_that_made_the_same_output_go(store):
+    artifacts = Artifacts(store)
+    artifacts.write(TRUNK, "trunk1", {"weights": b"w" * 100}, {"answers_key": "answers1"})
+    store.put("artifacts/trunk/trunk1/0123abcd/weights", b"x" * 200)
+    artifacts.put_file("answers", "answers1", "tokens-00000-one.parquet", b"of whose card was first")
+    artifacts.put_file("answers", "answers1", "tokens-00000-two.parquet", b"of whose was not")
+    artifacts.finish("answers", "answers1", {}, ["tokens-00000-one.parquet"])
+    Registry(store).put_family({"trunk_key": "trunk1"})
+    assert found(store, after=3600.0) == []
+    assert sorted(found(store)) == ["strays of answers answers1", "strays of trunk trunk1"]
+    collect(store)
+    assert found(store) == []
+    for stage, key in ((TRUNK, "trunk1"), ("answers", "answers1")):
+        kept = artifacts.find(stage, key)
+        assert kept is not None
+        assert len(store.list(f"artifacts/{stage}/{key}/")) == 2
+        assert list(artifacts.folder(kept).iterdir())
 
 
 def test_a_publisher_that_has_not_written_its_card_yet_loses_nothing(store):
