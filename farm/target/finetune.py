@@ -21,7 +21,6 @@ from farm.target.load import load_model, load_tokenizer, placement, resolve_dtyp
 from farm.target.reference import with_given_states
 
 IGNORED = -100
-LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @dataclass(frozen=True)
@@ -87,11 +86,12 @@ def _with_lora(model: Any, rank: int) -> Any:
     from peft import LoraConfig, get_peft_model
 
     try:
-        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_MODULES))
+        # Every product of the layers, whatever it is called there, and not the head.
+        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
     except ValueError as error:
         kind = model.config.model_type
         raise UserError(
-            f"--lora-rank: {kind} models have none of {', '.join(LORA_MODULES)}; train every weight instead"
+            f"--lora-rank: no LoRA can be put on {kind} models ({error}); train every weight instead"
         ) from error
 
 

@@ -17,6 +17,7 @@ from farm.sections import TargetSpec
 from farm.target import zoo
 from farm.target.finetune import FinetuneSettings, finetune
 from farm.target.load import LoadedTarget, load_target, load_tokenizer
+from farm.target.weights import adapter_names
 from tests.farm.models import tiny_model
 from tests.farm.target.test_reference import tiny
 
@@ -173,11 +174,27 @@ def test_a_base_that_cannot_be_read_is_told_in_one_line(tmp_path: Path) -> None:
             finetune(TargetSpec(name="base", model=model), ROWS, SETTINGS, tmp_path / "made", unseen)
 
 
-def test_a_lora_of_a_model_without_its_layers_is_refused_by_option(tmp_path: Path) -> None:
-    zoo.save(tiny("gpt2", vocab_size=1024, n_positions=256), zoo.train_tokenizer(), tmp_path / "base")
+@pytest.mark.parametrize(
+    ("kind", "layers"),
+    [
+        ("phi3", {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}),
+        ("phi", {"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"}),
+        ("gpt2", {"c_attn", "c_proj", "c_fc"}),
+        ("opt", {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}),
+    ],
+)
+def test_a_lora_is_on_every_product_of_the_layers_whatever_they_are_called(
+    kind: str, layers: set[str], tmp_path: Path
+) -> None:
+    sizes = {"vocab_size": 1024, "max_position_embeddings": 256}
+    zoo.save(tiny(kind, **sizes), zoo.train_tokenizer(), tmp_path / "base")
     spec = TargetSpec(name="base", model=str(tmp_path / "base"))
-    with pytest.raises(UserError, match="--lora-rank: gpt2"):
-        finetune(spec, ROWS, FinetuneSettings(lora_rank=2), tmp_path / "made", unseen)
+    settings = FinetuneSettings(steps=30, lr=1e-2, rows=4, lora_rank=4, dtype="float32")
+    finetune(spec, ROWS, settings, tmp_path / "made", unseen)
+    names = adapter_names(tmp_path / "made")
+    assert {name.split(".lora_")[0].rpartition(".")[2] for name in names} == layers
+    target = load_target(spec.model_copy(update={"name": "made", "lora": str(tmp_path / "made")}))
+    assert loss_of_answers(target) < 0.9 * loss_of_answers(load_target(spec))
 
 
 def test_rows_without_answers_are_the_users_mistake(base: TargetSpec, tmp_path: Path) -> None:
