@@ -23,7 +23,8 @@ from farm.sections import Dtype, RegenerateSettings, TargetSpec
 from farm.store import NotFound
 
 ANSWERS = "answers"
-# They say where and how fast the work runs and what is kept of it, not which tokens come out.
+# They say where and how fast the work runs and what is kept of it, not which tokens come out. `batch_rows` does: where
+# kernels are not the farm's own, products round by their number of rows, and in bfloat16 many an answer follows that.
 _NOT_IN_KEY = (
     "memory_bytes", "rows", "features", "byte_budget", "draft",
     "url", "api_key_env", "concurrency", "retries", "timeout_s",
