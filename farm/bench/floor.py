@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from farm.decode.routes import Route
 from farm.target.forward import TargetForward
@@ -46,8 +46,8 @@ def step_bytes(target: TargetForward) -> int:
 def round_bytes(routes: Sequence[Route], forwards: int) -> int:
     """Of weights that a round with rows of all these targets reads, with so many forwards of their drafts.
 
-    A checkpoint and its head are read once for all rows, a trunk once a forward; a LoRA, a private expert and changes
-    to the trunk by the rows of their target alone.
+    A checkpoint and its head are read once for all rows, a trunk and the head that drafts have once a forward; a LoRA,
+    a private expert and changes to the trunk by the rows of their target alone.
     """
     checkpoints = {id(route.forward): cast(TargetForward, route.forward) for route in routes}.values()
     loras = [route.lora.flat_EP for route in routes if route.lora is not None]
@@ -56,10 +56,17 @@ def round_bytes(routes: Sequence[Route], forwards: int) -> int:
     drafts = [route.draft for route in routes if route.draft is not None]
     if not drafts or not forwards:
         return verified
-    own = sum(_bytes(draft) - _bytes(draft.trunk) for draft in drafts)
-    return verified + forwards * (
-        _bytes(drafts[0].trunk) + own + sum(one.head_weight.nbytes for one in checkpoints)
-    )
+    trunk = drafts[0].trunk
+    own = sum(_bytes(draft) - _bytes(trunk) for draft in drafts)
+    heads = sum(_head_bytes(one, trunk.vocabulary_C) for one in checkpoints)
+    return verified + forwards * (_bytes(trunk) + own + heads)
+
+
+def _head_bytes(target: TargetForward, vocabulary_C: Tensor | None) -> int:
+    """Of a target's head as drafts read it: the rows of their vocabulary alone, where it is pruned."""
+    head_VH = target.head_weight
+    num_rows = len(head_VH) if vocabulary_C is None else len(vocabulary_C)
+    return num_rows * head_VH.shape[1] * head_VH.itemsize
 
 
 def _bytes(module: nn.Module) -> int:
