@@ -95,6 +95,11 @@ class Drafts:
         """
         return self._bind(targets, self._trunk.alone is None or (not in_mixture and self._stays(targets)))
 
+    def folded(self, draft: LeanDraft) -> object | None:
+        """The trunk of a draft that was bound, if one target's changes are in it: of these, KEPT_TRUNKS stay."""
+        trunk = draft.parts[0]
+        return None if trunk is self._trunk else trunk
+
     def _stays(self, targets: tuple[str, ...]) -> bool:
         """Whether these rows change the trunk all alike, and have for long enough; takes note that they do."""
         drafts = [self._routes[name].draft for name in set(targets)]

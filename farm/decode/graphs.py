@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from farm.decode.drafts import KEPT_TRUNKS
+
 Tensors = tuple[Tensor, ...]
 Step = Callable[..., Tensors]
 MOST_GRAPHS = 128
@@ -50,13 +52,15 @@ class StepGraphs:
     """The captured steps of one engine, the least recently used of which are dropped.
 
     A capture costs more than a few steps: what comes once, and not again before MOST_SEEN others have, runs as it is.
-    Where a capture fails, all run as they are.
+    Where a capture fails, all run as they are. Captured steps keep their weights alive: of trunks that are made for one
+    target, as many as drafts keep.
     """
 
     def __init__(self, capture: Capture | None) -> None:
         """`capture` is None where steps are not to be captured."""
         self._capture = capture
         self._captured: OrderedDict[Hashable, Captured] = OrderedDict()
+        self._trunks: OrderedDict[int, set[Hashable]] = OrderedDict()  # keys of steps by such a trunk's id
         self._seen_once: OrderedDict[Hashable, None] = OrderedDict()
 
     @classmethod
@@ -67,10 +71,17 @@ class StepGraphs:
     def __len__(self) -> int:
         return len(self._captured)
 
-    def run(self, key: Hashable, make: Callable[[], Step], inputs: Tensors) -> Tensors:
-        """Outputs of the step that `make` makes. Steps of one key differ in nothing but their inputs' values."""
+    def run(
+        self, key: Hashable, make: Callable[[], Step], inputs: Tensors, trunk: object | None = None
+    ) -> Tensors:
+        """Outputs of the step that `make` makes. Steps of one key differ in nothing but their inputs' values.
+
+        `trunk` is one that was made for the step's target.
+        """
         if self._capture is None:
             return make()(*inputs)
+        if trunk is not None:
+            self._make_room(id(trunk), key)
         if key not in self._captured:
             if self._is_new(key) or not self._try(self._capture, key, make(), inputs):
                 return make()(*inputs)
@@ -81,6 +92,16 @@ class StepGraphs:
         """Drops all; weights may go, or move."""
         self._captured.clear()
         self._seen_once.clear()
+        self._trunks.clear()
+
+    def _make_room(self, trunk: int, key: Hashable) -> None:
+        """Drops the steps of trunks that were not among the last."""
+        self._trunks.setdefault(trunk, set()).add(key)
+        self._trunks.move_to_end(trunk)
+        while len(self._trunks) > KEPT_TRUNKS:
+            for gone in self._trunks.popitem(last=False)[1]:
+                self._captured.pop(gone, None)
+                self._seen_once.pop(gone, None)
 
     def _is_new(self, key: Hashable) -> bool:
         """Whether the key has not been seen; it has from now on, until it is captured or many others were seen."""

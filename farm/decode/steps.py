@@ -104,7 +104,7 @@ class StaticSteps:
         context = self.buckets.context(max(reached, max(starts) + num_tokens), cache.capacity)
         starts_B = self._starts(starts, more, cache)
         counts_B = _pad_rows(torch.tensor(counts, device=starts_B.device), more, 1)
-        at_work = _StaticDraft(self.graphs, draft, head, cache, context)
+        at_work = _StaticDraft(self.graphs, draft, head, cache, context, drafts.folded(draft))
         tokens_BT = _pad(pending.tokens_BT, more, num_tokens)
         hidden_BTH = functional.pad(
             pending.hidden_BTH, (0, 0, 0, num_tokens - pending.hidden_BTH.shape[1], 0, more)
@@ -163,6 +163,7 @@ class _StaticDraft:
     head: Ends
     cache: SlotCache
     context: int
+    folded: object | None  # see Drafts
 
     def read(
         self, tokens_BT: Tensor, hidden_BTH: Tensor, starts_B: Tensor, last_B: Tensor
@@ -174,7 +175,7 @@ class _StaticDraft:
         # What routes rows is made anew for every batch: a graph of it would never be run again.
         by_row = self.draft.changed_by_row or isinstance(self.head, MixedHeads)
         graphs = StepGraphs(None) if by_row else self.graphs
-        hidden_BH, logits_BC = graphs.run(key, lambda: self._step, inputs)
+        hidden_BH, logits_BC = graphs.run(key, lambda: self._step, inputs, self.folded)
         return hidden_BH, logits_BC
 
     def _step(self, tokens_BT: Tensor, hidden_BTH: Tensor, starts_B: Tensor, last_B: Tensor) -> Tensors:

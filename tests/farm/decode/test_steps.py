@@ -1,5 +1,6 @@
 """Steps of a few shapes give the tokens of steps in their own; they can be captured, and repeated from a capture."""
 
+import gc
 import logging
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 import farm.decode.steps as steps_module
 from farm.decode.buckets import LEAST_CONTEXT, Buckets
 from farm.decode.controls import make_control
+from farm.decode.drafts import KEPT_TRUNKS
 from farm.decode.engine import Completion, Engine, Request, Route
 from farm.decode.graphs import Captured, Step, StepGraphs, Tensors
 from farm.decode.proposal import ToVerify
@@ -24,7 +26,7 @@ from farm.target.forward import TargetForward
 from tests.farm.decode.capture import NoHost, checked, recorded, with_capture
 from tests.farm.decode.family import family
 from tests.farm.decode.test_engine import NO_STOP, prompts
-from tests.farm.models import tiny_model, tiny_pair
+from tests.farm.models import random_delta, tiny_model, tiny_pair
 
 TREE = TreeShape("top-k", 3, 2, 6)
 CAPTURES = pytest.mark.parametrize("capture", [checked, recorded])
@@ -270,3 +272,24 @@ def test_cuda_graphs_give_the_tokens_of_eager_steps(tree: TreeShape | None) -> N
     engine = Engine([Route(target, NO_STOP, draft)], **options)
     assert tokens(engine.run(requests)) == tokens(eager)
     assert len(engine.runner.steps.graphs) > 1
+
+
+def test_captured_steps_keep_no_more_trunks_of_single_targets_than_drafts_do() -> None:
+    """A replica has room for KEPT_TRUNKS of them; a target that comes back is captured anew."""
+    target, first = exact_pair()
+    routes = []
+    for seed in range(KEPT_TRUNKS + 2):
+        delta = random_delta(first.config, {"fc": 2, "qkv": 2}, seed).double()
+        routes.append(Route(target, NO_STOP, Draft(first.trunk, first.expert, delta), target=f"t{seed}"))
+    options: dict[str, Any] = {"num_slots": 2, "max_length": 64, "k": 3}
+    engine = Engine(routes, buckets=True, **options)
+    graphs, captured = with_capture(engine, recorded), []
+    for route in [*routes, routes[0]]:
+        requests = some(2, 5, [route.target], max_new_tokens=30)
+        expected = tokens(Engine([route], buckets=False, **options).run(requests))
+        assert tokens(engine.run(requests)) == expected
+        captured.append(len(graphs))
+    gc.collect()
+    assert engine.runner.drafting is not None
+    assert len(engine.runner.drafting._drafts._made) == KEPT_TRUNKS
+    assert captured[1] > captured[0], "the steps of two trunks are kept side by side"
