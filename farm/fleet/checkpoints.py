@@ -31,18 +31,18 @@ def take_over(store: ObjectStore, run_name: str, own: str) -> str | None:
     """
     for other in _others(store, run_name, own):
         for _ in range(COPY_ATTEMPTS):
-            try:
-                found = _last(store, other)
-                if found is None:
-                    break
-                to = f"train/{folder_name(run_name, own)}/{START}"
-                _copy(store, found, to)
-                # Ray deletes a checkpoint after it has left the list: what is on it still was whole.
-                now = _last(store, other)
-                if now is not None and now.path == found.path:
-                    return store.location(to)
-            except (OSError, RuntimeError):  # deleted meanwhile; Ray says so in both ways
+            found = _last(store, other)
+            if found is None:
                 continue
+            to = f"train/{folder_name(run_name, own)}/{START}"
+            try:
+                _copy(store, found, to)
+            except FileNotFoundError:  # deleted meanwhile
+                continue
+            # Ray deletes a checkpoint after it has left the list: what is on it still was whole.
+            now = _last(store, other)
+            if now is not None and now.path == found.path:
+                return store.location(to)
     return None
 
 
@@ -79,8 +79,11 @@ def _others(store: ObjectStore, run_name: str, own: str) -> list[str]:
 
 
 def _last(store: ObjectStore, folder: str) -> Checkpoint | None:
-    """The last checkpoint on a run's list; None if it has none yet, RuntimeError without a list."""
-    found: Checkpoint | None = Result.from_path(f"{store.uri}/train/{folder}").checkpoint
+    """The last checkpoint on a run's list; None if there is none, or no list that can be read."""
+    try:
+        found: Checkpoint | None = Result.from_path(f"{store.uri}/train/{folder}").checkpoint
+    except Exception:  # noqa: BLE001 - Ray has several for a list that is being written, or deleted with its run
+        return None
     return found
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from farm.artifacts import Artifacts
 from farm.draft.checkpoint import EXPERT_FILE, TRUNK_FILE
+from farm.fleet.checkpoints import take_over
 from farm.fleet.stage_keys import ADAPT
 from farm.fleet.trainers import Attempts, TrainJob, train
 from farm.resources import AdaptResources
@@ -24,8 +25,8 @@ EPOCHS = 12  # of three steps each, a checkpoint after every one
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> ObjectStore:
-    return open_store((tmp_path / "store").as_uri())
+def store(store_uri: str) -> ObjectStore:
+    return open_store(store_uri)
 
 
 @pytest.fixture
@@ -80,3 +81,14 @@ def test_a_run_beside_another_of_the_same_name_and_one_after_a_killed_one_end_as
     for name, value in load_file(Artifacts(store).path(found[0], EXPERT_FILE)).items():
         torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=1e-5)
     assert sorted(key for key in store.list("train/") if "checkpoint_" in key) == left
+
+
+def test_a_list_of_checkpoints_that_is_half_written_or_not_there_stops_no_other_run(
+    store: ObjectStore,
+) -> None:
+    """A run that was killed while it wrote the list has left such a one."""
+    store.put("train/adapt-t-key@half/checkpoint_manager_snapshot.json", b'{"ray_version": "2.')
+    store.put("train/adapt-t-key@half/checkpoint_2026/state.json", b"{}")
+    store.put("train/adapt-t-key@none/checkpoint_2026/state.json", b"{}")
+    assert take_over(store, "adapt-t-key", "new") is None
+    assert not store.list("train/adapt-t-key@new")
