@@ -192,9 +192,8 @@ class FileStore(ObjectStore):
         return self._entries(self.root.rglob(f"{_TEMPORARY}*"))
 
     def delete(self, key: str) -> None:
-        parts = check_key(key)
-        path = self.root.joinpath(*parts) if parts[-1].startswith(_TEMPORARY) else self._path(key)
-        path.unlink(missing_ok=True)
+        name = check_key(key)[-1]
+        (self.root / key if name.startswith(_TEMPORARY) else self._path(key)).unlink(missing_ok=True)
 
     def local_path(self, key: str) -> Path:
         path = self._path(key)
