@@ -17,12 +17,13 @@ from farm.decode.scheduler import LiveRequest
 class Batch:
     """Requests that decode side by side. `load` has the limits of rows that have room for all that they may draft."""
 
-    most: tuple[int, ...]  # tokens that each row ends with at the latest
+    most_B: tuple[int, ...]  # tokens that each row ends with at the latest
     params: tuple[SamplingParams, ...]
     groups: tuple[Group, ...]
     asked: dict[int, int]  # alternatives that rows want beside the log-probabilities of their tokens
     load: Load
     in_trees: bool  # they are drafted whole, or not at all
+    penalised: bool  # some of them
 
     @classmethod
     def of(cls, rows: Sequence[LiveRequest], routes: Routes, most: int, in_trees: bool) -> Batch:
@@ -35,14 +36,15 @@ class Batch:
         limits = tuple(limit if drafted else 0 for limit, drafted in pairs)
         sampled = tuple(one.temperature > 0 for one in params)
         load = Load(targets, limits, len(groups), sampled)
-        return cls(tuple(row.most for row in rows), params, groups, rows_that_ask(params), load, in_trees)
+        most_B, penalised = tuple(row.most for row in rows), any(one.penalised for one in params)
+        return cls(most_B, params, groups, rows_that_ask(params), load, in_trees, penalised)
 
     def load_at(self, lengths: Sequence[int]) -> Load:
         """With rows of so many tokens: a verification adds one to what it accepts, and there is to be room for all."""
         longest = max(self.load.limits)
         if not longest:
             return self.load
-        room_B = [most - length - 1 for most, length in zip(self.most, lengths, strict=True)]
+        room_B = [most - length - 1 for most, length in zip(self.most_B, lengths, strict=True)]
         if min(room_B) >= longest:
             return self.load
         if self.in_trees:

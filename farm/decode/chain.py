@@ -36,6 +36,8 @@ class ChainProposal:
 
     def to_verify(self, last_B: Tensor) -> ToVerify:
         """The last committed token and the drafted ones, in line."""
+        if not self.tokens_BK.shape[1]:
+            return ToVerify(last_B[:, None], None)
         return ToVerify(torch.cat((last_B[:, None], self.tokens_BK), dim=1), None)
 
     def settle(self, reading: Reading, batch: SamplingBatch) -> Settled:

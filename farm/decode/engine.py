@@ -9,6 +9,7 @@ numbers depend on its own seed and rounds, never on its neighbours.
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -106,7 +107,7 @@ class Engine:
         )  # fmt: skip
         for route in routes:
             self.runner.host(route)
-        self.stats_of: dict[str, DecodeStats] = {}  # of the targets that are hosted
+        self.stats_of = defaultdict[str, DecodeStats](DecodeStats)  # of the targets that are hosted
         self._stats_of_dropped = DecodeStats()
         self._features: dict[str, list[Tensor]] = {}
         self._observed_s = 0.0
@@ -227,8 +228,7 @@ class Engine:
             kept.append(len(new))
             if slot in done.logprobs:
                 sequence.logprobs += done.logprobs[slot][: len(new)]
-            of_target = self.stats_of.setdefault(sequence.request.target, DecodeStats())
-            for stats in (sequence.stats, of_target):
+            for stats in (sequence.stats, self.stats_of[sequence.request.target]):
                 stats.count(drafted, accepted, len(new))
             if self.capture:
                 self._features[sequence.request.id].append(done.hidden_BTH[slot, : len(new)].clone())

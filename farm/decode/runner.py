@@ -19,7 +19,7 @@ from farm.decode.chain import ChainProposal
 from farm.decode.control import Control, Load, RoundResult
 from farm.decode.drafting import Drafting
 from farm.decode.graphs import StepGraphs
-from farm.decode.logprobs import TokenLogprob, committed_logprobs, rows_that_ask
+from farm.decode.logprobs import TokenLogprob, committed_logprobs
 from farm.decode.penalties import Penalties, Said
 from farm.decode.proposal import Proposal, ToVerify
 from farm.decode.routes import Group, Route, Routes
@@ -149,8 +149,8 @@ class Runner:
         started = time.perf_counter()
         num_rows, start = len(prefill.rows), prefill.start
         chunks = [row.tokens[start:end] for row, end in zip(prefill.rows, prefill.ends, strict=True)]
-        targets = tuple(row.request.target for row in prefill.rows)
-        (group,) = self.routes.groups(targets)  # the scheduler admits one group at a time
+        batch = self._batch_of(prefill.rows)
+        (group,) = batch.groups  # the scheduler admits one group at a time
         rows = Rows([start] * num_rows, first=prefill.first, counts=[len(chunk) for chunk in chunks])
         tokens_BT = _pad(chunks, self.device)
         loras = group.lora_rows(tokens_BT.shape[1])
@@ -160,9 +160,9 @@ class Runner:
         if prefill.completes:
             last_BH = hidden_BTH[torch.arange(num_rows), last_B]
             logits_BV = group.forward.logits(last_BH)
-            first = _first_tokens(logits_BV, self.sampling_batch(prefill.rows)).tolist()
-            if asked := rows_that_ask([row.request.params for row in prefill.rows]):
-                logprobs = committed_logprobs(logits_BV[:, None], [[token] for token in first], asked)
+            first = _first_tokens(logits_BV, self._sampling_of(prefill.rows, batch)).tolist()
+            if batch.asked:
+                logprobs = committed_logprobs(logits_BV[:, None], [[token] for token in first], batch.asked)
         if self.drafting is not None:
             self.drafting.prefilled(hidden_BTH, rows)
         self.seconds.prefill += time.perf_counter() - started
@@ -173,7 +173,10 @@ class Runner:
 
         The caches hold all tokens of a sequence but the last.
         """
-        batch, sampling = self._batch_of(rows), self.sampling_batch(rows)
+        if self._batch is None:
+            self._batch = self._batch_of(rows)
+        batch = self._batch
+        sampling = self._sampling_of(rows, batch)
         sequences = [row.tokens for row in rows]
         lengths = list(map(len, sequences))
         load = batch.load_at(lengths)
@@ -208,12 +211,12 @@ class Runner:
             settled.tokens, settled.hidden_BTH, logprobs, load, settled.lengths, proposal, draft_s, catch_up_s
         )
 
-    def sampling_batch(self, rows: Sequence[LiveRequest]) -> SamplingBatch:
+    def _sampling_of(self, rows: Sequence[LiveRequest], batch: Batch) -> SamplingBatch:
         """The settings of live requests for their next round."""
-        params, penalties = [row.request.params for row in rows], None
-        if any(one.penalised for one in params):
-            penalties = Penalties.of(params, list(map(self._said_by, rows)))
-        return SamplingBatch.of(params, [row.rounds for row in rows], penalties)
+        penalties = None
+        if batch.penalised:
+            penalties = Penalties.of(batch.params, list(map(self._said_by, rows)))
+        return SamplingBatch(batch.params, tuple(row.rounds for row in rows), penalties)
 
     def _said_by(self, row: LiveRequest) -> Said | None:
         if not row.request.params.penalised:
@@ -223,10 +226,7 @@ class Runner:
         return self._said[row]
 
     def _batch_of(self, rows: Sequence[LiveRequest]) -> Batch:
-        """The same one until a request joins or leaves."""
-        if self._batch is None:
-            self._batch = Batch.of(rows, self.routes, self._sizes["max_drafted"], self.tree is not None)
-        return self._batch
+        return Batch.of(rows, self.routes, self._sizes["max_drafted"], self.tree is not None)
 
     def regroup(self, move: Move | None) -> None:
         """Requests have joined or left: copies sequences to other slots, where some have to move."""

@@ -137,8 +137,9 @@ def test_a_live_request_keeps_its_counts_from_round_to_round_and_takes_them_with
     engine.add(Request("a", (1, 2, 3), SamplingParams(presence_penalty=1.0, max_new_tokens=9)))
     engine.step()
     (live,) = engine.scheduler.live
-    batches = [engine.runner.sampling_batch([live]).penalties for _ in range(2)]
-    (first, second) = (batch.rows[0][1] for batch in batches if batch is not None)
+    runner = engine.runner
+    rounds = [runner._sampling_of([live], runner._batch_of([live])).penalties for _ in range(2)]
+    (first, second) = (penalties.rows[0][1] for penalties in rounds if penalties is not None)
     assert first is second
     del live
     while engine.has_work:
