@@ -33,6 +33,7 @@ class Followed:
     target: LoadedTarget
     has_pointer: bool = False  # once there, a pointer never goes
     live: str | None = None
+    hosted: str = ""  # the version that takes the requests, which may be another one
     canary: Canary | None = None
     is_settled: bool = False  # `live` is hosted, or can never be
     reason: str = ""
@@ -137,8 +138,7 @@ class Rollout:
             return
         try:
             if not followed.is_settled or pointer.live != followed.live:
-                # What was never settled has no draft yet that could be kept.
-                self._went_live(followed, pointer.live, or_base=not followed.is_settled)
+                self._moved(followed, pointer)
             self._go_canary(followed, pointer)
         except Exception as error:  # noqa: BLE001 - of this target alone, and it is tried again
             self._complain(name, f"a version cannot be read: {error!r}")
@@ -153,6 +153,27 @@ class Rollout:
             raise StoreAway(f"the pointer of {followed.target.name} is gone")
         followed.has_pointer = pointer.etag is not None
         return pointer
+
+    def _moved(self, followed: Followed, pointer: Pointer) -> None:
+        """Host what the pointer says; if it cannot be loaded, what serves stays unless it was withdrawn."""
+        if followed.hosted not in {one.version for one in pointer.withdrawn}:
+            # What was never settled has no draft yet that could be kept.
+            self._went_live(followed, pointer.live, or_base=not followed.is_settled)
+            return
+        try:
+            if not self._went_live(followed, pointer.live, or_base=True):
+                self._withdraw(followed, followed.reason.removeprefix("kept: "))
+        except Exception as error:
+            followed.is_settled = False  # also if the pointer goes back to what is given up here
+            self._withdraw(followed, f"{pointer.live} cannot be loaded for now: {error}")
+            raise
+
+    def _withdraw(self, followed: Followed, why: str) -> None:
+        """The base draft, or none, in place of a version that was rolled back."""
+        name = followed.target.name
+        log.error("%s@%s was rolled back, it is not served on: %s", name, followed.hosted, why)
+        base = self._draft(followed, None)
+        self._host(followed, replace(base, reason=f"{base.version}: {why}"))
 
     def _went_live(self, followed: Followed, version: str | None, *, or_base: bool = False) -> bool:
         """Host the version; False, with the reason, if it can never be. Raises what may pass."""
@@ -215,7 +236,7 @@ class Rollout:
         return followed.drafts[version]
 
     def _host(self, followed: Followed, draft: ServedDraft) -> None:
-        followed.reason = draft.reason
+        followed.hosted, followed.reason = draft.version, draft.reason
         self._engines.host(followed.target.name, draft.version, _route(followed, draft))
         self._took_over(followed.target.name, draft)
         log.info("%s@%s takes the requests from now on", followed.target.name, draft.version)

@@ -229,6 +229,59 @@ def test_a_target_whose_pointer_could_not_be_read_at_first_gets_the_base_draft_w
         other.loop.stop(wait_s=10)
 
 
+def rolled_back_to(replica: Replica, card: dict[str, str], expert: bytes | None) -> None:
+    """b: v1 was live before the replica saw it, v2 serves; then v2 is rolled back."""
+    files = {} if expert is None else {"expert.safetensors": expert}
+    first = replica.registry.publish("b", files, card)
+    assert replica.registry.promote("b", first.version, None)
+    assert publish(replica.store, "b", silent_expert()) == "v2"
+    replica.rollout.poll()
+    assert replica.version_of("b") == "v2"
+    assert replica.registry.rollback("b").version == "v1"
+
+
+@pytest.mark.parametrize(
+    ("trunk_key", "expert"),
+    [("f" * 16, silent_expert()), (TRUNK_KEY, b"no safetensors"), (TRUNK_KEY, None)],
+    ids=["of another trunk", "broken", "late"],
+)
+def test_a_version_that_was_rolled_back_is_given_up_also_where_the_one_before_cannot_be_loaded(
+    replica, caplog, trunk_key, expert
+):
+    caplog.set_level(logging.INFO, logger="ray.serve")
+    rolled_back_to(replica, {"trunk_key": trunk_key}, expert)
+    expected = [progress.tokens for progress in replica.ask("b", "before")]
+    for _ in range(3):
+        replica.rollout.poll()
+    found = replica.ask("b", "after")
+    assert found[-1].version == "base"
+    assert sum((progress.tokens for progress in found), ()) == sum(expected, ())
+    assert replica.rollout.reason("b").startswith("base: v1 ")
+    assert "b@v2" not in replica.lanes()
+    assert sum("b@base takes the requests" in record.message for record in caplog.records) == 1
+    assert replica.registry.promote("b", "v2", "v1")  # who insists is heard
+    replica.rollout.poll()
+    assert (replica.version_of("b"), replica.rollout.reason("b")) == ("v2", "")
+
+
+def test_a_version_that_was_rolled_back_gives_way_also_where_a_broken_one_was_promoted_since(replica):
+    """Two moves between two looks: what is live now is broken, what served is what was rolled back."""
+    rolled_back_to(replica, {"trunk_key": TRUNK_KEY}, silent_expert())
+    publish(replica.store, "b", b"no safetensors")
+    replica.rollout.poll()
+    assert replica.version_of("b") == "base"
+    assert replica.rollout.reason("b").startswith("base: v3 cannot be loaded")
+
+
+def test_a_rollback_that_a_failing_store_delays_ends_at_the_version_before(replica, monkeypatch):
+    rolled_back_to(replica, {"trunk_key": TRUNK_KEY}, silent_expert())
+    fail_once(monkeypatch, "local_path", "registry/b/v1/expert.safetensors")
+    replica.rollout.poll()
+    assert replica.version_of("b") == "base"
+    replica.rollout.poll()
+    assert (replica.version_of("b"), replica.rollout.reason("b")) == ("v1", "")
+
+
 def test_an_adapter_that_is_broken_from_the_start_is_decoded_plainly_to_the_same_answer(replica, tmp_path):
     expected = [progress.tokens for progress in replica.ask("b", "good")]
     publish(replica.store, "b", b"no safetensors")
