@@ -6,26 +6,34 @@ and shuts Serve down, or its own application where Serve has others; told twice,
 """
 
 import os
+import re
 import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import FrameType
 
 import ray
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve import Application
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from farm.errors import UserError
 from serve.app import build
-from serve.plan import parse
+from serve.plan import BuildArgs, parse
 
 APP = "farm"
 POLL_S = 0.2
 BROADCAST_S = 10.0
+RAISED = re.compile(r"^(?:(?:\w+\.)+\w+|\w+Error): .+", re.MULTILINE)  # the last line of a traceback
+
+
+class NotStarted(Exception):
+    """The endpoint could not be started; the message says why, and the remedy."""
 
 
 def drain(wait_s: float) -> int:
@@ -53,6 +61,53 @@ def leave() -> None:
         serve.shutdown()
 
 
+def check_port(args: BuildArgs) -> None:
+    """NotStarted where something listens already: Serve's proxy would be started again and again."""
+    with socket.socket(socket.AF_INET6 if ":" in args.host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the proxy does
+        try:
+            probe.bind((args.host, args.port))
+        except OSError as error:
+            raise NotStarted(
+                f"serve.port: {args.host}:{args.port} cannot be had: {error.strerror}; end what listens there, or "
+                "choose another with `--set serve.port=PORT`"
+            ) from None
+
+
+def check_room(args: BuildArgs, has: Mapping[str, float]) -> None:
+    """NotStarted where the replicas ask for more than there is: Serve would wait for it for ever."""
+    for field, of_replica, kind in (("num_cpus", args.num_cpus, "CPU"), ("num_gpus", args.num_gpus, "GPU")):
+        wanted = of_replica * args.replicas
+        if wanted > has.get(kind, 0):
+            raise NotStarted(
+                f"resources.serve.{field}: {args.replicas} x {of_replica:g} {kind}s do not fit into this machine's "
+                f"{has.get(kind, 0):g}; lower it or `replicas`, or name a larger cluster in RAY_ADDRESS"
+            )
+
+
+def start(application: Application) -> None:
+    """Run it until it answers. NotStarted, with the replica's own words, if it never will."""
+    try:
+        serve.run(application, name=APP, route_prefix="/")
+    except (RuntimeError, TimeoutError, RayError, RayServeException) as error:
+        raise NotStarted(
+            f"the endpoint does not start: {why(error)}; mend that and start again; the lines above have the rest"
+        ) from error
+
+
+def why(error: Exception) -> str:
+    """The last line of the tracebacks that Serve has of the deployments that failed, else of the error."""
+    try:
+        deployments = serve.status().applications[APP].deployments.values()
+        told = "\n".join(one.message for one in deployments)
+    except (RayError, RayServeException, KeyError):
+        told = ""
+    for text in (told, str(error)):
+        if found := RAISED.findall(text):
+            return str(found[-1])
+    return str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
+
+
 def main(arguments: Sequence[str]) -> None:
     args = parse(arguments)
     answers, ended = threading.Event(), threading.Event()
@@ -65,12 +120,16 @@ def main(arguments: Sequence[str]) -> None:
     # As for an onboarding: a cluster that is named, else an own one. Left to itself Ray would look for one that an
     # address file names, and wait for it long after it died.
     address = os.environ.get("RAY_ADDRESS", "local")
+    if address == "local":
+        check_port(args)
     ray.init(address=address, namespace="serve")
     for number in (signal.SIGTERM, signal.SIGINT):  # after Ray has set its own
         signal.signal(number, end)
+    if address == "local":
+        check_room(args, ray.cluster_resources())
     application = build(args)
     try:
-        serve.run(application, name=APP, route_prefix="/")
+        start(application)
         answers.set()
     except BaseException:  # SystemExit too
         # An own Ray ends with this process; a cluster would go on starting what nobody waits for.
@@ -107,3 +166,7 @@ if __name__ == "__main__":
     except UserError as error:
         say(f"error: {error}")
         sys.exit(2)
+    except NotStarted as error:
+        ray.shutdown()  # its lines come before the one that counts
+        say(f"error: {error}")
+        sys.exit(1)

@@ -75,7 +75,8 @@ class EngineLoop:
     def stop(self, wait_s: float = 0.0) -> None:
         """End the thread after the present step; open requests are told."""
         self._commands.put(self._end)
-        self._thread.join(wait_s)
+        if self._thread.is_alive():  # not of a replica that failed while it loaded
+            self._thread.join(wait_s)
 
     def _run(self) -> None:
         try:

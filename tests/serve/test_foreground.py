@@ -1,7 +1,12 @@
 """The end of the endpoint in the foreground; that of one that answers is in test_secured.py."""
 
+import os
 import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,9 +19,10 @@ from tests.serve.served import free_port
 def ended(monkeypatch) -> Iterator[list[str]]:
     """What of Serve and Ray was ended, neither of which runs; the process has its own signal handlers afterwards."""
     done: list[str] = []
-    status = SimpleNamespace(applications={foreground.APP: "RUNNING"})
+    status = SimpleNamespace(applications={foreground.APP: SimpleNamespace(deployments={})})
     monkeypatch.setattr(foreground, "build", lambda args: args)
     monkeypatch.setattr(foreground.ray, "init", lambda **_: None)
+    monkeypatch.setattr(foreground.ray, "cluster_resources", lambda: {"CPU": 2.0})
     monkeypatch.setattr(foreground.serve, "run", lambda *_, **__: None)
     monkeypatch.setattr(foreground.serve, "status", lambda: status)
     monkeypatch.setattr(foreground.serve, "shutdown", lambda: done.append("serve"))
@@ -40,7 +46,7 @@ def test_serve_is_shut_down_also_where_the_open_answers_cannot_be_waited_for(mon
 
     monkeypatch.setattr(foreground, "say", say)
     monkeypatch.setattr(foreground, "drain", drain)
-    foreground.main(["store=nowhere", "drain_s=7"])
+    foreground.main(["store=nowhere", f"port={free_port()}", "drain_s=7"])
     assert ended == ["serve", "ray"]
     assert "no gateway answers within 7 s" in said[-1]
 
@@ -57,7 +63,7 @@ def test_told_to_end_while_it_starts_it_waits_for_no_replica(monkeypatch, ended,
     in_ray(monkeypatch, address)
     monkeypatch.setattr(foreground.serve, "run", never_ready)
     with pytest.raises(SystemExit) as caught:
-        foreground.main(["store=nowhere"])
+        foreground.main(["store=nowhere", f"port={free_port()}"])
     assert caught.value.code == 128 + number
     assert ended == left
 
@@ -68,9 +74,63 @@ def test_an_application_that_fails_to_start_is_not_left_in_the_cluster(monkeypat
 
     in_ray(monkeypatch, "auto")
     monkeypatch.setattr(foreground.serve, "run", fails)
-    with pytest.raises(RuntimeError, match="cannot load"):
+    with pytest.raises(foreground.NotStarted, match="cannot load"):
         foreground.main(["store=nowhere"])
     assert ended == ["serve"]
+
+
+FAILED_REPLICA = """\
+The deployment failed to start 3 times in a row. Error:
+ray.exceptions.RayTaskError(RuntimeError): ray::ServeReplica:farm:EngineHost-0.initialize_and_get_metadata()
+RuntimeError: Traceback (most recent call last):
+  File "serve/replica.py", line 70, in __init__
+    raise UserError(f"{store}: none of its targets can be loaded; the log has each one's reason")
+farm.errors.UserError: file:///store: none of its targets can be loaded; the log has each one's reason
+"""
+
+
+@pytest.mark.usefixtures("ended")
+def test_of_an_application_that_fails_to_start_the_replicas_own_words_are_told(monkeypatch):
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError(
+            "Deploying application farm failed: Failed to update the deployments ['EngineHost-0']."
+        )
+
+    told = {"EngineHost-0": SimpleNamespace(message=FAILED_REPLICA), "Gateway": SimpleNamespace(message="")}
+    status = SimpleNamespace(applications={foreground.APP: SimpleNamespace(deployments=told)})
+    monkeypatch.setattr(foreground.serve, "run", fails)
+    monkeypatch.setattr(foreground.serve, "status", lambda: status)
+    in_ray(monkeypatch, None)
+    with pytest.raises(foreground.NotStarted) as caught:
+        foreground.main(["store=nowhere", f"port={free_port()}"])
+    said = str(caught.value)
+    assert "start: farm.errors.UserError: file:///store: none of its targets can be loaded" in said
+    assert "\n" not in said
+
+
+@pytest.mark.usefixtures("ended")
+@pytest.mark.parametrize("field", ["num_cpus", "num_gpus"])
+def test_replicas_that_this_machine_can_never_hold_are_not_waited_for(monkeypatch, field):
+    in_ray(monkeypatch, None)
+    with pytest.raises(foreground.NotStarted, match=f"resources.serve.{field}: 2 x 3 .PUs do not fit"):
+        foreground.main(["store=nowhere", f"port={free_port()}", f"{field}=3", "replicas=2"])
+
+
+def test_a_port_that_is_taken_is_one_line_and_exit_code_1():
+    root = Path(foreground.__file__).parents[1]
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        command = [sys.executable, "-m", "serve.foreground", "store=nowhere", f"port={port}"]
+        own_ray = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        ended = subprocess.run(
+            command, cwd=root, env=own_ray, capture_output=True, text=True, timeout=120, check=False
+        )
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    last = ended.stderr.splitlines()[-1]
+    assert last.startswith(f"error: serve.port: 127.0.0.1:{port} cannot be had: Address already in use")
 
 
 def in_ray(monkeypatch, address: str | None) -> None:

@@ -213,3 +213,7 @@ def test_the_choices_of_a_request_are_one_in_the_canarys_test(loop):
     tests = loop.inspect(lambda lanes, current: [lane.test for lane in lanes if lane.test])
     (test,) = tests.result(timeout=10)
     assert (test.canary.requests, test.live.requests) == (1, 2)  # as chance has it for these names
+
+
+def test_a_replica_that_failed_before_its_engines_started_stops_without_another_error():
+    EngineLoop(engine).stop()
