@@ -31,7 +31,11 @@ def build(args: BuildArgs) -> Application:
     # The gateway mostly waits: it needs no core of its own, and it must never be what is full.
     most = args.max_replicas or args.replicas
     in_flight = len(placed) * (most * args.max_ongoing_requests + args.max_queued_requests)
-    gateway = Gateway.options(max_ongoing_requests=2 * in_flight + 100, ray_actor_options={"num_cpus": 0})
+    gateway = Gateway.options(
+        max_ongoing_requests=2 * in_flight + 100,
+        graceful_shutdown_timeout_s=args.drain_s,
+        ray_actor_options={"num_cpus": 0},
+    )
     return gateway.bind(hosts, group_of, _with_keys(args.settings))
 
 
@@ -59,6 +63,7 @@ def _host(args: BuildArgs, index: int, targets: tuple[str, ...]) -> Application:
         name=deployment_name(index),
         max_ongoing_requests=args.max_ongoing_requests,
         max_queued_requests=args.max_queued_requests,
+        graceful_shutdown_timeout_s=args.drain_s,
         ray_actor_options=actor,
         **replicas,
     )

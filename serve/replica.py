@@ -41,7 +41,6 @@ log = logging.getLogger("ray.serve")
 @serve.deployment(
     name="EngineHost",
     health_check_period_s=5,
-    graceful_shutdown_timeout_s=30,
     logging_config={"enable_access_log": False},
 )
 class EngineHost:

@@ -127,6 +127,14 @@ class Load:
                 assert content(response) == self._served.solo[target]
 
 
+def test_a_deployment_that_is_taken_down_lets_answers_go_on_for_as_long_as_the_settings_say(tmp_path):
+    from serve.app import BuildArgs, _host, build
+
+    args = BuildArgs(store=build_family(tmp_path, ("a",)), drain_s=90)
+    for deployment in (build(args)._bound_deployment, _host(args, 0, ("a",))._bound_deployment):
+        assert deployment._deployment_config.graceful_shutdown_timeout_s == 90
+
+
 def test_a_small_budget_makes_two_deployments_and_each_hosts_its_own_targets(served):
     assert sorted(name for group in served.groups for name in group) == list(TARGETS)
     assert len(served.groups) == 2
