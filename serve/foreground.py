@@ -69,8 +69,8 @@ def check_port(args: BuildArgs) -> None:
             probe.bind((args.host, args.port))
         except OSError as error:
             raise NotStarted(
-                f"serve.port: {args.host}:{args.port} cannot be had: {error.strerror}; end what listens there, or "
-                "choose another with `--set serve.port=PORT`"
+                f"serve.port: {args.host}:{args.port} cannot be had: {error.strerror}; end what listens there, "
+                "or choose another with `--set serve.port=PORT`"
             ) from None
 
 
@@ -80,8 +80,8 @@ def check_room(args: BuildArgs, has: Mapping[str, float]) -> None:
         wanted = of_replica * args.replicas
         if wanted > has.get(kind, 0):
             raise NotStarted(
-                f"resources.serve.{field}: {args.replicas} x {of_replica:g} {kind}s do not fit into this machine's "
-                f"{has.get(kind, 0):g}; lower it or `replicas`, or name a larger cluster in RAY_ADDRESS"
+                f"resources.serve.{field}: {args.replicas} x {of_replica:g} {kind}s do not fit into this "
+                f"machine's {has.get(kind, 0):g}; lower it or `replicas`, or name a larger cluster in RAY_ADDRESS"
             )
 
 
@@ -91,7 +91,8 @@ def start(application: Application) -> None:
         serve.run(application, name=APP, route_prefix="/")
     except (RuntimeError, TimeoutError, RayError, RayServeException) as error:
         raise NotStarted(
-            f"the endpoint does not start: {why(error)}; mend that and start again; the lines above have the rest"
+            f"the endpoint does not start: {why(error)}; mend that and start again; "
+            "the lines above have the rest"
         ) from error
 
 
