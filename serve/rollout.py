@@ -239,7 +239,8 @@ class Rollout:
         followed.hosted, followed.reason = draft.version, draft.reason
         self._engines.host(followed.target.name, draft.version, _route(followed, draft))
         self._took_over(followed.target.name, draft)
-        log.info("%s@%s takes the requests from now on", followed.target.name, draft.version)
+        why = f": {draft.reason}" if draft.reason else ""
+        log.info("%s@%s takes the requests from now on%s", followed.target.name, draft.version, why)
 
     def _judge(self) -> None:
         """Roll back the canaries that are worse."""
