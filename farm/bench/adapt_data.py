@@ -74,15 +74,16 @@ class Subject:
         return measure_tau(self.target, draft, self.prompts, params, k=settings.k)
 
 
-def subjects(manifest: Manifest, names: Sequence[str]) -> Iterator[Subject]:
+def subjects(manifest: Manifest, names: Sequence[str], *, dataset: bool = True) -> Iterator[Subject]:
     """The named targets, or every full one, opened one at a time; shards of other data live as long as each is used.
 
+    The data set's own answers are read by the target only where `dataset` says that something is trained on them.
     Raises UserError when the store holds no family, no such target, or no answers of one.
     """
     published = Published.of(manifest.store)
     for name in names or [spec.name for spec in manifest.targets if spec.lora is None]:
         with TemporaryDirectory() as folder:
-            yield _open(manifest, spec_of(manifest, name), published, Path(folder))
+            yield _open(manifest, spec_of(manifest, name), published, Path(folder) if dataset else None)
 
 
 def data_keys(manifest: Manifest) -> dict[str, Any]:
@@ -96,10 +97,10 @@ def data_keys(manifest: Manifest) -> dict[str, Any]:
     return {"dtype": manifest.dtype, "trunk": published.trunk_key, "answers": answers}
 
 
-def _open(manifest: Manifest, spec: TargetSpec, published: Published, folder: Path) -> Subject:
+def _open(manifest: Manifest, spec: TargetSpec, published: Published, folder: Path | None) -> Subject:
     target = open_target(spec, manifest.dtype)
     shards = {"regenerated": _regenerated(manifest, spec, published)}
-    shards["dataset"] = _prefilled(manifest, spec, target, folder)
+    shards["dataset"] = () if folder is None else _prefilled(manifest, spec, target, folder)
     state = read_tensors(published.trunk_folder / TRUNK_FILE)
     return Subject(
         spec, manifest, target, held_out(manifest, spec, target), shards,

@@ -55,9 +55,9 @@ def bench_adapt(
         raise UserError(f"--method {unknown[0]}: is none of {', '.join(methods_of(every))}")
     full = [spec.name for spec in settled.targets if spec.lora is None]
     names, num_seeds = extent(full, target, seeds, quick=quick)
-    rows = kept(out, model, source)
-    for number, subject in enumerate(subjects(settled, names)):
-        chosen = method or (QUICK if quick else ())
+    rows, chosen = kept(out, model, source), method or (QUICK if quick else ())
+    dataset = any(one.data == "dataset" for one in every if not chosen or one.method in chosen)
+    for number, subject in enumerate(subjects(settled, names, dataset=dataset)):
         todo = work(every, chosen, num_seeds, first=number == 0)
         for new in measure(subject, model, default, todo, identities(rows)):
             rows += new
