@@ -29,6 +29,7 @@ from farm.draft.trunk import MAX_POSITIONS
 from farm.layers.cache import Rows, SlotCache
 
 KEPT_ROUNDS = 64  # whose hidden states lie as they came, before they are put in place together
+VOID = -1  # in place of an entry
 READ_TOKENS = 256  # of a row that one forward reads at most when a draft has fallen behind
 
 
@@ -92,15 +93,13 @@ class Drafting:
         self._cache = SlotCache(1, num_slots, capacity, shape, like.dtype, like.device)
         # At position t of a slot the target's h_t. The draft has read the first `_read[slot]`, each beside x_{t+1}.
         self._read, self._capacity = [0] * num_slots, capacity
-        # Whose `capacity` entries are kept for each slot's sequence; one place more is for what nobody needs.
-        self._places = tuple(range(num_slots))
-        self._nowhere = num_slots
+        self._places = tuple(range(num_slots))  # whose `capacity` entries are kept for each slot's sequence
         self._joined = [0] * num_slots  # the number of the first round of who has that place
         self._number = 0  # of rounds so far
         # What rounds left and nothing has asked for yet: mostly the next proposal reads it from here.
         self._notes: list[Noted] = []
         self._goes_on = False  # whether the next round's plain tokens follow the last note's, row by row
-        size = ((num_slots + 1) * capacity, like.hidden_size)
+        size = (num_slots * capacity, like.hidden_size)
         self._flat_MH = torch.zeros(size, dtype=like.dtype, device=like.device)
 
     @property
@@ -234,17 +233,25 @@ class Drafting:
         self._goes_on = False
 
     def _entries_of(self, note: Noted) -> list[int]:
-        void = self._void(note)
-        places = [self._nowhere if place in void else place for place in note.places]
-        of_first = self._entries(places, note.starts, note.width)
-        return [entry + later for later in range(len(note.hidden)) for entry in of_first]
+        """VOID for what nobody needs."""
+        void, width = self._void(note), note.width
+        of_first = self._entries(note.places, note.starts, width)
+        entries = [entry + later for later in range(len(note.hidden)) for entry in of_first]
+        if void:
+            gone = [place in void for place in note.places for _ in range(width)] * len(note.hidden)
+            entries = [VOID if one else entry for entry, one in zip(entries, gone, strict=True)]
+        return entries
 
     def _void(self, note: Noted) -> set[int]:
         """Places of it that have somebody else by now."""
         return {place for place in note.places if self._joined[place] >= note.number}
 
     def _keep(self, hidden: Tensor, entries: list[int]) -> None:
-        self._flat_MH.index_copy_(0, self._tensor(entries), hidden.reshape(len(entries), -1))
+        hidden_MH = hidden.reshape(len(entries), -1)
+        if VOID in entries:
+            kept = [index for index, entry in enumerate(entries) if entry != VOID]
+            hidden_MH, entries = hidden_MH[self._tensor(kept)], [entries[index] for index in kept]
+        self._flat_MH.index_copy_(0, self._tensor(entries), hidden_MH)
 
     def _kept(self, rows: Rows, num_tokens: int) -> Tensor:
         """[B, T, H] hidden states from the rows' starts on."""
