@@ -217,7 +217,7 @@ class Engine:
             self.scheduler.commit(slot, [token])
         for row, of_row in logprobs.items():
             prefill.rows[row].logprobs += of_row
-        return self._emit(slots, [1] * len(first), [None] * len(first))
+        return self._emit(slots, [1] * len(first), [None] * len(first), behind_round=False)
 
     def _commit(self, done: Round) -> tuple[list[Output], list[int]]:
         """Outputs, and how many tokens each slot took."""
@@ -233,10 +233,15 @@ class Engine:
             if self.capture:
                 self._features[sequence.request.id].append(done.hidden_BTH[slot, : len(new)].clone())
         accepted_B = [len(tokens) - 1 for tokens in done.tokens]
-        return self._emit(range(len(kept)), kept, accepted_B), kept
+        return self._emit(range(len(kept)), kept, accepted_B, behind_round=True), kept
 
     def _emit(
-        self, slots: Sequence[int], num_kept: Sequence[int], num_accepted: Sequence[int | None]
+        self,
+        slots: Sequence[int],
+        num_kept: Sequence[int],
+        num_accepted: Sequence[int | None],
+        *,
+        behind_round: bool,
     ) -> list[Output]:
         """Outputs of the slots, each for its last tokens; sequences at their end leave."""
         outputs, ended = [], []
@@ -252,7 +257,7 @@ class Engine:
             if reason is not None:
                 ended.append(slot)
         if ended:
-            self.runner.regroup(self.scheduler.release(ended))
+            self.runner.regroup(self.scheduler.release(ended, behind_round=behind_round))
         return outputs
 
     def _complete(self, sequence: LiveRequest, reason: FinishReason) -> Completion:

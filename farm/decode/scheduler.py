@@ -1,8 +1,8 @@
 """Which request runs where: slots, admissions, limits and ends. Holds no tensors.
 
 Sequences that decode are in slots 0..D-1, those of one group side by side, so that a forward reads caches through
-views. A prompt longer than a step's prefill budget is worked off in chunks in the top slot, while the others go on
-decoding.
+views. Where one ends and another request waits, that takes its slot, so that nobody has to move. A prompt longer than
+a step's prefill budget is worked off in chunks in the top slot, while the others go on decoding.
 """
 
 from __future__ import annotations
@@ -103,6 +103,7 @@ class Scheduler:
         self.num_slots, self.max_length, self.prefill_tokens = num_slots, max_length, prefill_tokens
         self.live: list[LiveRequest] = []  # decoding; the sequence in slot b is live[b]
         self._waiting: deque[Request] = deque()
+        self._placed: list[LiveRequest] = []  # among those that decode, before their prompts are processed
         self._chunked: LiveRequest | None = None  # in the top slot, its prompt not yet processed
         self._num_chunked = 0  # prompt tokens of it that are
 
@@ -125,6 +126,7 @@ class Scheduler:
         self._waiting = deque(r for r in self._waiting if r.id != request_id)
         if self._chunked is not None and self._chunked.request.id == request_id:
             self._chunked = None
+        self._placed = [one for one in self._placed if one.request.id != request_id]
         return self.release([slot for slot, one in enumerate(self.live) if one.request.id == request_id])
 
     def uses(self, target: str) -> bool:
@@ -133,12 +135,16 @@ class Scheduler:
         return any(r.target == target for r in (*self._waiting, *(one.request for one in busy)))
 
     def prefills(self) -> Iterator[Prefill]:
-        """What of the waiting prompts this step processes: the next chunk of a long one, then whole short ones.
+        """What of the waiting prompts this step processes: the next chunk of a long one, and whole short ones.
 
         Each is to be processed and reported to `prefilled` before the next is asked for.
         """
         budget = self.prefill_tokens
-        if self._chunked is None and self._waiting and self._is_long(self._waiting[0]) and self._room() > 0:
+        for row in list(self._placed):
+            budget -= len(row.tokens)
+            yield Prefill(self.live.index(row), (row,), 0, (len(row.tokens),))
+        next_is_long = bool(self._waiting) and self._is_long(self._waiting[0])
+        if self._chunked is None and next_is_long and self._room() > 0 and budget > 0:
             self._chunked, self._num_chunked = self._admit(), 0
         if self._chunked is not None:
             start = self._num_chunked
@@ -173,6 +179,9 @@ class Scheduler:
         if not prefill.completes:
             self._num_chunked = prefill.ends[0]
             return None
+        if prefill.rows[0] in self._placed:
+            self._placed.remove(prefill.rows[0])
+            return None
         if prefill.rows[0] is self._chunked:
             self._chunked = None
         slots = [*range(len(self.live)), *range(prefill.first, prefill.first + len(prefill.rows))]
@@ -197,14 +206,29 @@ class Scheduler:
             return "stop"
         return None if sequence.room else "length"
 
-    def release(self, slots: Sequence[int]) -> Move | None:
-        """Frees slots; the last decoding sequences move into them."""
+    def release(self, slots: Sequence[int], *, behind_round: bool = False) -> Move | None:
+        """Frees slots; the last decoding sequences move into them.
+
+        Behind a round the next request takes the slot, if it is only one: it is read before the next round. Several are
+        better read at once, which takes slots side by side.
+        """
+        if behind_round and len(slots) == 1 and self._fits_into(slots[0]):
+            self.live[slots[0]] = row = self._admit()
+            self._placed.append(row)
+            return None
         sources = list(range(len(self.live)))
         for slot in sorted(slots, reverse=True):
             self.live[slot], sources[slot] = self.live[-1], sources[-1]
             self.live.pop()
             sources.pop()
         return self._regroup(sources)
+
+    def _fits_into(self, slot: int) -> bool:
+        """Whether the next request is of the group of the one in a slot, and read as a whole in the next step."""
+        if not self._waiting or self._chunked is not None or self._is_long(self._waiting[0]):
+            return False
+        target, before = self._waiting[0].target, self.live[slot].request.target
+        return self._group_of(target) == self._group_of(before)
 
     def _regroup(self, sources: list[int]) -> Move | None:
         """Puts sequences of one group side by side, few of them moving; `sources[b]` is where live[b] is now."""
