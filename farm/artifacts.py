@@ -145,11 +145,15 @@ class Artifacts:
     def finish(
         self, stage: str, key: str, manifest: Mapping[str, Any], names: Collection[str] | None = None
     ) -> Artifact:
-        """Make the artifact exist with the files that were put, or those of `names` that were.
+        """Make the artifact exist with the files that were put, or with `names` of them; UserError where one is gone.
 
         Who finishes second gets the first one's.
         """
         present = self.files(stage, key)
+        gone = sorted(set(names or ()) - set(present))
+        if gone and not self._is_finished(stage, key):
+            place = self.store.location(_place(stage, key))
+            raise UserError(f"{place}/{gone[0]}: is gone; delete what is left in {place}, then run again")
         kept = present if names is None else [name for name in present if name in names]
         return self._finish(stage, key, manifest, _place(stage, key), kept)
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from farm.registry import Registry
@@ -12,6 +12,7 @@ from farm.store import Entry, NotFound, ObjectStore
 GRACE_S: Final = 7 * 86400.0
 UNDER_WAY_S: Final = 86400.0  # a run that was heard of since may be at work, however short the grace time is
 CARD, MANIFEST, CLAIM = "card.json", "manifest.json", "claim"
+SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of a run's checkpoints
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Garbage:
     keys: tuple[str, ...]  # in the order of deletion: first the one that makes the others exist
     num_bytes: int
     age_s: float  # of the youngest object
+    version: tuple[str, str] | None = None  # target and name, where they are what was published as that
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,11 @@ class _Group:
         return now - max(entry.modified for entry in self.entries)
 
     def garbage(self, what: str, first: str, now: float) -> Garbage:
-        ordered = sorted(self.entries, key=lambda entry: entry.key != f"{self.folder}/{first}")
+        # Lists and cards before what they name: what is half deleted must not pass for whole.
+        def rank(entry: Entry) -> tuple[bool, bool]:
+            return entry.key != f"{self.folder}/{first}", not entry.key.endswith(".json")
+
+        ordered = sorted(self.entries, key=rank)
         keys = tuple(entry.key for entry in ordered)
         return Garbage(what, keys, sum(entry.num_bytes for entry in self.entries), self.age_s(now))
 
@@ -59,7 +65,7 @@ def find_garbage(store: ObjectStore, grace_s: float, now: float) -> list[Garbage
     kept = {(name, version) for name in targets for version in registry.needed(name, registry.pointer(name))}
     kept |= {key for key, group in versions.items() if group.age_s(now) < grace_s}
     found = [
-        group.garbage(f"version {target}@{version}", CARD, now)
+        replace(group.garbage(f"version {target}@{version}", CARD, now), version=(target, version))
         for (target, version), group in sorted(versions.items())
         if (target, version) not in kept
     ]
@@ -82,8 +88,7 @@ def _unfinished(store: ObjectStore, grace_s: float, now: float) -> Iterator[Garb
 
 def delete_garbage(store: ObjectStore, garbage: Garbage) -> bool:
     """Delete it, unless it is a version that is needed by now; whether it is gone."""
-    area, target, version = garbage.keys[0].split("/")[:3]
-    if area == "registry" and not Registry(store).retire(target, version):
+    if garbage.version is not None and not Registry(store).retire(*garbage.version):
         return False
     for key in garbage.keys:
         store.delete(key)
@@ -128,7 +133,7 @@ def _strays(store: ObjectStore, groups: Iterable[_Group], grace_s: float, now: f
 def _checkpoints(store: ObjectStore, grace_s: float, now: float) -> list[Garbage]:
     groups = _grouped(store.entries("train/"), 2)
     return [
-        group.garbage(f"checkpoints of {group.folder.removeprefix('train/')}", "", now)
+        group.garbage(f"checkpoints of {group.folder.removeprefix('train/')}", SNAPSHOT, now)
         for group in groups
         if group.age_s(now) >= grace_s
     ]
@@ -136,7 +141,7 @@ def _checkpoints(store: ObjectStore, grace_s: float, now: float) -> list[Garbage
 
 def _without_claim(garbage: Garbage) -> Garbage:
     keys = tuple(key for key in garbage.keys if not key.endswith(f"/{CLAIM}"))
-    return Garbage(garbage.what, keys, garbage.num_bytes, garbage.age_s)
+    return replace(garbage, keys=keys)
 
 
 def _grouped(entries: Iterable[Entry], depth: int) -> list[_Group]:

@@ -185,11 +185,11 @@ class FileStore(ObjectStore):
         if prefix:
             self._path(prefix)
         folder = self.root.joinpath(*PurePosixPath(prefix).parts[: None if prefix.endswith("/") else -1])
-        found = self._entries(path for path in folder.rglob("*") if _is_object(path))
+        found = self._entries(path for path in _files_below(folder) if _is_object(path))
         return [entry for entry in found if entry.key.startswith(prefix)]
 
     def unfinished(self) -> list[Entry]:
-        return self._entries(self.root.rglob(f"{_TEMPORARY}*"))
+        return self._entries(path for path in _files_below(self.root) if path.name.startswith(_TEMPORARY))
 
     def delete(self, key: str) -> None:
         name = check_key(key)[-1]
@@ -295,6 +295,11 @@ _etag = bytes_sha256
 
 def _reserved(name: str) -> bool:
     return name.startswith(_TEMPORARY) or name.endswith(_LOCK)
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """All of them; unlike `Path.rglob`, it does not mind that others delete folders meanwhile."""
+    return (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
 
 
 def _is_object(path: Path) -> bool:

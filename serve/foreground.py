@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from types import FrameType
 
 import ray
@@ -24,7 +25,8 @@ from ray.serve.handle import DeploymentHandle
 
 from farm.errors import UserError
 from serve.app import build
-from serve.plan import BuildArgs, parse
+from serve.placement import GIB
+from serve.plan import BuildArgs, groups, parse
 
 APP = "farm"
 POLL_S = 0.2
@@ -56,7 +58,8 @@ def leave() -> None:
     except (RayError, RayServeException):  # a controller that died has none to go on with
         others = set()
     if others:
-        serve.delete(APP)
+        with suppress(TimeoutError):  # answers that go on for longer are cut when this process ends
+            serve.delete(APP)
     else:
         serve.shutdown()
 
@@ -74,14 +77,21 @@ def check_port(args: BuildArgs) -> None:
             ) from None
 
 
-def check_room(args: BuildArgs, has: Mapping[str, float]) -> None:
-    """NotStarted where the replicas ask for more than there is: Serve would wait for it for ever."""
-    for field, of_replica, kind in (("num_cpus", args.num_cpus, "CPU"), ("num_gpus", args.num_gpus, "GPU")):
-        wanted = of_replica * args.replicas
-        if wanted > has.get(kind, 0):
+def check_room(args: BuildArgs, num_groups: int, has: Mapping[str, float]) -> None:
+    """NotStarted where the replicas ask for more than there is: Serve would wait for it for ever.
+
+    `has` are the resources of the machine, as Ray counts them.
+    """
+    num, on_cpu = num_groups * args.replicas, not args.num_gpus
+    asked = [("num_cpus", args.num_cpus, has.get("CPU", 0), "CPUs")]
+    asked.append(("num_gpus", args.num_gpus, has.get("GPU", 0), "GPUs"))
+    if args.memory_gib is not None and on_cpu:
+        asked.append(("memory_gib", args.memory_gib, has.get("memory", 0) / GIB, "GiB of memory"))
+    for field, of_replica, there, unit in asked:
+        if num * of_replica > there:
             raise NotStarted(
-                f"resources.serve.{field}: {args.replicas} x {of_replica:g} {kind}s do not fit into this "
-                f"machine's {has.get(kind, 0):g}; lower it or `replicas`, or name a larger cluster in RAY_ADDRESS"
+                f"resources.serve.{field}: {num} x {of_replica:g} {unit} do not fit into this machine's {there:.3g}; "
+                "lower it or `replicas`, or name a larger cluster in RAY_ADDRESS"
             )
 
 
@@ -123,11 +133,14 @@ def main(arguments: Sequence[str]) -> None:
     address = os.environ.get("RAY_ADDRESS", "local")
     if address == "local":
         check_port(args)
-    ray.init(address=address, namespace="serve")
+    try:
+        ray.init(address=address, namespace="serve")
+    except ConnectionError as error:
+        raise NotStarted(f"RAY_ADDRESS: no Ray answers at {address}: {error}") from error
     for number in (signal.SIGTERM, signal.SIGINT):  # after Ray has set its own
         signal.signal(number, end)
     if address == "local":
-        check_room(args, ray.cluster_resources())
+        check_room(args, len(groups(args)), ray.cluster_resources())
     application = build(args)
     try:
         start(application)

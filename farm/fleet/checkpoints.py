@@ -4,6 +4,7 @@ Ray Train takes a folder that is there for its own: it overwrites the list of ch
 Two runs over one manifest must not do that to each other, and yet go on from what a killed one has left.
 """
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from ray.train import Checkpoint, Result, get_checkpoint
 from farm.store import ObjectStore, local_copy
 
 START = "start"  # in a run's folder: the copy of another run's checkpoint
-COPY_ATTEMPTS = 3  # while the other run replaces what is copied
+COPY_ATTEMPTS, COPY_PAUSE_S = 3, 0.2  # while the other run replaces what is copied
 
 
 def folder_name(run_name: str, own: str) -> str:
@@ -29,19 +30,11 @@ def take_over(store: ObjectStore, run_name: str, own: str) -> str | None:
 
     The other run may be at work: it is left as it is, and may delete what is copied.
     """
+    to = f"train/{folder_name(run_name, own)}/{START}"
     for other in _others(store, run_name, own):
-        for _ in range(COPY_ATTEMPTS):
-            found = _last(store, other)
-            if found is None:
-                continue
-            to = f"train/{folder_name(run_name, own)}/{START}"
-            try:
-                _copy(store, found, to)
-            except FileNotFoundError:  # deleted meanwhile
-                continue
-            # Ray deletes a checkpoint after it has left the list: what is on it still was whole.
-            now = _last(store, other)
-            if now is not None and now.path == found.path:
+        for attempt in range(COPY_ATTEMPTS):
+            time.sleep(attempt * COPY_PAUSE_S)
+            if _copied(store, other, to):
                 return store.location(to)
     return None
 
@@ -71,20 +64,43 @@ def discard(result: Any) -> None:
 def _others(store: ObjectStore, run_name: str, own: str) -> list[str]:
     """Folders of other runs of the name, the one that was written last first."""
     changed: dict[str, float] = {}
-    for entry in store.entries(f"train/{folder_name(run_name, '')}"):
+    # Runs had no folders of their own once, but the one of their name.
+    for entry in (*store.entries(f"train/{folder_name(run_name, '')}"), *store.entries(f"train/{run_name}/")):
         _, folder, *below = entry.key.split("/")
         if below and folder != folder_name(run_name, own):
             changed[folder] = max(entry.modified, changed.get(folder, 0.0))
     return sorted(changed, key=lambda folder: changed[folder], reverse=True)
 
 
-def _last(store: ObjectStore, folder: str) -> Checkpoint | None:
-    """The last checkpoint on a run's list; None if there is none, or no list that can be read."""
+def _copied(store: ObjectStore, folder: str, to: str) -> bool:
+    """Whether the last checkpoint on a run's list could be copied as a whole."""
+    listed = _listed(store, folder)
+    if not listed:
+        return False
     try:
-        found: Checkpoint | None = Result.from_path(f"{store.uri}/train/{folder}").checkpoint
+        _copy(store, listed[-1], to)
+    except FileNotFoundError:  # deleted meanwhile
+        return False
+    # Ray deletes a checkpoint after it has left the list: what is on it still was whole.
+    return listed[-1].path in {one.path for one in _listed(store, folder)}
+
+
+def _listed(store: ObjectStore, folder: str) -> list[Checkpoint]:
+    """The checkpoints on a run's list, the last one at its end; none where there is no list that can be read.
+
+    Raises OSError where the store does not answer: a training that has come far must not begin anew for that.
+    """
+    try:
+        result = Result.from_path(f"{store.uri}/train/{folder}")
+    except FileNotFoundError:
+        return []
+    except OSError:
+        raise
     except Exception:  # noqa: BLE001 - Ray has several for a list that is being written, or deleted with its run
-        return None
-    return found
+        return []
+    last: Checkpoint | None = result.checkpoint
+    older = [one for one, _ in result.best_checkpoints or () if last is not None and one.path != last.path]
+    return [] if last is None else [*older, last]
 
 
 def _copy(store: ObjectStore, checkpoint: Checkpoint, to: str) -> None:

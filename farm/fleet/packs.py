@@ -156,7 +156,7 @@ def drive(pack: PackJob) -> dict[str, str]:
         # With the finished ones, which workers pass over: a driver that is started again finds its run by their keys.
         rest = PackJob(tuple(job for job in pack.jobs if job.name not in failures))
         like = rest.jobs[0]
-        at = f"train/{folder_name(rest.run_name, like.own)}.at"  # the target that the run is with
+        at = f"train/{folder_name(rest.run_name, like.own)}/at"  # the target that the run is with
         try:
             result = trainer(like, pack_worker, {"pack": rest, "at": at}, rest.run_name).fit()
         except TrainingFailedError as error:

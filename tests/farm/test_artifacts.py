@@ -148,3 +148,10 @@ def test_a_file_that_is_gone_is_told_with_the_remedy_as_a_cut_one_is(artifacts):
         for read in (artifacts.path, artifacts.location):
             with pytest.raises(UserError, match=rf"{told}.*; delete .*adapt/k, then run again"):
                 read(finished, name)
+
+
+def test_an_output_is_not_finished_without_a_file_that_it_is_to_have(artifacts):
+    artifacts.put_file("answers", "k", "tokens", b"x")
+    with pytest.raises(UserError, match="features: is gone"):
+        artifacts.finish("answers", "k", {}, ["tokens", "features"])
+    assert artifacts.find("answers", "k") is None

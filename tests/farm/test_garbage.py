@@ -123,6 +123,36 @@ def test_what_a_killed_writer_left_in_a_folder_goes_once_nobody_can_be_writing_i
     assert Artifacts(store).find(TRUNK, "trunk1") is not None
 
 
+@pytest.mark.parametrize(
+    "key", ["registry/family.json", "registry/math/live.json", "registry/math/v1/card.json", "train/x"]
+)
+def test_what_a_killed_writer_left_anywhere_goes_and_no_version_with_it(tmp_path, key):
+    """Its name was taken for a version's: gc ended with an error, or wrote it into the pointer for ever."""
+    store = FileStore(tmp_path)
+    publish(store, True)
+    left = (tmp_path / key).with_name(".tmp-0123456789abcdef")
+    left.parent.mkdir(parents=True, exist_ok=True)
+    left.write_bytes(b"half")
+    before = Registry(store).pointer("math")
+    collect(store)
+    assert not left.exists()
+    assert Registry(store).pointer("math") == before
+    assert Registry(store).live("math") is not None
+
+
+def test_lists_go_before_what_they_name(store):
+    """What is half deleted must not pass for whole: a checkpoint without its weights, a card without its shard."""
+    for name in ("checkpoint_1/weights", "checkpoint_manager_snapshot.json", "a.json"):
+        store.put(f"train/adapt-math@one/{name}", b"x")
+    for name in ("features-00000.safetensors", "shard-00000.json", "tokens-00000.parquet"):
+        store.put(f"artifacts/answers/half/{name}", b"x")
+    keys = [garbage.keys for garbage in find_garbage(store, 0.0, time.time() + LATER)]
+    assert [key.rpartition("/")[2] for of in sorted(keys) for key in of] == [
+        "shard-00000.json", "features-00000.safetensors", "tokens-00000.parquet",
+        "checkpoint_manager_snapshot.json", "a.json", "weights",
+    ]  # fmt: skip
+
+
 # Ends between the two steps of a write: all bytes are on disk, under a name that is not theirs.
 KILLED_WRITER = """
 import sys, time

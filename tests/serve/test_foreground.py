@@ -22,7 +22,10 @@ def ended(monkeypatch) -> Iterator[list[str]]:
     status = SimpleNamespace(applications={foreground.APP: SimpleNamespace(deployments={})})
     monkeypatch.setattr(foreground, "build", lambda args: args)
     monkeypatch.setattr(foreground.ray, "init", lambda **_: None)
-    monkeypatch.setattr(foreground.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(
+        foreground, "groups", lambda args: (("math",), ("code",))[: 1 + bool(args.memory_gib)]
+    )
+    monkeypatch.setattr(foreground.ray, "cluster_resources", lambda: {"CPU": 2.0, "memory": 8 * 2**30})
     monkeypatch.setattr(foreground.serve, "run", lambda *_, **__: None)
     monkeypatch.setattr(foreground.serve, "status", lambda: status)
     monkeypatch.setattr(foreground.serve, "shutdown", lambda: done.append("serve"))
@@ -114,6 +117,38 @@ def test_replicas_that_this_machine_can_never_hold_are_not_waited_for(monkeypatc
     in_ray(monkeypatch, None)
     with pytest.raises(foreground.NotStarted, match=f"resources.serve.{field}: 2 x 3 .PUs do not fit"):
         foreground.main(["store=nowhere", f"port={free_port()}", f"{field}=3", "replicas=2"])
+
+
+@pytest.mark.usefixtures("ended")
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (
+            ["memory_gib=1", "replicas=2"],
+            "resources.serve.num_cpus: 4 x 1 CPUs do not fit into this machine's 2",
+        ),
+        (
+            ["memory_gib=5"],
+            "resources.serve.memory_gib: 2 x 5 GiB of memory do not fit into this machine's 8",
+        ),
+    ],
+)
+def test_every_group_of_targets_needs_its_own_room(monkeypatch, asked, told):
+    """Two groups of one replica each, where one would fit: Serve would wait for the second for ever."""
+    in_ray(monkeypatch, None)
+    with pytest.raises(foreground.NotStarted, match=told):
+        foreground.main(["store=nowhere", f"port={free_port()}", *asked])
+
+
+def test_a_cluster_that_does_not_answer_is_one_line(monkeypatch):
+    in_ray(monkeypatch, f"127.0.0.1:{free_port()}")
+
+    def refuses(**_: object) -> None:
+        raise ConnectionError("Could not find any running Ray instance")
+
+    monkeypatch.setattr(foreground.ray, "init", refuses)
+    with pytest.raises(foreground.NotStarted, match="RAY_ADDRESS: no Ray answers at 127"):
+        foreground.main(["store=nowhere"])
 
 
 def test_a_port_that_is_taken_is_one_line_and_exit_code_1():
