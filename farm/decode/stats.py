@@ -54,7 +54,7 @@ class DecodeStats:
         self.outcomes[num_drafted, num_accepted, num_emitted] += 1
 
     def add(self, other: DecodeStats) -> None:
-        self.outcomes.update(other.outcomes)
+        self.outcomes.update(dict(other.outcomes))  # a copy, as below
 
     @property
     def rounds(self) -> int:
