@@ -223,16 +223,17 @@ class SelectSettings(Strict):
 
 
 class AdaptSettings(TrainSettings):
-    epochs: Positive = 10
+    epochs: Positive = 3
+    unroll: Positive = 1
     lr: float = Field(default=2e-3, gt=0)
     loss: Loss = "lk"
     hidden_weight: float = Field(default=5.0, ge=0)  # later drafted tokens read what is predicted
     tokens: Positive | None = None  # of answers to train on in all, repeats included; None: `epochs` says it
-    tier: Tier = "expert"
-    rank: Positive = 16  # of low-rank maps
+    tier: Tier = "expert-lora"
+    rank: Positive = 32  # of low-rank maps
     width: Positive | None = None  # of the private expert; None: the base's
     init: Init = "base"
-    form: Form = "cached"
+    form: Form = "unrolled"
     cached_epochs: Positive = 4  # of form cached-unrolled, before `epochs` unrolled ones
     cached_tokens: Positive = 512  # positions of a batch in the cached form
     cached_bytes: Positive = 8 * 2**30  # that the cached form may take
