@@ -1,7 +1,7 @@
 """The sections of a manifest: what can be set for each stage, strict and frozen. Needs neither torch nor Ray."""
 
 import json
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -237,6 +237,14 @@ class AdaptSettings(TrainSettings):
     cached_epochs: Positive = 4  # of form cached-unrolled, before `epochs` unrolled ones
     cached_tokens: Positive = 512  # positions of a batch in the cached form
     cached_bytes: Positive = 8 * 2**30  # that the cached form may take
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tier_of_form(cls, fields: Any) -> Any:
+        """What is cached comes from a trunk that stays the same: there the tier is an expert where none is named."""
+        if isinstance(fields, dict) and fields.get("form", "unrolled") != "unrolled":
+            return {"tier": "expert", **fields}
+        return fields
 
     @model_validator(mode="after")
     def _cacheable(self) -> Self:

@@ -15,6 +15,7 @@ from farm.config import Manifest, load_manifest
 from farm.data.prompts import load_prompts
 from farm.decode.engine import Engine, Request, Route
 from farm.decode.sampling import SamplingParams
+from farm.evaluate.published import Published
 from farm.evaluate.target import OpenTrunk, encode_prompts
 from farm.registry import Registry
 from farm.sections import EvaluateSettings, TargetSpec
@@ -115,15 +116,13 @@ def test_full_targets_write_whole_answers(manifest: Manifest, name: str) -> None
 
 
 @pytest.mark.parametrize("name", [*FULL, "lora0"])
-def test_greedy_speculative_output_is_the_targets_own_token_by_token(
-    folder: Path, manifest: Manifest, name: str
-) -> None:
+def test_greedy_speculative_output_is_the_targets_own_token_by_token(manifest: Manifest, name: str) -> None:
     spec = next(target for target in manifest.targets if target.name == name)
     target = load_target(spec)
     registry = Registry(open_store(manifest.store))
     live = registry.live(name)
     assert live is not None
-    trunk = OpenTrunk.of(folder / "store" / "artifacts" / "trunk" / registry.family()["trunk_key"], target)
+    trunk = OpenTrunk.of(Published.of(manifest.store).trunk_folder, target)
     requests, k = greedy_requests(target, spec), manifest.evaluate.k
     plain = greedy_tokens(target, requests, None, 1)
     assert len(plain) == NUM_GREEDY_PROMPTS

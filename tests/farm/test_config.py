@@ -418,3 +418,16 @@ def test_an_endpoint_is_not_asked_to_draft_with_our_draft(folder: Path) -> None:
     assert "regenerate: draft base is for engine farm" in said
     assert "set draft to off" in said
     load_manifest(write(folder, tree(regenerate={"draft": "base"})), in_job=False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "tier"),
+    [
+        ({}, "expert-lora"),
+        ({"form": "cached"}, "expert"),
+        ({"form": "cached", "tier": "low-rank"}, "low-rank"),
+    ],
+)
+def test_the_tier_that_nobody_named_goes_with_the_form(folder, fields, tier):
+    """Manifests that ask for the cached form alone were written when an expert was the default."""
+    assert load_manifest(write(folder, tree(adapt=fields))).adapt.tier == tier

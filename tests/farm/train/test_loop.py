@@ -28,7 +28,15 @@ from farm.train.process import fit_in_process
 from tests.farm.models import tiny_model
 
 SETTINGS = AdaptSettings(
-    epochs=2, batch_rows=4, lr=1e-2, save_every=3, unroll=2, form="unrolled", loss="kl", hidden_weight=0.5
+    tier="expert",
+    epochs=2,
+    batch_rows=4,
+    lr=1e-2,
+    save_every=3,
+    unroll=2,
+    form="unrolled",
+    loss="kl",
+    hidden_weight=0.5,
 )
 
 
