@@ -13,8 +13,9 @@ from torch import Tensor
 from farm.artifacts import Artifacts
 from farm.bench.family import held_out
 from farm.config import Manifest, UserError
-from farm.data.features import Sample, local_shards, read_shards, shard_names, write_shard
+from farm.data.features import Sample, local_shards, read_shards, write_shard
 from farm.data.prompts import load_prompts, split_prompts
+from farm.data.shards import shard_names
 from farm.decode.regenerate import Recapture, prefill_rows
 from farm.decode.sampling import SamplingParams
 from farm.draft.checkpoint import (

@@ -27,6 +27,7 @@ from torch import Tensor
 from farm.artifacts import Artifacts
 from farm.config import UserError
 from farm.data.rejects import digest_of, fault_of, repeated, trainable
+from farm.data.shards import shard_names
 from farm.sections import Fault
 from farm.store import local_copy
 
@@ -85,12 +86,6 @@ class Sample:
     @property
     def trainable(self) -> bool:
         return any(trainable(end - start) for start, end in self.said)
-
-
-def shard_names(number: int, writer: str = "") -> tuple[str, str]:
-    """File names of tokens and features of a shard, of a `writer` beside whom others may write the same one."""
-    mark = f"-{writer}" if writer else ""
-    return f"tokens-{number:05d}{mark}.parquet", f"features-{number:05d}{mark}.safetensors"
 
 
 def write_shard(

@@ -29,7 +29,6 @@ from farm.draft.trunk import MAX_POSITIONS
 from farm.layers.cache import Rows, SlotCache
 
 KEPT_ROUNDS = 64  # whose hidden states lie as they came, before they are put in place together
-VOID = -1  # in place of an entry
 READ_TOKENS = 256  # of a row that one forward reads at most when a draft has fallen behind
 
 
@@ -94,7 +93,7 @@ class Drafting:
         # At position t of a slot the target's h_t. The draft has read the first `_read[slot]`, each beside x_{t+1}.
         self._read, self._capacity = [0] * num_slots, capacity
         self._places = tuple(range(num_slots))  # whose `capacity` entries are kept for each slot's sequence
-        self._joined = [0] * num_slots  # the number of the first round of who has that place
+        self._joined = [0] * num_slots  # rounds there had been when who has that place joined
         self._number = 0  # of rounds so far
         # What rounds left and nothing has asked for yet: mostly the next proposal reads it from here.
         self._notes: list[Noted] = []
@@ -117,7 +116,7 @@ class Drafting:
         for place in places:
             self._joined[place] = self._number
         self._goes_on = False
-        self._keep(hidden_BTH, self._entries(places, rows.starts, hidden_BTH.shape[1]))
+        self._keep(hidden_BTH.flatten(0, 1), self._entries(places, rows.starts, hidden_BTH.shape[1]))
         if rows.starts[0] == 0:
             self._read[rows.first : rows.first + len(rows)] = [0] * len(rows)
 
@@ -125,7 +124,8 @@ class Drafting:
         """Takes note of the hidden states of what a round read behind all but the last of each row's tokens."""
         self._number += 1
         num_rows, num_tokens = hidden_BTH.shape[:2]
-        if self._goes_on and num_tokens == 1 and num_rows == len(self._notes[-1].starts):
+        follows = self._goes_on and bool(self._notes) and num_tokens == 1
+        if follows and num_rows == len(self._notes[-1].starts):
             self._notes[-1].hidden.append(hidden_BTH)
         else:
             starts = [length - 1 for length in lengths]
@@ -182,7 +182,6 @@ class Drafting:
         tokens_BT = self._tokens(sequences, starts, counts)
         if all(load.limits) and self._is_all_noted(starts):
             (hidden_BTH,) = self._notes.pop().hidden  # never asked for again
-            self._goes_on = False
             return Pending(tokens_BT, hidden_BTH[:, :width], rows, counts, load.limits)
         return Pending(tokens_BT, self._kept(rows, width), rows, counts, load.limits)
 
@@ -227,30 +226,33 @@ class Drafting:
         """
         for is_plain, run in itertools.groupby(self._notes, lambda note: note.width == 1):
             for notes in [list(run)] if is_plain else ([note] for note in run):
-                hidden_MTH = torch.cat([hidden_BTH for note in notes for hidden_BTH in note.hidden])
-                self._keep(hidden_MTH, [entry for note in notes for entry in self._entries_of(note)])
+                self._keep_noted(notes)
         self._notes.clear()
-        self._goes_on = False
 
-    def _entries_of(self, note: Noted) -> list[int]:
-        """VOID for what nobody needs."""
-        void, width = self._void(note), note.width
-        of_first = self._entries(note.places, note.starts, width)
-        entries = [entry + later for later in range(len(note.hidden)) for entry in of_first]
-        if void:
-            gone = [place in void for place in note.places for _ in range(width)] * len(note.hidden)
-            entries = [VOID if one else entry for entry, one in zip(entries, gone, strict=True)]
-        return entries
+    def _keep_noted(self, notes: Sequence[Noted]) -> None:
+        hidden_MTH = torch.cat([hidden_BTH for note in notes for hidden_BTH in note.hidden])
+        entries = [entry for note in notes for entry in self._entries_of(note)]
+        needed = [index for index, entry in enumerate(entries) if entry is not None]
+        hidden_MH = hidden_MTH.flatten(0, 1)
+        if len(needed) < len(entries):
+            hidden_MH = hidden_MH[self._tensor(needed)]
+        self._keep(hidden_MH, [entry for entry in entries if entry is not None])
+
+    def _entries_of(self, note: Noted) -> list[int | None]:
+        """None for what nobody needs any more."""
+        of_first, void = self._entries(note.places, note.starts, note.width), self._void(note)
+        needed = [place not in void for place in note.places for _ in range(note.width)]
+        return [
+            entry + later if is_needed else None
+            for later in range(len(note.hidden))
+            for entry, is_needed in zip(of_first, needed, strict=True)
+        ]
 
     def _void(self, note: Noted) -> set[int]:
         """Places of it that have somebody else by now."""
         return {place for place in note.places if self._joined[place] >= note.number}
 
-    def _keep(self, hidden: Tensor, entries: list[int]) -> None:
-        hidden_MH = hidden.reshape(len(entries), -1)
-        if VOID in entries:
-            kept = [index for index, entry in enumerate(entries) if entry != VOID]
-            hidden_MH, entries = hidden_MH[self._tensor(kept)], [entries[index] for index in kept]
+    def _keep(self, hidden_MH: Tensor, entries: Sequence[int]) -> None:
         self._flat_MH.index_copy_(0, self._tensor(entries), hidden_MH)
 
     def _kept(self, rows: Rows, num_tokens: int) -> Tensor:

@@ -110,7 +110,7 @@ class Engine:
         self.stats_of = defaultdict[str, DecodeStats](DecodeStats)  # of the targets that are hosted
         self._stats_of_dropped = DecodeStats()
         self._features: dict[str, list[Tensor]] = {}
-        self._observed_s = 0.0
+        self._observed_s, self._unobserved = 0.0, 0  # what `observe` took, and rounds since
 
     @property
     def has_work(self) -> bool:
@@ -194,11 +194,12 @@ class Engine:
             said, kept = self._commit(done)
             outputs += said
             ended = time.perf_counter()
+            self._unobserved += 1
             if self.control.observes:
-                # What the control takes is a part of rounds, too: the last one's share stands for this one's.
-                whole_s = ended - begun - done.catch_up_s + self._observed_s
+                # What observing takes is a part of rounds, too: of all since the last time, this one among them.
+                whole_s = ended - begun - done.catch_up_s + self._observed_s / self._unobserved
                 self.control.observe(done.result(kept, whole_s))
-                self._observed_s = time.perf_counter() - ended
+                self._observed_s, self._unobserved = time.perf_counter() - ended, 0
         self.seconds.host += time.perf_counter() - started - (self.seconds.on_tensors - on_tensors)
         return outputs
 

@@ -59,6 +59,10 @@ class Regime:
         self.caught_up = Ratio(0.0, 1.0, memory=1)
         self.left, self.rest, self.watch = pause, pause, pause
         self.gain, self._looks = 0.0, 0
+        self.deep_at, self.doubted_at = (
+            0,
+            0,
+        )  # rounds from which it drafts deep once more, and is doubted once more
 
     def look(self, gain: float) -> None:
         """Takes note of one look: the logarithm of drafting's rate over that of plain decoding."""
@@ -108,9 +112,14 @@ class Nap:
     load: Load | None = None  # that drafts; None: any of the bucket decode plainly
     slept: int = 0
 
+    @property
+    def drafts(self) -> bool:
+        """Whether its rounds do."""
+        return self.load is not None
+
     def goes_on(self, load: Load, bucket: Bucket) -> bool:
         """Whether the next round is one of them; then it is counted."""
-        alike = bucket == self.bucket and (self.load is None or load is self.load or load == self.load)
+        alike = bucket == self.bucket and (not self.drafts or load is self.load or load == self.load)
         if self.slept >= self.rounds or not alike:
             return False
         self.slept += 1

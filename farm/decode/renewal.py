@@ -57,7 +57,7 @@ class Cost:
         self._stays = Stays()
         self._trials: dict[Bucket, Trial] = {}
         self._asked, self._attends, self._drafted = False, True, False
-        self._round, self._alike, self._deep_at, self._doubted_at = 0, 0, 0, 0
+        self._round, self._alike = 0, 0
         self._growing: Growing | None = None
         self._nap: Nap | None = None
         # Kinds, groups and, where nothing pays, limits that it was worked out for.
@@ -74,7 +74,7 @@ class Cost:
         if nap is not None:
             if nap.goes_on(load, own):
                 self._attends, self._growing = False, None
-                return 0 if nap.load is None else self.max_length
+                return self.max_length if nap.drafts else 0
             self._wake(nap)
         self._asked, self._attends, self.growth, self._growing = True, True, None, None
         self._round += 1
@@ -86,10 +86,10 @@ class Cost:
             return self._follow(Growth.whole(load.limits, trial.length), trial.length)
         regime = self._regimes[like]
         rule = self._rule(load, regime) if regime.speculates else None
-        self._rest_from(load, own, regime, drafts=rule is not None)
+        self._sleep_from(load, own, regime, drafts=rule is not None)
         return 0 if rule is None else self._follow(Growth(load.limits, rule), self.max_length)
 
-    def _rest_from(self, load: Load, own: Bucket, regime: Regime, *, drafts: bool) -> None:
+    def _sleep_from(self, load: Load, own: Bucket, regime: Regime, *, drafts: bool) -> None:
         """Leaves the rounds that follow to themselves where nothing new is to be learned of them.
 
         Of plain ones those before the next look are observed, of those that draft the ones that teach.
@@ -133,8 +133,8 @@ class Cost:
             if regime.speculates:
                 self._costs.forget_plain(load)
             return Trial(lengths, self.LOOK, decides=True)
-        if regime.speculates and self._round >= self._deep_at:
-            self._deep_at = self._round + self.DEEP_EVERY
+        if regime.speculates and self._round >= regime.deep_at and max(load.limits) == self.max_length:
+            regime.deep_at = self._round + self.DEEP_EVERY
             return Trial((min(self.max_length, 2 + 2 * self._best(load)[0]),), 1)
         return None
 
@@ -155,9 +155,9 @@ class Cost:
 
     def _disappoints(self, load: Load, regime: Regime) -> bool:
         """Whether speculation brings far less than plain decoding did when it was last seen; looked at now and then."""
-        if not regime.speculates or self._round < self._doubted_at:
+        if not regime.speculates or self._round < regime.doubted_at:
             return False
-        self._doubted_at = self._round + self.RULE_ROUNDS
+        regime.doubted_at = self._round + self.RULE_ROUNDS
         return self._gain_of(load, regime) < -2 * regime.NOISE
 
     def _gain_of(self, load: Load, regime: Regime) -> float:
@@ -264,6 +264,8 @@ class Cost:
             load = result.load
             tokens = result.tokens / load.num_rows / self._costs.of_full(load)
             regime.rate.add(tokens, self._costs.seconds(result))
-        # What rows in flight had to read when it began is the change's price, not that of going on.
-        if drafted and regime.speculates and self._round > regime.since + 1:
+        # What rows in flight had to read when it began is the change's price, not that of going on. Rounds that read
+        # are often behind plain ones, where all are observed: those count that would have been anyway.
+        counts = not self._is_known(regime) or self._known.teaches(result.load, self._round)
+        if drafted and regime.speculates and self._round > regime.since + 1 and counts:
             regime.caught_up.add(result.catch_up_s, result.seconds)

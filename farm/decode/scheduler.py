@@ -103,7 +103,7 @@ class Scheduler:
         self.num_slots, self.max_length, self.prefill_tokens = num_slots, max_length, prefill_tokens
         self.live: list[LiveRequest] = []  # decoding; the sequence in slot b is live[b]
         self._waiting: deque[Request] = deque()
-        self._placed: list[LiveRequest] = []  # among those that decode, before their prompts are processed
+        self._placed: LiveRequest | None = None  # among `live`, its prompt not yet processed
         self._chunked: LiveRequest | None = None  # in the top slot, its prompt not yet processed
         self._num_chunked = 0  # prompt tokens of it that are
 
@@ -126,7 +126,8 @@ class Scheduler:
         self._waiting = deque(r for r in self._waiting if r.id != request_id)
         if self._chunked is not None and self._chunked.request.id == request_id:
             self._chunked = None
-        self._placed = [one for one in self._placed if one.request.id != request_id]
+        if self._placed is not None and self._placed.request.id == request_id:
+            self._placed = None
         return self.release([slot for slot, one in enumerate(self.live) if one.request.id == request_id])
 
     def uses(self, target: str) -> bool:
@@ -140,11 +141,11 @@ class Scheduler:
         Each is to be processed and reported to `prefilled` before the next is asked for.
         """
         budget = self.prefill_tokens
-        for row in list(self._placed):
-            budget -= len(row.tokens)
-            yield Prefill(self.live.index(row), (row,), 0, (len(row.tokens),))
-        next_is_long = bool(self._waiting) and self._is_long(self._waiting[0])
-        if self._chunked is None and next_is_long and self._room() > 0 and budget > 0:
+        if self._placed is not None:
+            row, length = self._placed, len(self._placed.tokens)
+            budget -= length
+            yield Prefill(self.live.index(row), (row,), 0, (length,))
+        elif self._chunked is None and self._waiting and self._is_long(self._waiting[0]) and self._room() > 0:
             self._chunked, self._num_chunked = self._admit(), 0
         if self._chunked is not None:
             start = self._num_chunked
@@ -179,8 +180,8 @@ class Scheduler:
         if not prefill.completes:
             self._num_chunked = prefill.ends[0]
             return None
-        if prefill.rows[0] in self._placed:
-            self._placed.remove(prefill.rows[0])
+        if prefill.rows[0] is self._placed:
+            self._placed = None
             return None
         if prefill.rows[0] is self._chunked:
             self._chunked = None
@@ -214,7 +215,7 @@ class Scheduler:
         """
         if behind_round and len(slots) == 1 and self._fits_into(slots[0]):
             self.live[slots[0]] = row = self._admit()
-            self._placed.append(row)
+            self._placed = row
             return None
         sources = list(range(len(self.live)))
         for slot in sorted(slots, reverse=True):

@@ -54,7 +54,7 @@ class DecodeStats:
         self.outcomes[num_drafted, num_accepted, num_emitted] += 1
 
     def add(self, other: DecodeStats) -> None:
-        self.outcomes.update(dict(other.outcomes))  # a copy, as below
+        self.outcomes.update(other.outcomes)
 
     @property
     def rounds(self) -> int:
@@ -101,12 +101,11 @@ class DecodeStats:
         return [accepted / reached if reached else float("nan") for accepted, reached in pairs]
 
     def _counted(self) -> Iterable[tuple[Outcome, int]]:
-        # A copy: who reads may be another thread than the one that decodes.
-        return [(Outcome(*outcome), count) for outcome, count in list(self.outcomes.items())]
+        return ((Outcome(*outcome), count) for outcome, count in self.outcomes.items())
 
     def _by_position(self, lengths: Iterable[tuple[int, int]]) -> list[int]:
         """From how many positions rounds had, and how many rounds, to rounds by position."""
-        positions = [0] * max((drafted for drafted, _, _ in list(self.outcomes)), default=0)
+        positions = [0] * max((drafted for drafted, _, _ in self.outcomes), default=0)
         for length, count in lengths:
             for i in range(length):
                 positions[i] += count

@@ -13,6 +13,7 @@ from pydantic import SecretStr
 
 from farm.artifacts import Artifacts
 from farm.config import Refused, UserError
+from farm.data.shards import shard_names
 from farm.fleet.answers import ANSWERS, AnswersJob, decode_prompts, put_card
 from farm.fleet.base_draft import BaseDraft
 from farm.sections import FAULTS, Dtype, TargetSpec
@@ -163,7 +164,7 @@ class RegenerateActor:
 
     def _write(self, job: AnswersJob, shard: int, prompts: str, may_keep: int) -> tuple[int, int]:
         """The rows of the shard and the bytes of the features that it keeps."""
-        from farm.data.features import Answer, shard_names, write_shard
+        from farm.data.features import Answer, write_shard
         from farm.data.rejects import digest_of
         from farm.decode.endpoint import Endpoint
         from farm.decode.regenerate import prefill_rows, regenerate_rows

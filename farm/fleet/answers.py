@@ -19,6 +19,7 @@ from farm.config import Refused, UserError, dump
 from farm.data.chat import read_template
 from farm.data.prompts import Prompt
 from farm.data.rejects import listed, repeated
+from farm.data.shards import shard_names
 from farm.sections import Dtype, RegenerateSettings, TargetSpec
 from farm.store import NotFound
 
@@ -187,16 +188,14 @@ def finish_answers(artifacts: Artifacts, job: AnswersJob) -> Artifact:
 
 
 def _files(cards: Sequence[Mapping[str, Any]]) -> set[str]:
-    """What shards consist of: of two runs that wrote one, the files of the one whose card it is."""
+    """What shards consist of: of two runs that wrote one, the files of the one whose card it is.
+
+    Cards from before writers had names say nothing.
+    """
     names = {card_name(number) for number in range(len(cards))}
     for number, card in enumerate(cards):
-        names.update(card.get("files", _unmarked(number)))
+        names.update(card.get("files", shard_names(number)))
     return names
-
-
-def _unmarked(shard: int) -> tuple[str, str]:
-    """The files of a shard whose card is older than names of writers."""
-    return f"tokens-{shard:05d}.parquet", f"features-{shard:05d}.safetensors"
 
 
 def _card(artifacts: Artifacts, job: AnswersJob, number: int) -> dict[str, Any]:

@@ -211,27 +211,25 @@ def test_placeholders_take_values_whole_and_inside_text(folder):
     assert manifest.probe.prompts == 5
 
 
-def test_a_path_typed_for_a_placeholder_counts_from_the_working_directory(
-    folder, tmp_path_factory, monkeypatch
-):
+@pytest.fixture
+def here(tmp_path_factory, monkeypatch):
+    """The working directory, which has data/p.jsonl and is not the manifest's folder."""
     here = tmp_path_factory.mktemp("here")
     (here / "data").mkdir()
     (here / "data" / "p.jsonl").write_text('{"prompt": "x"}\n')
     monkeypatch.chdir(here)
+    return here
+
+
+def test_a_path_typed_for_a_placeholder_counts_from_the_working_directory(folder, here):
     manifest = load_manifest(write(folder, with_target(prompts="${data}/p.jsonl")), ["data=./data"])
     assert manifest.targets[0].prompts == str(here / "data" / "p.jsonl")
 
 
-def test_a_bare_name_typed_for_a_folder_of_the_working_directory_is_told_where_it_is(
-    folder, tmp_path_factory, monkeypatch
-):
-    """`--set data=DATA` counts from the manifest's folder: the message named a path that nobody had written."""
-    here = tmp_path_factory.mktemp("here")
-    (here / "DATA").mkdir()
-    (here / "DATA" / "p.jsonl").write_text('{"prompt": "x"}\n')
-    monkeypatch.chdir(here)
-    told = mistake(folder, with_target(prompts="${data}/p.jsonl"), "data=DATA")
-    assert f"if {here / 'DATA' / 'p.jsonl'} is meant, write that" in told
+def test_a_bare_name_typed_for_a_folder_of_the_working_directory_is_told_where_it_is(folder, here):
+    """`--set data=data` counts from the manifest's folder: the message named a path that nobody had written."""
+    told = mistake(folder, with_target(prompts="${data}/p.jsonl"), "data=data")
+    assert f"if {here / 'data' / 'p.jsonl'} is meant, write that" in told
 
 
 @pytest.mark.parametrize(

@@ -216,4 +216,6 @@ def test_the_choices_of_a_request_are_one_in_the_canarys_test(loop):
 
 
 def test_a_replica_that_failed_before_its_engines_started_stops_without_another_error():
-    EngineLoop(engine).stop()
+    failed = EngineLoop(engine)
+    failed.stop(wait_s=1.0)
+    assert not failed.is_alive

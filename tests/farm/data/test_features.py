@@ -9,7 +9,8 @@ import torch
 
 from farm.artifacts import Artifacts
 from farm.config import UserError
-from farm.data.features import Answer, answer_tokens, read_shards, shard_names, trainable_rows, write_shard
+from farm.data.features import Answer, answer_tokens, read_shards, trainable_rows, write_shard
+from farm.data.shards import shard_names
 from farm.store import open_store
 
 

@@ -1,5 +1,6 @@
 """The real engine: greedy identity, neighbours, joins and leaves, cache and accounting."""
 
+import statistics
 import time
 from typing import Any
 
@@ -124,6 +125,27 @@ def test_long_accepted_runs_stay_lossless() -> None:
     plain, fast = decode(target, None, requests), decode(target, draft, requests)
     assert [done.tokens for done in fast] == [done.tokens for done in plain]
     assert fast[0].stats.survival[0] == 1.0
+
+
+def test_what_observing_takes_is_shared_by_the_rounds_that_were_not_observed() -> None:
+    """Charged to the observed ones alone, drafting would look slower than it is where few of its rounds are."""
+    target, draft = tiny_pair(seed=1)
+
+    class Seldom(Slow):
+        rounds = 0
+
+        def limit(self, load: Load) -> int:
+            self.rounds += 1
+            self.observes = self.rounds % 4 == 1
+            return Fixed.limit(self, load)
+
+    control = Seldom(2)
+    engine = Engine([Route(target, NO_STOP, draft)], num_slots=1, max_length=128, k=2, control=control)
+    engine.run([Request("a", (1, 2, 3), SamplingParams(max_new_tokens=60))])
+    _, *later = [result.rest_s for result in control.seen[:-1]]
+    assert len(later) > 2
+    assert statistics.median(later) < 0.6 * Slow.PAUSE_S
+    assert min(later) > Slow.PAUSE_S / 4
 
 
 def test_no_row_drafts_more_than_its_answer_has_room_for() -> None:

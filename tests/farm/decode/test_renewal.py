@@ -125,7 +125,7 @@ def test_a_tail_is_not_explored_for_its_own_sake() -> None:
 
 
 def test_a_draft_that_rests_is_asked_about_next_to_nothing_and_looked_into_all_the_same() -> None:
-    """Watching rounds of plain decoding cost 2 % of them where a round takes a third of a millisecond."""
+    """Watching rounds of plain decoding costs time that a small model notices."""
     control = Cost(made_up.MOST_DRAFTED)
     player = Player(control, BUSY, EQUAL, Draftable(0.3), seed=1)
     player.play(WARM)
@@ -144,7 +144,7 @@ def test_a_draft_that_rests_is_asked_about_next_to_nothing_and_looked_into_all_t
 
 
 def test_rounds_that_nobody_observes_draft_as_those_that_teach() -> None:
-    """Most are: a control takes a tenth of a round of one row. Rows survive anew in each."""
+    """Most are. Rows survive anew in each."""
     control, load, rng = Cost(8), Load(("",) * 2, (8,) * 2), random.Random(0)
     lengths: dict[bool, list[int]] = {True: [], False: []}
     for _ in range(3000):
@@ -179,6 +179,53 @@ def test_a_pause_is_as_long_whether_or_not_other_loads_come_between(every: int) 
             if rounds % every == 0:
                 control.observe(_round_of(other, control.limit(other)))
         assert rounds == pause - 1
+
+
+def speculating(load: Load) -> Cost:
+    """A control that has drafted for long, for one row whose drafts are right."""
+    control = Cost(8)
+    for _ in range(600):
+        length = control.limit(load)
+        if control.observes:
+            control.observe(_right(load, length))
+    assert control._is_known(control._regimes[1, 1])
+    assert control._regimes[1, 1].speculates
+    return control
+
+
+def _right(load: Load, length: int, catch_up_s: float = 0.0) -> RoundResult:
+    signals = [[0.97]] * length
+    return RoundResult(
+        load, (length,), (length,), (length + 1,), length, 0.05 * length, 1.0, signals, catch_up_s
+    )
+
+
+def test_a_round_that_reads_a_prompt_counts_as_often_as_others() -> None:
+    """It is often behind plain ones of another load, and rounds behind such are all observed."""
+    good, bad = Load(("good",), (8,)), Load(("bad",), (8,), num_groups=2)
+    control, read, drafted = speculating(good), 0.0, 0.0
+    for number in range(12_000):
+        turn = number % 12
+        length = control.limit(bad if turn < 4 else good)
+        result = replace(_right(bad, length), accepted=(0,), emitted=(1,))
+        if turn >= 4:
+            result = _right(good, length, catch_up_s=1.0 if turn == 4 and length else 0.0)
+            if length:
+                read, drafted = read + result.catch_up_s, drafted + result.seconds
+        if control.observes:
+            control.observe(result)
+    assert control._regimes[1, 1].caught_up.value == pytest.approx(read / drafted, rel=0.25)
+
+
+def test_a_draft_that_goes_deep_once_in_a_while_waits_for_a_round_that_can() -> None:
+    """Near their end rows may draft little: such a round counted as deep, and none was for 48 more."""
+    full, short = Load(("",), (8,)), Load(("",), (2,))
+    control = speculating(full)
+    control._regimes[1, 1].left, control._regimes[1, 1].deep_at = 100, 0
+    control.limit(short)
+    assert (1, 1) not in control._trials
+    control.limit(full)
+    assert (1, 1) in control._trials
 
 
 def _round_of(load: Load, length: int) -> RoundResult:

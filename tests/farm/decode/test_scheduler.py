@@ -63,13 +63,19 @@ def test_rows_of_a_group_are_neighbours_and_lie_where_the_scheduler_says(
     assert set(read) == set(map(str, range(len(targets))))
 
 
-def test_the_next_request_takes_the_slot_of_the_one_that_ended_and_nobody_moves() -> None:
-    """Moving the last sequence there copies all that it has in the cache: for every request, where requests wait."""
+def full(num_requests: int) -> Scheduler:
+    """Three slots at work, and the rest of so many requests waiting."""
     scheduler = Scheduler(lambda t: frozenset(), lambda t: t, num_slots=3, max_length=50, prefill_tokens=6)
-    for index in range(5):
+    for index in range(num_requests):
         scheduler.add(Request(str(index), (1, 2), SamplingParams(), "a"))
     for prefill in scheduler.prefills():
         scheduler.prefilled(prefill)
+    return scheduler
+
+
+def test_the_next_request_takes_the_slot_of_the_one_that_ended_and_nobody_moves() -> None:
+    """Moving the last sequence there copies all that it has in the cache: for every request, where requests wait."""
+    scheduler = full(5)
     assert scheduler.release([0], behind_round=True) is None
     assert [one.request.id for one in scheduler.live] == ["3", "1", "2"]
     (prefill,) = scheduler.prefills()
@@ -79,14 +85,29 @@ def test_the_next_request_takes_the_slot_of_the_one_that_ended_and_nobody_moves(
 
 
 def test_requests_that_end_together_are_followed_by_one_reading() -> None:
-    scheduler = Scheduler(lambda t: frozenset(), lambda t: t, num_slots=3, max_length=50, prefill_tokens=6)
-    for index in range(6):
-        scheduler.add(Request(str(index), (1, 2), SamplingParams(), "a"))
-    for prefill in scheduler.prefills():
-        scheduler.prefilled(prefill)
+    scheduler = full(6)
     assert scheduler.release([0, 1], behind_round=True) == Move((2,), (0,), 2)
     prefill = next(scheduler.prefills())
     assert [row.request.id for row in prefill.rows] == ["3", "4"]
+
+
+def test_a_long_prompt_does_not_begin_with_what_a_short_one_has_left_of_a_step() -> None:
+    """Its first chunk would be a token, and no slot is taken over while it is worked off."""
+    scheduler = full(4)
+    scheduler.add(Request("long", (1,) * 20, SamplingParams(), "a"))
+    assert scheduler.release([0], behind_round=True) is None
+    assert scheduler.release([1]) is not None
+    chunks = []
+    for _ in range(2):
+        for prefill in scheduler.prefills():
+            chunks.append(
+                [
+                    (row.request.id, end - prefill.start)
+                    for row, end in zip(prefill.rows, prefill.ends, strict=True)
+                ]
+            )
+            scheduler.prefilled(prefill)
+    assert chunks == [[("3", 2)], [("long", 6)]]
 
 
 def test_a_join_moves_one_row_of_each_later_group_at_the_most() -> None:

@@ -10,8 +10,9 @@ import torch
 
 from farm.artifacts import Artifacts
 from farm.config import Refused
-from farm.data.features import Answer, local_shards, read_shards, shard_names, write_shard
+from farm.data.features import Answer, local_shards, read_shards, write_shard
 from farm.data.prompts import Prompt
+from farm.data.shards import shard_names
 from farm.fleet.answers import (
     ANSWERS,
     AnswersJob,

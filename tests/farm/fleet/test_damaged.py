@@ -9,7 +9,7 @@ import pytest
 
 from farm.artifacts import Artifact, Artifacts
 from farm.config import Manifest, Refused
-from farm.data.features import shard_names
+from farm.data.shards import shard_names
 from farm.fleet import onboard, pack_cost, selection, stages
 from farm.fleet.answers import ANSWERS, AnswersJob, card_name
 from farm.fleet.chosen import SCORES_FILE, SELECT
